@@ -1,0 +1,23 @@
+"""pocketlm: give it a language model and a budget; get back the best model that fits, with proof.
+
+The names below are imported on first use: `import pocketlm` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_API = ("inspect", "plan", "compress", "evaluate", "compare", "verify", "load", "generate")
+__all__ = ["__version__", *_API]
+
+if TYPE_CHECKING:
+    from pocketlm.api import compare, compress, evaluate, generate, inspect, load, plan, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(importlib.import_module("pocketlm.api"), name)
+    raise AttributeError(f"module 'pocketlm' has no attribute '{name}'")

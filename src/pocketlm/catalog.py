@@ -1,0 +1,45 @@
+"""Every method by name: one static table, imported on use. Third parties add theirs through the
+entry point group `pocketlm.methods`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from pocketlm.core.errors import ConfigError, nearest
+
+METHODS: dict[str, str] = {
+    "rtn": "pocketlm.quant.rtn:Rtn",
+    "clip": "pocketlm.quant.clip:Clip",
+    "gptq": "pocketlm.quant.gptq:Gptq",
+}
+
+
+def known_methods() -> dict[str, str]:
+    """Method name → "module:Class", our own and installed third parties'."""
+    theirs = {point.name: point.value for point in entry_points(group="pocketlm.methods")}
+    return {**theirs, **METHODS}
+
+
+def method_class(name: str) -> Any:
+    """The config class of a method.
+
+    Raises:
+        ConfigError: If no method has that name.
+    """
+    table = known_methods()
+    if name not in table:
+        raise ConfigError(f"unknown method '{name}'.", where="recipe", remedy=nearest(name, table))
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build_step(method: str, options: dict[str, Any]) -> Any:
+    """One step of a recipe with its options checked.
+
+    Raises:
+        ConfigError: On an unknown method, option or value.
+    """
+    return method_class(method).parse(options, where=f"recipe step '{method}'")

@@ -1,0 +1,97 @@
+"""What a linear step gets and gives: one linear's weight on its way through a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.stats import Stat
+from pocketlm.core.tensors import PackedInt, WeightTensor
+
+S = TypeVar("S", bound=Stat)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a user must be told: a fallback, a skip, an approximation.
+
+    Attributes:
+        kind: One word for filters, such as ``damping`` or ``group_size``.
+        text: A sentence.
+        data: Numbers behind it, plain JSON.
+    """
+
+    kind: str
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """One linear between two steps.
+
+    Attributes:
+        name: Module path.
+        reference_OI: The original weight, float32 [O, I]; what every step approximates.
+        spec: The grid the recipe asks for, fitted to these columns.
+        scale_dtype: The dtype in which scales are stored.
+        current: The compressed weight so far; None before the first step.
+        notes: What the steps have to tell, oldest first.
+    """
+
+    name: str
+    reference_OI: Tensor
+    spec: QuantSpec
+    scale_dtype: torch.dtype
+    current: WeightTensor | None = None
+    notes: tuple[Note, ...] = ()
+
+    def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
+        """The same linear with a new compressed weight and further notes."""
+        return replace(self, current=current, notes=(*self.notes, *notes))
+
+    def grid(self) -> PackedInt | None:
+        """The grid an earlier step chose, if it is of the asked spec; its codes are advisory."""
+        current = self.current
+        if not isinstance(current, PackedInt) or current.bits != self.spec.bits:
+            return None
+        same_group = current.group_size == (self.spec.group_size or self.reference_OI.shape[1])
+        same_zero = (current.zero_OG is None) == self.spec.symmetric
+        return current if same_group and same_zero else None
+
+
+class Statistics:
+    """The statistics gathered for one group of linears, by class."""
+
+    def __init__(self, *stats: Stat) -> None:
+        self._by_class = {type(stat): stat for stat in stats}
+
+    def __getitem__(self, kind: type[S]) -> S:
+        """The gathered statistic of class `kind`.
+
+        Raises:
+            KeyError: If the step did not declare that it needs it.
+        """
+        stat = self._by_class[kind]
+        assert isinstance(stat, kind)
+        return stat
+
+
+class LinearStep(Protocol):
+    """A step that treats each linear alone: a pure function of its inputs.
+
+    It never registers hooks, prints, reads the clock or the environment.
+    """
+
+    kind: ClassVar[str]  # "linear"
+    needs: ClassVar[tuple[type[Stat], ...]]
+    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape"}
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The state after this step."""
+        ...

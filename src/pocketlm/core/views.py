@@ -1,0 +1,203 @@
+"""What methods and the engine see of a model: blocks, groups of linears, folds. Implemented by models/.
+
+Legend: B sequences, T tokens, D hidden width, V vocabulary, O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, before it is read.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype: As it will be written again (a GGUF block type is read as float16 or float32).
+        shape: As stored.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the raw tensor in `dtype`."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * torch.empty(0, dtype=self.dtype).element_size()
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors by name, read on demand, never mapped into memory."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, in a stable order."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor on the CPU; the caller owns the memory."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of a tensor's first axis."""
+        ...
+
+    def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
+        """The tensor's raw little-endian bytes in `dtype`, in order; a chunk is valid until the next."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of names, shapes, dtypes, sizes and a content sample; equal means same source."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A place where a scale can move from a producer into the linears that read it.
+
+    Attributes:
+        producer: Module path of the norm or linear whose output columns can be divided.
+        form: "weight" (w), "one_plus_weight" (1 + w) or "linear" (rows of a linear).
+        accepted: Whether the float64 probe found the block's output unchanged.
+        error: The probe's relative error; None where it could not run.
+        reason: Why not, where refused.
+    """
+
+    producer: str
+    form: str
+    accepted: bool
+    error: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one and the same value: they share statistics, and engines may fuse them.
+
+    Attributes:
+        index: Position in the order of execution within the block.
+        linears: Module paths.
+        fold: Where a scale on the shared input could go; None where nothing feeds it alone.
+    """
+
+    index: int
+    linears: tuple[str, ...]
+    fold: Fold | None = None
+
+
+class LinearView(Protocol):
+    """One linear of a loaded block; Conv1D and experts of fused tensors look the same."""
+
+    name: str  # module path, as the checkpoint spells it: "model.layers.0.self_attn.q_proj"
+    tensor_name: str  # of its weight in the checkpoint
+    in_features: int
+    out_features: int
+    stored_transposed: bool  # [I, O] in the checkpoint (GPT-2's Conv1D)
+    dtype: torch.dtype  # of the weight in the checkpoint
+
+    def weight_OI(self) -> Tensor:
+        """A float32 copy of the weight, on the block's device."""
+        ...
+
+    def set_weight_OI(self, weight_OI: Tensor) -> None:
+        """Replaces the weight that the block's forward uses."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A run stands before a group: its linears have not been computed yet.
+
+    Attributes:
+        group: Index of the group.
+        inputs: The value that the group's linears read, [..., I].
+    """
+
+    group: int
+    inputs: Tensor
+
+
+class BlockRun(Protocol):
+    """One batch on its way through a block, stopped before each group of linears.
+
+    Dropping a run frees what it holds; a run may skip groups (experts that get no token).
+    """
+
+    def advance(self) -> Pause | None:
+        """Runs on to the next group; None once the block has finished and `output` is set."""
+        ...
+
+    @property
+    def output(self) -> Tensor:
+        """The block's output [B, T, D], after `advance` returned None."""
+        ...
+
+
+class BlockView(Protocol):
+    """A decoder block with its weights in memory, in the dtype it computes in."""
+
+    index: int
+    path: str  # "model.layers.0"
+    linears: Mapping[str, LinearView]  # by module path, in order of execution
+    groups: tuple[Group, ...]  # in order of execution; every linear is in exactly one
+    skipped: Mapping[str, str]  # module path → why it is no linear to compress (routers, 3-D parameters)
+
+    def start(self, hidden_BTD: Tensor, call: Any) -> BlockRun:
+        """Begins a run on one batch; `call` is what ModelView.begin gave for it."""
+        ...
+
+    def forward(self, hidden_BTD: Tensor, call: Any) -> Tensor:
+        """The block's output [B, T, D] without stops."""
+        ...
+
+
+class ModelView(Protocol):
+    """A causal language model as a stream of blocks; at most one block's weights are in memory."""
+
+    source: TensorSource
+    config: Mapping[str, Any]  # config.json as it is in the source (quantization_config left out)
+    block_paths: tuple[str, ...]
+    dtype: torch.dtype  # of most weights in the checkpoint
+    tied: bool  # head and embedding share one tensor
+    vocabulary: int
+    context: int  # longest position the model was made for
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def begin(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
+        """Embeds a batch and records what each block will be called with.
+
+        Returns:
+            The first block's input [B, T, D], and a call to hand to every block's `start`.
+        """
+        ...
+
+    def block(self, index: int) -> AbstractContextManager[BlockView]:
+        """Loads one block; its memory is reused or freed when the context closes."""
+        ...
+
+    def finish(self, hidden_BTD: Tensor) -> Tensor:
+        """The last block's output through the final norm: what the head reads."""
+        ...
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 logits [N, V] of some finished positions; the caller keeps N small."""
+        ...
+
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(O, I) of every linear inside blocks, by module path, without reading a weight."""
+        ...
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """Files an artifact carries over: tokenizer, chat template, generation config, licence."""
+        ...
