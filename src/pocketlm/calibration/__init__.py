@@ -1,0 +1,1 @@
+"""Texts become token windows: builtin text, files, hub datasets; chat templates; seeds."""
