@@ -1,0 +1,1 @@
+"""One protocol for every model: perplexity, divergence from the original, speed, memory."""

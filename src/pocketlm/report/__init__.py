@@ -1,0 +1,1 @@
+"""Typed results become one self-contained HTML page."""

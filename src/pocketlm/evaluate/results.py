@@ -1,0 +1,146 @@
+"""What an evaluation says: typed, JSON round trip, each figure beside its protocol."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from pydantic import BaseModel, ConfigDict
+
+from pocketlm.evaluate.bootstrap import Interval
+
+
+class Result(BaseModel):
+    """A frozen result; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QualityProtocol(Result):
+    """How the figures were made; two reports compare only where this is equal.
+
+    Attributes:
+        windows: How many.
+        seq_len: Tokens of a window, a BOS included.
+        stride: Tokens from one window's start to the next; `seq_len`, they do not overlap.
+        tokens_scored: Of all windows; the first token of a window is not predicted.
+        bos: Whether each window starts with the tokenizer's BOS.
+        compute_dtype: Of the blocks; log-softmax is float32.
+        device: Where it ran.
+        text_name: As the user named it.
+        text_sha256: Of the whole text.
+        windows_sha256: Of the token ids.
+        interval: How the intervals were made.
+        versions: Of what computed.
+    """
+
+    windows: int
+    seq_len: int
+    stride: int
+    tokens_scored: int
+    bos: bool
+    compute_dtype: str
+    device: str
+    text_name: str
+    text_sha256: str
+    windows_sha256: str
+    interval: str
+    versions: dict[str, str]
+
+    def sentence(self) -> str:
+        """The protocol in words, for tables and model cards."""
+        bos = "a BOS before each" if self.bos else "no BOS"
+        return (
+            f"{self.windows} non-overlapping windows of {self.seq_len} tokens of {self.text_name} "
+            f"(sha256 {self.text_sha256[:12]}), {bos}, blocks in {self.compute_dtype} on "
+            f"{self.device}, float32 log-softmax; {self.interval}."
+        )
+
+
+class WorstToken(Result):
+    """A position where the model differs most from the original.
+
+    Attributes:
+        window: Index of the window.
+        position: Of the predicted token within it.
+        kl: Nats.
+        nll: The model's nats for the token that followed.
+        original_nll: The original's.
+        context: The text before; None without a tokenizer, as the next three.
+        token: What followed.
+        original_choice: The original's likeliest token.
+        model_choice: The model's.
+    """
+
+    window: int
+    position: int
+    kl: float
+    nll: float
+    original_nll: float
+    context: str | None = None
+    token: str | None = None
+    original_choice: str | None = None
+    model_choice: str | None = None
+
+
+class Divergence(Result):
+    """A model beside its original on the same windows; losses and KL in nats a token.
+
+    Attributes:
+        original_log_perplexity: The original's own, with its interval.
+        original_perplexity: Its exponential.
+        loss_over_original: Mean of paired per-window differences of log-perplexity.
+        kl_mean: KL(original ‖ model).
+        kl_median: Half of the tokens have less.
+        kl_p90: 90 % have less.
+        kl_p99: 99 % have less.
+        kl_p99_9: 99.9 % have less.
+        top1_agreement: Share of positions with the same likeliest token.
+        original_window_losses: The original's log-perplexity of each window.
+        worst_tokens: Ten of them at most, worst first.
+    """
+
+    original_log_perplexity: Interval
+    original_perplexity: float
+    loss_over_original: Interval
+    kl_mean: Interval
+    kl_median: Interval
+    kl_p90: Interval
+    kl_p99: Interval
+    kl_p99_9: Interval
+    top1_agreement: Interval
+    original_window_losses: tuple[float, ...]
+    worst_tokens: tuple[WorstToken, ...]
+
+
+class QualityReport(Result):
+    """The quality of one model.
+
+    Attributes:
+        log_perplexity: Mean nats a token, with its interval over windows.
+        perplexity: Its exponential.
+        window_losses: Log-perplexity of each window.
+        divergence: From the original; None where none was given.
+        protocol: How it was measured.
+        notes: What a user must be told.
+        seconds: Wall time.
+    """
+
+    log_perplexity: Interval
+    perplexity: float
+    window_losses: tuple[float, ...]
+    divergence: Divergence | None
+    protocol: QualityProtocol
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and of this package."""
+    found = {"python": platform.python_version()}
+    for package in ("pocketlm", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
