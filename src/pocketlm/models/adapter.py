@@ -1,0 +1,268 @@
+"""A causal language model as a stream of blocks: implements ModelView for any decoder.
+
+The model stands on the meta device; one block at a time gets its weights. Its own forward is run
+with stand-ins for the blocks and the head, so whatever it does around them is done.
+Legend: B sequences, T tokens, N positions, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pocketlm.core.views import Group, TensorSource
+from pocketlm.models.block import Block
+from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
+from pocketlm.models.ends import Ends
+from pocketlm.models.layout import Layout, lay_out
+from pocketlm.models.linear import Linear
+from pocketlm.models.load import Loader
+from pocketlm.models.names import NameMap
+from pocketlm.models.observe import Observation, observe
+from pocketlm.models.run import pause_before
+from pocketlm.models.skeleton import Skeleton
+
+PROBE_TOKENS = 8  # enough for every token-dependent path of a block
+
+
+class Model:
+    """A ModelView (see core/views.py).
+
+    Args:
+        source: The checkpoint's tensors.
+        config: config.json as it is in the source.
+        skeleton: The model without weights.
+        names: The checkpoint's names against the skeleton's.
+        device: Where blocks compute.
+        compute_dtype: What they compute in.
+        side_files: Files an artifact carries over.
+        load_tokenizer: Loads the tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        config: Mapping[str, Any],
+        skeleton: Skeleton,
+        names: NameMap,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        side_files: Callable[[], Mapping[str, bytes]],
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    ) -> None:
+        self.source, self.config, self.names = source, config, names
+        self.device, self.compute_dtype = device, compute_dtype
+        self.skeleton = skeleton
+        self._side_files, self._load_tokenizer = side_files, load_tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        model = skeleton.model
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        self._loader = Loader(source, names, model, device, compute_dtype)
+        self._ends = Ends(self._loader, model, skeleton.blocks)
+        self._layouts = tuple(
+            lay_out(model, block, path, names)
+            for block, path in zip(skeleton.blocks, skeleton.block_paths, strict=True)
+        )
+        self.block_paths = tuple(layout.path for layout in self._layouts)
+        self.extras = names.extras
+        self._share = TensorShare()
+        self._returned: int | None = None  # how many things a block returns; 0: the bare tensor
+        self._probe: tuple[Tensor, Call] | None = None
+        self._observed: dict[Any, Observation] = {}
+        text = model.config.get_text_config()
+        self.vocabulary = int(text.vocab_size)
+        self.context = context_length(text)
+        embedding = model.get_input_embeddings()
+        self.tied = embedding.weight is self._ends.head.weight
+        self.dtype = most_common_dtype(source)
+
+    # --- around the blocks ---
+
+    def _run_model(
+        self,
+        tokens_BT: Tensor,
+        blocks: list[Callable[..., Any]],
+        head: Callable[[Tensor], Tensor],
+    ) -> Any:
+        """The model's own forward with stand-ins for all blocks and the head."""
+        modules = [*self.skeleton.blocks, self._ends.head]
+        with (
+            torch.no_grad(),
+            stand_in(modules, [*blocks, head]),
+            self._ends.reading_rows(),
+        ):
+            return self.skeleton.model(input_ids=tokens_BT, use_cache=False)
+
+    def _recorders(self, first: Callable[..., Any] | None = None) -> list[Recorder]:
+        return [Recorder(self._wrap, self._share) for _ in self.skeleton.blocks]
+
+    def _wrap(self, hidden_BTD: Tensor) -> Any:
+        """What a block returns when its hidden states are these."""
+        if not self._returned:
+            return hidden_BTD
+        return (hidden_BTD, *[None] * (self._returned - 1))
+
+    def begin(self, tokens_BT: Tensor) -> tuple[Tensor, Call]:
+        """Embeds a batch and records what each block will be called with.
+
+        Args:
+            tokens_BT: Token ids, int64.
+
+        Returns:
+            The first block's input [B, T, D], and the call to hand to every block's `start`.
+        """
+        self._learn_return_type()
+        return self._record(tokens_BT, None)
+
+    def _record(self, tokens_BT: Tensor, first: Callable[..., Any] | None) -> tuple[Tensor, Call]:
+        recorders = self._recorders()
+        stand_ins: list[Callable[..., Any]] = list(recorders)
+        if first is not None:
+            stand_ins[0] = first(recorders[0])
+        self._run_model(tokens_BT.to(self.device), stand_ins, lambda hidden: hidden)
+        calls = zip(recorders, self.block_paths, strict=True)
+        call = Call(tuple(recorder.call(path) for recorder, path in calls))
+        hidden = recorders[0].hidden
+        assert hidden is not None
+        return hidden, call
+
+    def _learn_return_type(self) -> None:
+        """Runs the first block for real on a few tokens: some classes return tuples."""
+        if self._returned is not None:
+            return
+        module = self.skeleton.blocks[0]
+        forward = module.forward
+
+        def real(recorder: Recorder) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                recorder(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                self._returned = len(output) if isinstance(output, tuple) else 0
+                return output
+
+            return run
+
+        loaded = any(not p.is_meta for p in module.parameters())
+        if not loaded:
+            self._loader.fill(module, self.skeleton.block_paths[0])
+        tokens = torch.arange(PROBE_TOKENS).remainder(self.vocabulary)[None]
+        self._probe = self._record(tokens, real)
+        if not loaded:
+            self._loader.empty(module)
+
+    def finish(self, hidden_BTD: Tensor) -> Tensor:
+        """The last block's output through the final norm: what the head reads."""
+        self._learn_return_type()
+        captured: list[Tensor] = []
+
+        def head(hidden: Tensor) -> Tensor:
+            captured.append(hidden)
+            return hidden
+
+        stand_ins: list[Callable[..., Any]] = list(self._recorders())
+        stand_ins[-1] = lambda *args, **kwargs: self._wrap(hidden_BTD)
+        self._run_model(self._one_token(), stand_ins, head)
+        return captured[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 logits [N, V] of some finished positions; the caller keeps N small."""
+        self._learn_return_type()
+        logits_1NV = self._run_model(
+            self._one_token(), list(self._recorders()), lambda _: self._ends.head_logits(hidden_ND[None])
+        ).logits
+        return logits_1NV[0].float()
+
+    def _one_token(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+
+    # --- blocks ---
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Loads one block; its memory serves the next one when the context closes.
+
+        Args:
+            index: Position in the model.
+
+        Yields:
+            The block with its weights.
+        """
+        module, layout = self.skeleton.blocks[index], self._layouts[index]
+        self._learn_return_type()
+        self._loader.fill(module, self.skeleton.block_paths[index])
+        try:
+            seen = self._observe(index, module, layout)
+            groups = groups_of(seen, layout)
+            idle = {layout.names[path]: "its forward never ran" for path in seen.idle}
+            names = [name for group in groups for name in group.linears]
+            by_name = {layout.names[path]: path for path in layout.linears}
+            modules = {name: module.get_submodule(by_name[name]) for name in names}
+            linears = {n: Linear(m, layout.tensors[by_name[n]], self.source) for n, m in modules.items()}
+            order = {modules[name]: group.index for group in groups for name in group.linears}
+            handles = pause_before(order)
+            yield Block(index, layout.path, module, linears, groups, {**layout.skipped, **idle})
+            for handle in handles:
+                handle.remove()
+        finally:
+            self._loader.empty(module)
+
+    def _observe(self, index: int, module: nn.Module, layout: Layout) -> Observation:
+        if layout.key not in self._observed:
+            assert self._probe is not None
+            hidden, call = self._probe
+            linears = {path: module.get_submodule(path) for path in layout.linears}
+            run = call.blocks[index].run
+            self._observed[layout.key] = observe(linears, module, lambda: first_tensor(run(module, hidden)))
+        return self._observed[layout.key]
+
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(O, I) of every linear inside blocks, by module path, without reading a weight."""
+        return {
+            layout.names[path]: shape
+            for layout in self._layouts
+            for path, shape in layout.linears.items()
+        }
+
+    # --- beside the weights ---
+
+    def side_files(self) -> Mapping[str, bytes]:
+        """Files an artifact carries over: tokenizer, chat template, generation config, licence."""
+        return self._side_files()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+
+def groups_of(seen: Observation, layout: Layout) -> tuple[Group, ...]:
+    """The groups under the checkpoint's names."""
+    return tuple(
+        Group(index, tuple(layout.names[path] for path in paths))
+        for index, paths in enumerate(seen.groups)
+    )
+
+
+def context_length(config: Any) -> int:
+    """The longest position that a model was made for, by the key that its config uses."""
+    known = config.to_dict()
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "seq_length"):
+        if isinstance(known.get(key), int):
+            return known[key]
+    return 2048
+
+
+def most_common_dtype(source: TensorSource) -> torch.dtype:
+    """The dtype that most weights of a checkpoint are stored in."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for info in source.infos().values():
+        bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.bytes_stored
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
