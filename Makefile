@@ -56,7 +56,7 @@ demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show befo
 test: lint ## style, types, import rules and the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.stamp-dev
+lint: $(VENV)/.stamp-dev ## style, types and import rules only
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports

@@ -1,0 +1,180 @@
+"""The flags, each written once: verbs name them as the types of their parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_RECIPE, _DATA, _MACHINE = "What to do", "Calibration", "Machine and files"
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, a hub id, a .gguf file, or smollm2-135m.", show_default=False
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(help="A compressed artifact, or any model source.", show_default=False),
+]
+Models = Annotated[
+    list[str], typer.Argument(help="Artifacts or models, two or more.", show_default=False)
+]
+Artifact = Annotated[
+    Path, typer.Argument(help="A directory that compress wrote.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", "--output_dir", help="Where the artifact goes.", show_default=False
+    ),
+]
+
+# What to do
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A preset or a YAML file.", rich_help_panel=_RECIPE),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="See `pocketlm methods`.", rich_help_panel=_RECIPE),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option("--scheme", help="W2A16 … W8A16.", rich_help_panel=_RECIPE),
+]
+Bits = Annotated[
+    int | None, typer.Option("--bits", help="Bits of a weight, 2 to 8.", rich_help_panel=_RECIPE)
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        "--group_size",
+        help="Columns that share a scale; -1: the whole row.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Sym = Annotated[
+    bool, typer.Option("--sym", help="Symmetric grid (the default).", rich_help_panel=_RECIPE)
+]
+Asym = Annotated[
+    bool, typer.Option("--asym", help="Grid with a zero point.", rich_help_panel=_RECIPE)
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        help="Leave these alone: a name, Linear, re:… or a glob; repeatable.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="The engine that will load it: transformers, vllm, llama.cpp.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+
+# Calibration
+Calibration = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        "--dataset",
+        help="builtin, a .txt/.jsonl/.parquet file, or hf:org/name.",
+        rich_help_panel=_DATA,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples", "--nsamples", min=1, help="How many windows.", rich_help_panel=_DATA
+    ),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len", "--seqlen", min=2, help="Tokens of a window.", rich_help_panel=_DATA
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the sampled windows.", rich_help_panel=_DATA)]
+
+# Machine and files
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:1 ….", rich_help_panel=_MACHINE),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Blocks compute in float32, bfloat16 or float16; default: what suits the device.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads; default: all.", rich_help_panel=_MACHINE),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        help="Where unfinished work lies; default: OUTPUT.pocketlm-work.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+ActivationBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--activation-budget",
+        help="Memory for calibration activations, such as 4GiB; the rest goes to disk.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on where a run stopped (default).", rich_help_panel=_MACHINE),
+]
+Restart = Annotated[
+    bool,
+    typer.Option("--restart", help="Throw away what is there.", rich_help_panel=_MACHINE),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=_MACHINE),
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option("--log-file", help="Append every event here.", rich_help_panel=_MACHINE),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_MACHINE),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Of a hub model.", rich_help_panel=_MACHINE),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python files that come with the model.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+
+# Generation
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
+]
