@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import DATA, SCRATCH
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -31,8 +32,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("models", nargs="+", type=Path, help="directories to compare")
-    parser.add_argument("--original", type=Path, default=Path("/tmp/bench/original"))
-    parser.add_argument("--text", type=Path, required=False)
+    parser.add_argument("--original", type=Path, default=SCRATCH / "original")
+    parser.add_argument("--text", type=Path, default=DATA / "wikitext2-test.txt")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -97,8 +98,7 @@ def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
-    here = Path(__file__).resolve().parents[2]
-    text = arguments.text or here / "shared/data/text/wikitext2-test.txt"
+    text = arguments.text
     tokens_NT = windows_of(arguments.original, text, arguments.windows, arguments.seq_len)
     key = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()[:12]
     stamp = (arguments.original / "model.safetensors").stat().st_mtime_ns
