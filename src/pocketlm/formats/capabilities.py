@@ -1,0 +1,184 @@
+"""What each engine loads and runs of the formats written here, as data with its evidence.
+
+`capabilities.json` states only what was read in an engine's source or seen in a run; null means
+that nobody has looked. The checks refuse what is known not to work, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+
+from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
+from pocketlm.core.spec import QuantSpec, Strict
+
+# Linears that vLLM runs as one: they need one grid. By the last part of the module path.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Capability(Strict):
+    """What one target takes.
+
+    Attributes:
+        formats: Names of formats it loads.
+        symmetric_bits: Bits it runs without zero points.
+        asymmetric_bits: Bits it runs with zero points.
+        group_sizes: Group sizes its kernels take; None: any that divides the columns.
+        per_channel: Whether one scale for a whole row is taken.
+        columns_multiple: Columns must be a multiple of this.
+        rows_multiple: Rows must be a multiple of this.
+        fused_share_one_grid: Whether q, k, v and gate, up need one grid.
+        asymmetric_experts: Whether zero points of experts are used.
+        negative_scales: Whether scales below zero compute correctly; None: not known.
+        minimum_versions: Package → oldest release.
+        minimum_versions_3_5_6_7_bits: The same where a grid has 3, 5, 6 or 7 bits.
+        evidence: Where all this is known from.
+    """
+
+    formats: tuple[str, ...]
+    symmetric_bits: tuple[int, ...]
+    asymmetric_bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] | None
+    per_channel: bool
+    columns_multiple: int
+    rows_multiple: int
+    fused_share_one_grid: bool
+    asymmetric_experts: bool
+    negative_scales: bool | None
+    minimum_versions: dict[str, str]
+    minimum_versions_3_5_6_7_bits: dict[str, str]
+    evidence: str
+
+    def versions_for(self, specs: Iterable[QuantSpec]) -> dict[str, str]:
+        """Package → oldest release that reads these grids."""
+        odd = any(spec.bits in (3, 5, 6, 7) for spec in specs)
+        return self.minimum_versions | (self.minimum_versions_3_5_6_7_bits if odd else {})
+
+
+@cache
+def capabilities() -> Mapping[str, Capability]:
+    """Every known target, by name."""
+    text = files("pocketlm.formats").joinpath("capabilities.json").read_text("utf-8")
+    return {name: Capability.parse(data, where=name) for name, data in json.loads(text).items()}
+
+
+def capability(target: str) -> Capability:
+    """What one target takes.
+
+    Raises:
+        ConfigError: If the target is unknown.
+    """
+    known = capabilities()
+    if target not in known:
+        raise ConfigError(
+            f"unknown target '{target}'.", where="--target", remedy=nearest(target, known)
+        )
+    return known[target]
+
+
+def check_layer(
+    format_name: str, spec: QuantSpec, shape: tuple[int, int], target: str, where: str | None = None
+) -> None:
+    """Refuses a grid that the target cannot load or run.
+
+    Args:
+        format_name: Name of the format it would be written in.
+        spec: The grid.
+        shape: (O, I) of the weight.
+        target: Name of the engine.
+        where: Module path for the message.
+
+    Raises:
+        UnsupportedLayer: With what to choose instead.
+        ConfigError: If the target is unknown.
+    """
+    known, (rows, columns) = capability(target), shape
+
+    def refuse(what: str, remedy: str) -> UnsupportedLayer:
+        return UnsupportedLayer(what, where=where, remedy=remedy)
+
+    if format_name not in known.formats:
+        readable = ", ".join(known.formats) or "none of the formats written here"
+        raise refuse(f"{target} does not load the format {format_name}.", f"It loads {readable}.")
+    allowed = known.symmetric_bits if spec.symmetric else known.asymmetric_bits
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    if spec.bits not in allowed:
+        listed = ", ".join(str(bits) for bits in allowed)
+        raise refuse(f"{target} has no kernel for {kind} {spec.bits} bits.", f"Choose of {listed}.")
+    if spec.group_size is None and not known.per_channel:
+        raise refuse(f"{target} needs groups.", "Give --group-size.")
+    if spec.group_size is not None:
+        if columns % spec.group_size:
+            raise refuse(
+                f"groups of {spec.group_size} do not divide {columns} columns.",
+                f"The grid {spec.fit(columns)!r} does.",
+            )
+        if known.group_sizes is not None and spec.group_size not in known.group_sizes:
+            listed = ", ".join(str(size) for size in known.group_sizes)
+            raise refuse(
+                f"{target} has no kernel for groups of {spec.group_size}.", f"Choose of {listed}."
+            )
+    if columns % known.columns_multiple or rows % known.rows_multiple:
+        raise refuse(
+            f"{target} needs rows in multiples of {known.rows_multiple} and columns of "
+            f"{known.columns_multiple}; this weight is {rows} x {columns}.",
+            "Put the layer into ignore, or choose another target.",
+        )
+    if known.fused_share_one_grid and not spec.symmetric and rows * spec.bits % 32:
+        raise refuse(
+            f"zero points of {rows} rows do not fill whole words, which {target} needs where it "
+            "fuses layers.",
+            "Make the grid symmetric.",
+        )
+
+
+def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: str) -> None:
+    """Refuses combinations of grids that the target cannot load, though each layer alone is fine.
+
+    Args:
+        specs: Module path → grid, of every compressed linear.
+        ignored: Module paths of the linears that are kept.
+        target: Name of the engine.
+
+    Raises:
+        UnsupportedLayer: Fused linears with different grids, or experts that differ.
+        ConfigError: If the target is unknown.
+    """
+    known = capability(target)
+    grids: dict[str, QuantSpec | None] = {**dict.fromkeys(ignored), **specs}
+    if known.fused_share_one_grid:
+        for module in specs:
+            parent, _, leaf = module.rpartition(".")
+            for fused in (group for group in FUSED if leaf in group):
+                siblings = [f"{parent}.{part}" for part in fused if f"{parent}.{part}" in grids]
+                _demand_one_grid(siblings, grids, f"{target} runs them as one layer")
+    experts: dict[str, list[str]] = defaultdict(list)
+    for module in grids:
+        found = re.match(r"(.*?\bexperts)\.\d+\.", module)
+        if found:
+            experts[found[1]].append(module)
+    for members in experts.values():
+        _demand_one_grid(members, grids, f"{target} stacks the experts of a layer")
+        spec = grids[members[0]]
+        if spec is not None and not spec.symmetric and not known.asymmetric_experts:
+            raise UnsupportedLayer(
+                f"{target} does not use zero points of experts.",
+                where=members[0],
+                remedy="Make the grid of the experts symmetric.",
+            )
+
+
+def _demand_one_grid(
+    modules: list[str], grids: Mapping[str, QuantSpec | None], reason: str
+) -> None:
+    different = [module for module in modules if grids[module] != grids[modules[0]]]
+    if different:
+        raise UnsupportedLayer(
+            f"has another grid than {modules[0]}, but {reason}.",
+            where=different[0],
+            remedy="Give both the same grid, or ignore both.",
+        )

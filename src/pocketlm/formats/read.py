@@ -1,0 +1,220 @@
+"""Finds the compressed linears of an artifact and decodes them one at a time.
+
+Works on the ``quantization_config`` of config.json and the names of the stored tensors alone. Reads
+what this package writes, and the ``pack-quantized`` files of llm-compressor and compressed-tensors
+(weights only, integer, per group or per row); anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pocketlm.core.errors import ArtifactError, UnsupportedModel
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.tensors import PackedInt
+from pocketlm.formats import compressed_tensors, pocketlm
+
+ROLES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+@dataclass(frozen=True)
+class CompressedModule:
+    """One compressed linear.
+
+    Attributes:
+        name: Module path, as the checkpoint spells it.
+        spec: Its grid.
+        tensors: The stored tensors it consists of.
+        transposed: The model's own weight is [I, O]; what is stored and decoded is [O, I].
+    """
+
+    name: str
+    spec: QuantSpec
+    tensors: tuple[str, ...]
+    transposed: bool = False
+
+    @property
+    def tensor_name(self) -> str:
+        """The weight's name before compression."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class CompressedIndex:
+    """What is compressed in an artifact, and how.
+
+    Attributes:
+        format: ``compressed-tensors`` or ``pocketlm``.
+        modules: Module path → what is stored of it.
+    """
+
+    format: str
+    modules: Mapping[str, CompressedModule]
+
+    @classmethod
+    def build(
+        cls, config: Mapping[str, Any], tensor_names: Iterable[str]
+    ) -> CompressedIndex | None:
+        """Reads the index off an artifact.
+
+        Args:
+            config: config.json.
+            tensor_names: Names of all stored tensors.
+
+        Returns:
+            The index; None if the model is not quantized.
+
+        Raises:
+            UnsupportedModel: If it is quantized in a way that is not read here.
+            ArtifactError: If configuration and tensors contradict each other.
+        """
+        section = config.get("quantization_config")
+        names = set(tensor_names)
+        if section is None:
+            stray = sorted(name for name in names if name.endswith(".weight_packed"))
+            if stray:
+                raise ArtifactError(
+                    "is packed, but config.json has no quantization_config.", where=stray[0]
+                )
+            return None
+        method = section.get("quant_method")
+        if method == compressed_tensors.NAME:
+            return cls(method, _from_compressed_tensors(section, names))
+        if method == pocketlm.NAME:
+            return cls(method, _from_pocketlm(section, names))
+        raise UnsupportedModel(
+            f"quantized by '{method}', which is not read here.",
+            where="config.json",
+            remedy="Start from the model before quantization.",
+        )
+
+    def decode(self, module: str, read: Callable[[str], Tensor]) -> PackedInt:
+        """Codes and scales of one linear, [O, I].
+
+        Args:
+            module: Module path, a key of `modules`.
+            read: Gives a stored tensor by name.
+
+        Raises:
+            ArtifactError: If the tensors contradict each other or the configuration.
+        """
+        known = self.modules[module]
+        tensors = {name: read(name) for name in known.tensors}
+        packed = compressed_tensors.decode(tensors, module, known.spec.bits)
+        columns = packed.codes_OI.shape[1]
+        if packed.group_size != (known.spec.group_size or columns):
+            raise ArtifactError(
+                f"has groups of {packed.group_size} where config.json says "
+                f"{known.spec.group_size or 'whole rows'}.",
+                where=module,
+            )
+        return packed
+
+    @property
+    def replaced(self) -> Mapping[str, str]:
+        """Stored tensor name → module path, of every tensor that belongs to a compressed linear."""
+        return {name: module.name for module in self.modules.values() for name in module.tensors}
+
+
+def _from_compressed_tensors(
+    section: Mapping[str, Any], names: set[str]
+) -> dict[str, CompressedModule]:
+    for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+        if section.get(key) and section[key] != {"format": "dense"}:
+            raise _unread(f"'{key}' is set")
+    groups = [
+        (tuple(group["targets"]), _grid(group, section))
+        for group in section.get("config_groups", {}).values()
+    ]
+    modules = {}
+    for name in sorted(names):
+        module, _, role = name.rpartition(".")
+        if role == "weight_g_idx":
+            raise _unread("activation order is stored as g_idx", where=module)
+        if role == "weight_packed":
+            modules[module] = _module(module, _grid_of(module, groups), names)
+    if not modules:
+        raise ArtifactError(
+            "config.json speaks of compressed weights, but no tensor is packed.",
+            where="quantization_config",
+        )
+    return modules
+
+
+def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, CompressedModule]:
+    if section.get("format_version") != pocketlm.FORMAT_VERSION:
+        raise _unread(f"format_version is {section.get('format_version')}")
+    transposed = set(section["transposed"])
+    modules = {}
+    for group in section["groups"]:
+        spec = QuantSpec.parse(group["weights"], where="quantization_config")
+        for module in group["modules"]:
+            modules[module] = _module(module, spec, names, transposed=module in transposed)
+    return modules
+
+
+def _module(
+    module: str, spec: QuantSpec, names: set[str], transposed: bool = False
+) -> CompressedModule:
+    tensors = compressed_tensors.names(f"{module}.weight", spec)
+    missing = [name for name in tensors if name not in names]
+    if missing:
+        raise ArtifactError(f"the tensor '{missing[0]}' is missing.", where=module)
+    extra = [f"{module}.{role}" for role in (*ROLES, "weight") if f"{module}.{role}" in names]
+    surplus = sorted(set(extra) - set(tensors))
+    if surplus:
+        raise ArtifactError(
+            f"the tensor '{surplus[0]}' does not belong to its grid ({spec!r}).", where=module
+        )
+    return CompressedModule(module, spec, tensors, transposed)
+
+
+def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> QuantSpec:
+    """The grid of a config group, in our words."""
+    form = group.get("format") or section.get("format")
+    if form != "pack-quantized":
+        raise _unread(f"the format is '{form}'")
+    weights = group.get("weights")
+    if weights is None or group.get("input_activations") or group.get("output_activations"):
+        raise _unread("activations are quantized too")
+    kind, strategy = weights.get("type", "int"), weights.get("strategy")
+    if kind != "int" or strategy not in ("group", "channel") or weights.get("dynamic"):
+        raise _unread(f"weights are '{kind}' per '{strategy}'")
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise _unread("activation order is by group")
+    return QuantSpec.parse(
+        {
+            "bits": weights["num_bits"],
+            "symmetric": weights.get("symmetric", True),
+            "group_size": weights["group_size"] if strategy == "group" else None,
+        },
+        where="quantization_config",
+    )
+
+
+def _grid_of(module: str, groups: list[tuple[tuple[str, ...], QuantSpec]]) -> QuantSpec:
+    """The grid of a packed module: an exact target rules before a pattern, that before a class."""
+    targeted = [(target, spec) for targets, spec in groups for target in targets]
+    for target, spec in targeted:
+        if target == module:
+            return spec
+    for target, spec in targeted:
+        if target.startswith("re:") and re.match(target[3:], module):
+            return spec
+    for target, spec in targeted:
+        if not target.startswith("re:") and "." not in target:  # a class, such as Linear
+            return spec
+    raise ArtifactError("is packed, but no config group targets it.", where=module)
+
+
+def _unread(what: str, where: str = "quantization_config") -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{what}, which is not read here.",
+        where=where,
+        remedy="Only integer weights, packed ('pack-quantized'), per group or row, are read.",
+    )

@@ -1,0 +1,155 @@
+"""Importing this module teaches transformers to load the format ``pocketlm``.
+
+``AutoModelForCausalLM.from_pretrained`` then takes such an artifact: the packed tensors are loaded into
+stand-ins for the compressed layers, decoded in the dtype the model is loaded in, and the layers get
+their ordinary weights back. The result is a plain, dense transformers model; `pocketlm.load` runs
+from packed weights instead.
+
+What transformers 5.23 does with ``compressed-tensors`` 0.20 when asked for ``dtype=float32`` (read in
+both sources, confirmed bit for bit in the tests): every floating tensor, scales too, is cast to the
+asked dtype while loading; the layers stay packed; a hook on the model's first forward decodes them all
+as ``(code - zero).to(scale.dtype) * scale``. Scales of bfloat16, float16 and float32 are exact in
+float32, so the weight is the product rounded once in float32: `PackedInt.dequantize(torch.float32)`.
+With ``dtype=bfloat16`` the same product is rounded in bfloat16.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pocketlm.core.errors import ArtifactError
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.tensors import PackedInt
+from pocketlm.formats import pocketlm as own_format
+from pocketlm.formats.packing import words_per_row
+
+
+@register_quantization_config(own_format.NAME)
+class PocketlmConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of an artifact in the format ``pocketlm``.
+
+    Args:
+        **section: The keys that `formats.pocketlm.config_section` writes.
+    """
+
+    def __init__(self, **section: Any) -> None:
+        self.quant_method = own_format.NAME
+        self.format_version: int = section.get("format_version", own_format.FORMAT_VERSION)
+        self.groups: list[dict[str, Any]] = section.get("groups", [])
+        self.transposed: list[str] = section.get("transposed", [])
+        self.ignore: list[str] = section.get("ignore", [])
+
+    def specs(self) -> dict[str, QuantSpec]:
+        """Module path, as in the checkpoint → grid."""
+        return {
+            module: QuantSpec.parse(group["weights"], where="quantization_config")
+            for group in self.groups
+            for module in group["modules"]
+        }
+
+
+class PackedStandIn(nn.Module):
+    """Holds a layer's packed tensors while a checkpoint is loaded; it computes nothing.
+
+    Args:
+        layer: The dense layer it stands in for, on the meta device.
+        spec: The grid of its weight.
+        transposed: Whether the layer's weight is [I, O].
+    """
+
+    def __init__(self, layer: nn.Module, spec: QuantSpec, transposed: bool) -> None:
+        super().__init__()
+        self.dense = [layer]  # in a list, so that its weight is no parameter of the model meanwhile
+        self.spec, self.transposed = spec, transposed
+        weight = layer.get_parameter("weight")
+        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        groups = columns // (spec.group_size or columns)
+        self._empty("weight_packed", (rows, words_per_row(columns, spec.bits)), torch.int32)
+        self._empty("weight_scale", (rows, groups), weight.dtype)
+        if not spec.symmetric:
+            zero_shape = (words_per_row(rows, spec.bits), groups)
+            self._empty("weight_zero_point", zero_shape, torch.int32)
+        self._empty("weight_shape", (2,), torch.int64)
+        self.bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+        # Models initialise by name before they look what is loaded (GPT-2: `c_proj.weight`).
+        self.register_buffer("weight", torch.empty(0), persistent=False)
+
+    def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        data = torch.empty(shape, dtype=dtype, device="meta")
+        self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    def restored(self) -> nn.Module:
+        """The dense layer, its weight decoded in the dtype of the loaded scales."""
+        tensors = {f"layer.{name}": value.data for name, value in self.named_parameters()}
+        packed: PackedInt = own_format.decode(tensors, "layer", self.spec.bits)
+        weight_OI = packed.dequantize(packed.scale_OG.dtype)
+        layer = self.dense[0]
+        weight = weight_OI.T.contiguous() if self.transposed else weight_OI
+        layer.register_parameter("weight", nn.Parameter(weight))
+        if self.bias is not None:
+            layer.register_parameter("bias", self.bias)
+        return layer
+
+
+@register_quantizer(own_format.NAME)
+class PocketlmQuantizer(HfQuantizer):
+    """Loads the format ``pocketlm`` into dense layers; it does not quantize."""
+
+    requires_calibration = True
+    quantization_config: PocketlmConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.format_version != own_format.FORMAT_VERSION:
+            raise ArtifactError(
+                f"was written in version {config.format_version} of the format pocketlm.",
+                remedy="Install a release of pocketlm that reads it.",
+            )
+        modules = dict(model.named_modules())
+        for name, spec in config.specs().items():
+            # A checkpoint may leave out the prefix of the base model (GPT-2's do).
+            path = name if name in modules else f"{model.base_model_prefix}.{name}"
+            if path not in modules:
+                raise ArtifactError("is no layer of the model.", where=name)
+            stand_in = PackedStandIn(modules[path], spec, name in config.transposed)
+            model.set_submodule(path, stand_in)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedStandIn):
+                model.set_submodule(path, module.restored())
+        return model
+
+    def is_serializable(self) -> bool:
+        """False: what is in memory is dense, and saving it would claim that it is packed."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the loaded layers are ordinary ones."""
+        return True
+
+
+def plain_logits(path: Path | str, tokens_T: Tensor) -> Tensor:
+    """float32 logits of one sequence as plain transformers computes them from an artifact.
+
+    Args:
+        path: The artifact.
+        tokens_T: int64 [T].
+
+    Returns:
+        float32 [T, V], on the CPU.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(tokens_T[None], use_cache=False).logits[0].float()
