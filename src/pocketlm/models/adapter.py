@@ -19,6 +19,7 @@ from pocketlm.core.views import Group, TensorSource
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
 from pocketlm.models.ends import Ends
+from pocketlm.models.experts import run_all_experts
 from pocketlm.models.layout import Layout, lay_out
 from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
@@ -38,6 +39,7 @@ class Model:
         config: config.json as it is in the source.
         skeleton: The model without weights.
         names: The checkpoint's names against the skeleton's.
+        fused_experts: Modules of experts that stay fused → why.
         device: Where blocks compute.
         compute_dtype: What they compute in.
         side_files: Files an artifact carries over.
@@ -50,6 +52,7 @@ class Model:
         config: Mapping[str, Any],
         skeleton: Skeleton,
         names: NameMap,
+        fused_experts: Mapping[str, str],
         device: torch.device,
         compute_dtype: torch.dtype,
         side_files: Callable[[], Mapping[str, bytes]],
@@ -67,7 +70,7 @@ class Model:
         self._loader = Loader(source, names, model, device, compute_dtype)
         self._ends = Ends(self._loader, model, skeleton.blocks)
         self._layouts = tuple(
-            lay_out(model, block, path, names)
+            lay_out(block, path, names, fused_experts)
             for block, path in zip(skeleton.blocks, skeleton.block_paths, strict=True)
         )
         self.block_paths = tuple(layout.path for layout in self._layouts)
@@ -219,7 +222,9 @@ class Model:
             hidden, call = self._probe
             linears = {path: module.get_submodule(path) for path in layout.linears}
             run = call.blocks[index].run
+            run_all_experts(module, True)
             self._observed[layout.key] = observe(linears, module, lambda: first_tensor(run(module, hidden)))
+            run_all_experts(module, False)
         return self._observed[layout.key]
 
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]:

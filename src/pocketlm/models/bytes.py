@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -31,10 +31,11 @@ class PositionalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = FileIO(path, "rb")
+            self._handle = os.open(path, os.O_RDONLY | (os.O_BINARY if sys.platform == "win32" else 0))
         except OSError as error:
             raise SourceError(f"cannot be opened ({error.strerror}).", where=str(path)) from error
-        self.bytes_total = os.fstat(self._file.fileno()).st_size
+        self.close = weakref.finalize(self, os.close, self._handle)  # also when nobody calls it
+        self.bytes_total = os.fstat(self._handle).st_size
         self._lock = threading.Lock()
 
     def read_into(self, target: memoryview, offset: int) -> None:
@@ -60,14 +61,12 @@ class PositionalFile:
 
     def _read_some(self, target: memoryview, offset: int) -> int:
         if sys.platform != "win32":
-            return os.preadv(self._file.fileno(), [target], offset)
+            return os.preadv(self._handle, [target], offset)
         with self._lock:  # Windows has no positional read
-            self._file.seek(offset)
-            return self._file.readinto(target) or 0
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+            os.lseek(self._handle, offset, os.SEEK_SET)
+            piece = os.read(self._handle, min(len(target), PIECE_BYTES))
+            target[: len(piece)] = piece
+            return len(piece)
 
 
 class BufferPool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
+from pocketlm.models.experts import PerExpert, holds_fused_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.names import NameMap
 
@@ -34,14 +34,14 @@ class Layout:
     key: Any
 
 
-def lay_out(model: PreTrainedModel, block: nn.Module, path: str, names: NameMap) -> Layout:
+def lay_out(block: nn.Module, path: str, names: NameMap, fused: Mapping[str, str]) -> Layout:
     """Lists a block's linears under the checkpoint's names.
 
     Args:
-        model: Holds the block.
         block: On the meta device.
         path: The block's path in the model.
         names: The checkpoint's names.
+        fused: Modules of fused experts that stay → why.
 
     Returns:
         The layout.
@@ -55,7 +55,8 @@ def lay_out(model: PreTrainedModel, block: nn.Module, path: str, names: NameMap)
         if not any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
             continue
         if not is_linear(module):
-            skipped[f"{path}.{inner}"] = _why_not(module)
+            full = f"{path}.{inner}"
+            skipped[_spelled(full, module, names)] = fused.get(full) or _why_not(module)
             continue
         binding = names.bindings[f"{path}.{inner}.weight"]
         name = binding.tensors[0].removesuffix(".weight")
@@ -78,11 +79,17 @@ def lay_out(model: PreTrainedModel, block: nn.Module, path: str, names: NameMap)
 
 
 def _why_not(module: nn.Module) -> str:
-    if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-        return f"{type(module).__name__} holds its weights in one 3-D tensor"
     if "router" in type(module).__name__.lower():
         return "router"
     return f"{type(module).__name__} is no plain linear"
+
+
+def _spelled(path: str, module: nn.Module, names: NameMap) -> str:
+    """A module's path as the checkpoint spells it, where its first parameter is stored plainly."""
+    leaf = next(name for name, _ in module.named_parameters(recurse=False))
+    binding = names.bindings[f"{path}.{leaf}"]
+    tensor = binding.tensors[0]
+    return tensor.removesuffix(f".{leaf}") if binding.plain and tensor.endswith(f".{leaf}") else path
 
 
 def router_paths(block: nn.Module) -> set[str]:
@@ -97,7 +104,7 @@ def router_paths(block: nn.Module) -> set[str]:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    return isinstance(module, PerExpert | nn.ModuleList) or holds_fused_experts(module)
 
 
 def spelled_path(block: nn.Module, path: str, names: NameMap) -> str:

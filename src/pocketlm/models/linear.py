@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.views import TensorSource
 
-LINEAR_CLASSES = (nn.Linear, Conv1D)
+PROBE_I, PROBE_O, PROBE_TOLERANCE = 12, 10, 1e-12  # narrow, and exact but for float64's rounding
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by one matrix in a way that is known here."""
-    # Subclasses may compute something else in their forward.
-    return type(module) in LINEAR_CLASSES
+    """Whether a module computes x Wᵀ + b, or x W + b as Conv1D does; subclasses are tried out."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    return type(module) in (nn.Linear, Conv1D) or _computes_linear(type(module), module)
+
+
+_VERDICTS: dict[type, bool] = {}
+
+
+def _computes_linear(kind: type, module: nn.Module) -> bool:
+    """Runs a narrow copy in float64 against the formula, once for each class."""
+    if kind not in _VERDICTS:
+        generator = torch.Generator().manual_seed(0)
+        weight_OI = torch.randn(PROBE_O, PROBE_I, generator=generator, dtype=torch.float64)
+        bias_O, x_TI = weight_OI[:, 0].clone(), weight_OI[:5] + 1
+        narrow = copy.copy(module)
+        stored = weight_OI.T if isinstance(module, Conv1D) else weight_OI
+        narrow._parameters = {"weight": nn.Parameter(stored), "bias": nn.Parameter(bias_O)}
+        for name, value in (("in_features", PROBE_I), ("out_features", PROBE_O), ("nf", PROBE_O)):
+            if name in vars(narrow):
+                setattr(narrow, name, value)
+        try:
+            with torch.no_grad():
+                error = (narrow(x_TI) - F.linear(x_TI, weight_OI, bias_O)).abs().max()
+            _VERDICTS[kind] = bool(error < PROBE_TOLERANCE)
+        except (RuntimeError, TypeError, AttributeError, ValueError):
+            _VERDICTS[kind] = False
+    return _VERDICTS[kind]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from pocketlm.core.errors import ConfigError
 from pocketlm.core.views import TensorSource
 from pocketlm.models.adapter import Model
 from pocketlm.models.config import read_config, transformers_config
+from pocketlm.models.experts import split_experts
 from pocketlm.models.names import map_names
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
@@ -54,11 +55,13 @@ def open_model(
     hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(hf_config, compute_dtype, trust_remote_code=trust_remote_code)
     names = map_names(skeleton.model, tensors.infos(), str(directory))
+    names, fused_experts = split_experts(skeleton, names)
     return Model(
         source=tensors,
         config=config,
         skeleton=skeleton,
         names=names,
+        fused_experts=fused_experts,
         device=device,
         compute_dtype=compute_dtype,
         side_files=lambda: side_files(directory),
