@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "rtn": "pocketlm.quant.rtn:Rtn",
     "clip": "pocketlm.quant.clip:Clip",
     "gptq": "pocketlm.quant.gptq:Gptq",
+    "refine": "pocketlm.quant.refine:Refine",
 }
 
 

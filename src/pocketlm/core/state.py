@@ -77,9 +77,30 @@ class Statistics:
         Raises:
             KeyError: If the step did not declare that it needs it.
         """
-        stat = self._by_class[kind]
-        assert isinstance(stat, kind)
+        stat = self.get(kind)
+        if stat is None:
+            raise KeyError(kind.__name__)
         return stat
+
+    def get(self, kind: type[S]) -> S | None:
+        """The gathered statistic of class `kind`, or None where none was gathered."""
+        stat = self._by_class.get(kind)
+        return stat if isinstance(stat, kind) else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes for one linear, for `plan`.
+
+    Attributes:
+        bytes_held: Memory beside the weight, its statistics and the result.
+        flops: Floating-point operations of the arithmetic that scales.
+        calls: Small tensor operations in sequence, whose overhead counts.
+    """
+
+    bytes_held: int
+    flops: float
+    calls: int
 
 
 class LinearStep(Protocol):
@@ -94,4 +115,8 @@ class LinearStep(Protocol):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The state after this step."""
+        ...
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """What `compress` takes for a weight [rows, columns]."""
         ...

@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pocketlm.core.linalg import InverseFactor, inverse_factor
+
 PANEL = 512  # columns of one panel of the Gram matrix: only panels on or below the diagonal are computed
 
 
@@ -42,9 +44,11 @@ class Hessian(Stat):
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         super().__init__(columns, device)
         self._sum_II = torch.zeros(columns, columns, device=self.device)
+        self._factors: dict[tuple[float, bool], InverseFactor] = {}
 
     def add(self, x_TI: Tensor) -> None:
         """Takes the inputs of some tokens, [..., I]."""
+        self._factors.clear()
         x_TI = x_TI.detach().reshape(-1, self.columns)
         self.tokens += x_TI.shape[0]
         if x_TI.is_cuda and x_TI.dtype != torch.float32:
@@ -58,11 +62,36 @@ class Hessian(Stat):
 
     def merge(self, other: Self) -> None:
         """Adds what another pass has gathered."""
+        self._factors.clear()
         self._sum_II += other._sum_II
         self.tokens += other.tokens
 
     def matrix_II(self) -> Tensor:
         """The Hessian, symmetric float32 [I, I]; zeros where no token was seen."""
-        lower = torch.tril(self._sum_II)
-        full = lower + torch.tril(lower, -1).T
-        return full * (2.0 / max(self.tokens, 1))
+        full_II = self._sum_II * (2.0 / max(self.tokens, 1))
+        for start in range(0, self.columns, PANEL):
+            stop = min(start + PANEL, self.columns)
+            full_II[:start, start:stop] = full_II[start:stop, :start].T
+        return full_II
+
+    def diagonal_I(self) -> Tensor:
+        """The Hessian's diagonal [I]: how much each input weighs."""
+        return self._sum_II.diagonal() * (2.0 / max(self.tokens, 1))
+
+    def inverse_factor(self, damping: float, order_I: Tensor | None) -> InverseFactor:
+        """U with (H + damping)⁻¹ = UᵀU, factorised once for all linears that share this input.
+
+        Args:
+            damping: Share of the mean diagonal to add.
+            order_I: The order of the columns by falling diagonal, or None as stored.
+
+        Returns:
+            The factor of the reordered Hessian.
+        """
+        key = (damping, order_I is not None)
+        if key not in self._factors:
+            hessian_II = self.matrix_II()
+            if order_I is not None:
+                hessian_II = hessian_II[order_I][:, order_I]
+            self._factors[key] = inverse_factor(hessian_II, damping)
+        return self._factors[key]

@@ -174,6 +174,11 @@ class ModelView(Protocol):
     device: torch.device
     compute_dtype: torch.dtype
 
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether the checkpoint stores linears inside blocks as [I, O] (GPT-2's Conv1D)."""
+        ...
+
     def begin(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
         """Embeds a batch and records what each block will be called with.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.views import Group, TensorSource
 from pocketlm.models.block import Block
@@ -234,6 +235,12 @@ class Model:
             for layout in self._layouts
             for path, shape in layout.linears.items()
         }
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether linears inside blocks are stored as [I, O] (GPT-2's Conv1D)."""
+        block = self.skeleton.blocks[0]
+        return any(isinstance(module, Conv1D) for module in block.modules())
 
     # --- beside the weights ---
 

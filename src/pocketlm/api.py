@@ -1,0 +1,420 @@
+"""What users and the CLI call. Heavy imports happen inside the calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pocketlm.core.spec import Recipe
+from pocketlm.recipes import build_recipe, read_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pocketlm.engine.events import Listener
+    from pocketlm.engine.ledger import Ledger
+    from pocketlm.engine.options import Job
+    from pocketlm.engine.plan import Plan
+    from pocketlm.evaluate.verify import VerifyReport
+    from pocketlm.models.adapter import Model
+    from pocketlm.models.inspect import Inspection
+    from pocketlm.report.data import ReportData
+
+__all__ = [
+    "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
+    "load", "plan", "read_recipe", "report", "verify",
+]  # fmt: skip
+
+SAMPLES, SEQ_LEN = 128, 2048
+CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
+MIN_SAMPLES = 16
+BATCH_TOKENS = 4096
+RecipeLike = str | Path | dict[str, Any] | Recipe
+
+
+class CompressResult(BaseModel):
+    """What `compress` made.
+
+    Attributes:
+        output: The artifact's directory.
+        report: Its report.html.
+        already_done: Whether the very same artifact was there before.
+        output_bytes: Of its tensors.
+        bits_per_weight: Real bits of the compressed linears.
+        mean_error: Mean relative output error of the linears on the calibration data.
+        seconds: Of this attempt, by stage.
+        peak_ram_bytes: Of this process; None where the system does not tell.
+        plan: What was predicted.
+        warnings: What a user must be told.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Path
+    report: Path
+    already_done: bool
+    output_bytes: int
+    bits_per_weight: float
+    mean_error: float | None
+    seconds: dict[str, float]
+    peak_ram_bytes: int | None
+    plan: Any
+    warnings: list[str]
+
+
+def inspect(
+    source: str | Path | PreTrainedModel,
+    *,
+    probe: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Inspection:
+    """Looks at a model without compressing it: blocks, groups, folds, parameters, bytes.
+
+    Args:
+        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory.
+        probe: Whether folds are proved in float64 (reads one block of each kind).
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+
+    Returns:
+        What was found.
+
+    Raises:
+        SourceError: If it cannot be read.
+        UnsupportedModel: If it is no causal language model.
+    """
+    from pocketlm.models import open_model
+    from pocketlm.models.inspect import inspect_model
+
+    model = open_model(source, trust_remote_code=trust_remote_code, revision=revision)
+    return inspect_model(model, probe=probe)
+
+
+def plan(source: str | Path | PreTrainedModel, recipe: RecipeLike = "w4a16", **options: Any) -> Plan:
+    """Predicts a compression: output bytes, memory, disk and seconds.
+
+    Args:
+        source: As for `inspect`.
+        recipe: A preset, a YAML file, plain data or a Recipe.
+        **options: As for `compress`.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ConfigError: If the recipe cannot work.
+        UnsupportedLayer: If the target cannot load a layer.
+    """
+    prepared = _prepare(source, recipe, Path("out"), **options)
+    return prepared.plan
+
+
+def compress(
+    source: str | Path | PreTrainedModel,
+    recipe: RecipeLike = "w4a16",
+    output: str | Path = "out",
+    *,
+    resume: bool = True,
+    on_event: Listener | None = None,
+    **options: Any,
+) -> CompressResult:
+    """Compresses a model into an ordinary Hugging Face directory; goes on by itself if stopped.
+
+    Args:
+        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory.
+        recipe: A preset, a YAML file, plain data or a Recipe.
+        output: Where the artifact goes.
+        resume: False forgets an earlier attempt and replaces an artifact in the way.
+        on_event: Called with each event.
+        **options: `calibration` (builtin, a file, hf:org/name), `samples`, `seq_len`, `seed`,
+            `ignore`, `target`, `device`, `dtype`, `threads`, `work_dir`,
+            `activation_budget_bytes`, `trust_remote_code`, `revision`.
+
+    Returns:
+        What was made, with the prediction.
+
+    Raises:
+        PocketLMError: Any of its kinds; nothing half-written looks whole.
+    """
+    from pocketlm.engine.compress import finished_ledger, run_job
+    from pocketlm.engine.plan import refuse_impossible
+    from pocketlm.evaluate.memory import peak_memory_bytes
+    from pocketlm.report.build import write_run_report
+
+    output = Path(output).absolute()
+    if resume:
+        finished_ledger(output)  # refuses foreign directories before any work
+    prepared = _prepare(source, recipe, output, **options)
+    refuse_impossible(prepared.plan, output, prepared.model.device)
+    outcome = run_job(
+        prepared.model,
+        prepared.job,
+        prepared.grids,
+        prepared.windows,
+        prepared.plan,
+        restart=not resume,
+        listener=on_event,
+    )
+    ledger = finished_ledger(output)
+    assert ledger is not None
+    seconds = {} if outcome is None else {"prepare": prepared.seconds, **outcome.seconds}
+    result = CompressResult(
+        output=output,
+        report=output / "pocketlm" / "report.html",
+        already_done=outcome is None,
+        output_bytes=_output_bytes(ledger),
+        bits_per_weight=ledger.bits_per_weight(),
+        mean_error=_mean_error(ledger),
+        seconds=seconds,
+        peak_ram_bytes=peak_memory_bytes(),
+        plan=prepared.plan,
+        warnings=ledger.warnings,
+    )
+    if outcome is not None or not result.report.exists():
+        write_run_report(output, prepared.plan, seconds, result.peak_ram_bytes)
+    return result
+
+
+def _output_bytes(ledger: Ledger) -> int:
+    return sum(entry.bits for entry in ledger.tensors.values()) // 8
+
+
+def _mean_error(ledger: Ledger) -> float | None:
+    errors = [entry.error for entry in ledger.tensors.values() if entry.error is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+class _Prepared:
+    """A job with everything it needs, before the first weight is read."""
+
+    def __init__(self, model: Model, job: Job, grids: Any, windows: Any, plan: Plan) -> None:
+        self.model, self.job, self.grids = model, job, grids
+        self.windows, self.plan = windows, plan
+        self.seconds = 0.0
+
+
+def _prepare(
+    source: str | Path | PreTrainedModel,
+    recipe: RecipeLike,
+    output: Path,
+    *,
+    calibration: str = "builtin",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    ignore: tuple[str, ...] = (),
+    target: str = "transformers",
+    device: str = "auto",
+    dtype: str | None = None,
+    threads: int | None = None,
+    work_dir: str | Path | None = None,
+    activation_budget_bytes: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> _Prepared:
+    import time
+
+    import torch
+
+    from pocketlm import catalog
+    from pocketlm.engine.grids import choose_grids
+    from pocketlm.engine.machine import available_ram_bytes
+    from pocketlm.engine.options import Job
+    from pocketlm.engine.plan import make_plan
+    from pocketlm.models import open_model
+
+    started = time.monotonic()
+    wanted = build_recipe(recipe, ignore=tuple(ignore))
+    steps = tuple(catalog.build_step(step.method, step.options) for step in wanted.steps)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = open_model(
+        source, device=_device(device), trust_remote_code=trust_remote_code, revision=revision
+    )
+    shapes = model.linear_shapes()
+    grids = choose_grids(shapes, model.stores_transposed, wanted, target)
+    seq_len = min(seq_len or SEQ_LEN, model.context)
+    job = Job(
+        source=source if isinstance(source, str) else _name(source),
+        recipe=wanted,
+        steps=steps,
+        output=output,
+        work_dir=Path(work_dir) if work_dir else output.with_name(f"{output.name}.pocketlm-work"),
+        target=target,
+        tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+        activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
+    count = samples or SAMPLES
+    predicted = make_plan(model, job, grids, count, seq_len)
+    fewer = None
+    if samples is None and job.needs_data and model.device.type == "cpu":
+        while predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
+            count //= 2
+            predicted = make_plan(model, job, grids, count, seq_len)
+        if count < SAMPLES:
+            fewer = (
+                f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
+                f"{CPU_SECONDS // 60} minutes. --samples {SAMPLES} takes them all."
+            )
+    windows = None
+    if job.needs_data:
+        windows = _windows(model, calibration, count, seq_len, seed, fewer)
+        if windows.tokens_NT.shape[0] != count:
+            predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
+    prepared = _Prepared(model, job, grids, windows, predicted)
+    prepared.seconds = time.monotonic() - started
+    return prepared
+
+
+def _windows(
+    model: Model, calibration: str, samples: int, seq_len: int, seed: int, note: str | None
+) -> Any:
+    from dataclasses import replace
+
+    from pocketlm.calibration.texts import load_text
+    from pocketlm.calibration.windows import token_windows
+
+    tokenizer = model.tokenizer()
+    text = load_text(calibration, "calibration", tokenizer)
+    windows = token_windows(tokenizer, text, samples, seq_len, seed, model.context)
+    return windows if note is None else replace(windows, notes=(*windows.notes, note))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _name(source: Any) -> str:
+    return os.fspath(source) if isinstance(source, Path) else type(source).__name__
+
+
+def evaluate(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    text: str | None = None,
+    limit: int | None = None,
+    seq_len: int = SEQ_LEN,
+    prompt: str | None = None,
+    speed: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ReportData:
+    """Measures a model, and its distance from the original; an artifact keeps the figures.
+
+    Args:
+        model: An artifact of pocketlm, or any source.
+        against: The original.
+        text: What `load_text` takes; None is the evaluation half of the builtin text.
+        limit: Windows at most.
+        seq_len: Tokens of a window.
+        prompt: Answered greedily by both.
+        speed: Whether tokens per second and memory are measured, each in a child process.
+        device: Where to run.
+        threads: CPU threads.
+        trust_remote_code: Whether code from the checkpoint may run.
+        on_progress: Called with steps done and steps in all.
+
+    Returns:
+        The report's data; for an artifact also written to its metrics.json and report.html.
+
+    Raises:
+        PocketLMError: If something cannot be read or measured.
+    """
+    from pocketlm.report.measure import measure
+
+    return measure(
+        model, against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
+        device=_device(device), threads=threads, trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+    )  # fmt: skip
+
+
+def compare(*models: str | Path, against: str | Path | None = None, **options: Any) -> list[ReportData]:
+    """Evaluates several models on the same windows; the first is the original unless named.
+
+    Args:
+        *models: Artifacts or sources, two or more.
+        against: The original; None takes the first model.
+        **options: As for `evaluate`.
+
+    Returns:
+        One report for each compared model.
+    """
+    original = models[0] if against is None else against
+    rest = models[1:] if against is None else models
+    return [evaluate(model, original, **options) for model in rest]
+
+
+def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:
+    """Reloads an artifact's written files and checks all that its ledger claims.
+
+    Args:
+        path: The artifact.
+        against_source: The original, to compare tensor names with.
+
+    Returns:
+        Named checks, each passed, failed or not checked.
+    """
+    from pocketlm.evaluate.verify import verify_artifact
+
+    return verify_artifact(path, against_source)
+
+
+def report(path: str | Path) -> Path:
+    """Renders report.html and the model card anew from an artifact's metrics.
+
+    Returns:
+        The page.
+    """
+    from pocketlm.report.build import render
+
+    return render(Path(path))
+
+
+def load(
+    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an artifact to run from its packed weights, or an original.
+
+    Args:
+        path: An artifact, or what `compress` takes as a source.
+        device: Where to run.
+        dtype: Of the activations; None lets the machine decide.
+
+    Returns:
+        A transformers model and its tokenizer.
+    """
+    from pocketlm.runtime.load import load as load_runtime
+
+    return load_runtime(path, device=_device(device), dtype=dtype)
+
+
+def generate(path: str | Path, prompt: str, **options: Any) -> Any:
+    """Answers one prompt.
+
+    Args:
+        path: As for `load`.
+        prompt: Goes through the chat template where the tokenizer has one.
+        **options: As for `pocketlm.runtime.generate.generate`.
+
+    Returns:
+        Text, tokens and timings.
+    """
+    from pocketlm.runtime.generate import generate as generate_text
+
+    model, tokenizer = load(path)
+    return generate_text(model, tokenizer, prompt, **options)

@@ -1,0 +1,170 @@
+"""Puts an artifact together: compressed tensors from the work directory, all others from the source.
+
+It grows beside its place under a name that starts with a dot and takes its own name in one rename:
+a directory of that name is whole. config.json is the last file written before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pocketlm.core.views import ModelView, TensorInfo
+from pocketlm.engine.events import EventLog
+from pocketlm.engine.grids import Grids
+from pocketlm.engine.journal import Journal
+from pocketlm.engine.ledger import Entry, Ledger
+from pocketlm.engine.options import Job
+from pocketlm.formats import format_for
+from pocketlm.formats.safetensors_header import StoredTensor, read_header
+from pocketlm.formats.shards import Entry as ShardEntry
+from pocketlm.formats.shards import assemble, sync_directory, write_file
+
+CHUNK_BYTES = 16 << 20
+
+
+def partial_path(output: Path) -> Path:
+    """Where the artifact grows until it is whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def write_artifact(
+    model: ModelView, job: Job, grids: Grids, journal: Journal, log: EventLog
+) -> Ledger:
+    """Writes the artifact's files and renames the directory into place.
+
+    Args:
+        model: The source.
+        job: What was done.
+        grids: The grids.
+        journal: Holds every block.
+        log: Where events go.
+
+    Returns:
+        The ledger, as written.
+
+    Raises:
+        ArtifactError: If a tensor of the source is not accounted for.
+        ResourceError: If the disk is full; finished blocks stay for the next attempt.
+    """
+    growing = partial_path(job.output)
+    shutil.rmtree(growing, ignore_errors=True)
+    (growing / "pocketlm").mkdir(parents=True)
+    ledger = Ledger(
+        source=job.source,
+        format=grids.format_name,
+        fingerprint=job.fingerprint,
+        warnings=[f"{event.where}: {event.text}" if event.where else event.text for event in log.warnings],
+    )
+    entries = list(_shard_entries(model, job, grids, journal, ledger))
+    ledger.require_complete(list(model.source.infos()))
+    last = [0.0]
+
+    def report(done: int, total: int) -> None:
+        if done == total or done - last[0] > total / 20:
+            last[0] = done
+            log.emit("progress", "writing shards", done=done, total=total, data={"stage": "assemble"})
+
+    ledger.files.update(assemble(growing, entries, on_progress=report))
+    for name, data in sorted(model.side_files().items()):
+        ledger.files[name] = write_file(growing / name, data)
+    recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False).encode()
+    ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
+    config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"
+    ledger.files["config.json"] = hashlib.sha256(config).hexdigest()
+    text = ledger.model_dump_json(indent=1).encode() + b"\n"
+    write_file(growing / "pocketlm" / "ledger.json", text)
+    shutil.copyfile(journal.events_path, growing / "pocketlm" / "events.jsonl")
+    write_file(growing / "config.json", config)
+    _take_place(growing, job.output)
+    return ledger
+
+
+def _take_place(growing: Path, output: Path) -> None:
+    if output.exists():  # an empty directory, or one that --restart has cleared
+        output.rmdir()
+    growing.replace(output)
+    sync_directory(output.parent)
+
+
+def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
+    config = dict(model.config)
+    section = format_for(grids.format_name)
+    if grids.format_name == "pocketlm":
+        config["quantization_config"] = section.config_section(grids.specs, list(grids.kept), list(grids.specs))
+    else:
+        config["quantization_config"] = section.config_section(grids.specs, list(grids.kept))
+    if job.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(job.dtype).removeprefix("torch.")
+    return config
+
+
+def _shard_entries(
+    model: ModelView, job: Job, grids: Grids, journal: Journal, ledger: Ledger
+) -> Iterator[ShardEntry]:
+    """Every tensor of the artifact in the source's order; fills the ledger on the way."""
+    stored: dict[str, tuple[Path, StoredTensor]] = {}
+    for index in range(len(model.block_paths)):
+        path, accounts = journal.block_files(index)
+        ledger.tensors.update(accounts)
+        stored.update({name: (path, place) for name, place in read_header(path).items()})
+    for name, info in model.source.infos().items():
+        if name in ledger.tensors:
+            for output in ledger.tensors[name].outputs:
+                path, place = stored[output]
+                yield ShardEntry(output, place.dtype, place.shape, _file_chunks(path, place))
+            continue
+        kept = _kept_info(info, job.dtype)
+        ledger.tensors[name] = Entry(
+            action="kept",
+            reason=_reason(name, grids),
+            shape=info.shape,
+            bits=kept.bytes_stored * 8,
+            notes=[f"cast from {info.dtype} to {kept.dtype}"] if kept != info else [],
+            outputs=[name],
+        )
+        yield ShardEntry(name, kept.dtype, kept.shape, _source_chunks(model, info, kept.dtype))
+
+
+def _reason(name: str, grids: Grids) -> str:
+    module = name.removesuffix(".weight")
+    return grids.kept.get(module, "not a linear of a decoder block")
+
+
+def _kept_info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    if dtype is None or not info.dtype.is_floating_point:
+        return info
+    return TensorInfo(info.name, dtype, info.shape)
+
+
+def _file_chunks(path: Path, place: StoredTensor) -> Callable[[], Iterator[bytes | memoryview]]:
+    def chunks() -> Iterator[bytes | memoryview]:
+        with path.open("rb") as file:
+            file.seek(place.start)
+            left = place.bytes_stored
+            while left:
+                data = file.read(min(CHUNK_BYTES, left))
+                left -= len(data)
+                yield data
+
+    return chunks
+
+
+def _source_chunks(model: ModelView, info: TensorInfo, dtype: torch.dtype) -> Callable[[], Iterator[bytes | memoryview]]:
+    def chunks() -> Iterator[bytes | memoryview]:
+        for data in model.source.chunks(info.name, CHUNK_BYTES):
+            if dtype == info.dtype:
+                yield data
+            else:
+                values = torch.frombuffer(bytearray(data), dtype=info.dtype).to(dtype)
+                yield values.view(torch.uint8).numpy().data
+
+    return chunks

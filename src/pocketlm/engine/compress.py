@@ -1,0 +1,130 @@
+"""The whole of one compression: grids, plan, fingerprint, lock, run, clean-up."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketlm.calibration.windows import Windows
+from pocketlm.core.errors import OutputBusy, ResourceError
+from pocketlm.core.views import ModelView
+from pocketlm.engine.artifact import partial_path
+from pocketlm.engine.events import EventLog, Listener
+from pocketlm.engine.grids import Grids
+from pocketlm.engine.journal import Journal
+from pocketlm.engine.ledger import Ledger
+from pocketlm.engine.options import Job
+from pocketlm.engine.plan import Plan
+from pocketlm.engine.runner import Outcome, Runner
+
+VERSIONED = ("pocketlm", "torch", "transformers", "safetensors")
+
+
+def fingerprint(model: ModelView, job: Job, grids: Grids, windows: Windows | None) -> dict[str, Any]:
+    """Everything that the artifact's bytes depend on, as plain JSON."""
+    return {
+        "source": model.source.fingerprint(),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "grids": {name: spec.model_dump(mode="json") for name, spec in grids.specs.items()},
+        "format": grids.format_name,
+        "calibration": None if windows is None else windows.sha256,
+        "tokens_at_once": job.tokens_at_once,
+        "dtype": None if job.dtype is None else str(job.dtype),
+        "compute_dtype": str(model.compute_dtype),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in VERSIONED},
+    }
+
+
+def finished_ledger(output: Path) -> Ledger | None:
+    """The ledger of a whole artifact at `output`, or None where there is none.
+
+    Raises:
+        OutputBusy: If the directory holds something else.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    path = output / "pocketlm" / "ledger.json"
+    if not (output / "config.json").is_file() or not path.is_file():
+        raise OutputBusy(
+            "exists and is no artifact of pocketlm.",
+            where=str(output),
+            remedy="Give another -o; pocketlm deletes nothing that it did not write.",
+        )
+    return Ledger.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def run_job(
+    model: ModelView,
+    job: Job,
+    grids: Grids,
+    windows: Windows | None,
+    plan: Plan,
+    *,
+    restart: bool,
+    listener: Listener | None,
+) -> Outcome | None:
+    """Compresses, or goes on where an earlier attempt stopped.
+
+    Args:
+        model: The source.
+        job: What to do.
+        grids: The fitted grids.
+        windows: Calibration tokens; None where no step needs any.
+        plan: Kept in the event log, to be compared with the outcome.
+        restart: Forget an earlier attempt, finished or not.
+        listener: Called with each event.
+
+    Returns:
+        What was done; None where the very same artifact is in place already.
+
+    Raises:
+        OutputBusy: If another run holds the output, or something else lies there.
+        ResumeError: If an unfinished run there had another fingerprint.
+        ResourceError: If memory or disk ran out; the same command goes on from there.
+    """
+    job = replace(job, fingerprint=fingerprint(model, job, grids, windows))
+    ledger = finished_ledger(job.output)
+    journal = Journal(job.work_dir, job.fingerprint, restart=restart)
+    try:
+        if ledger is not None and not restart:
+            if ledger.fingerprint != job.fingerprint:
+                raise OutputBusy(
+                    "holds an artifact made in another way.",
+                    where=str(job.output),
+                    remedy="Give another -o, or add --restart to replace it.",
+                )
+            journal.clear()
+            return None
+        log = EventLog(journal.events_path, listener)
+        log.emit("run_started", f"compressing {job.source} to {job.output}",
+                 data={"plan": plan.model_dump(mode="json")})  # fmt: skip
+        for name, note in grids.notes.items():
+            log.emit("warning", note, where=name, data={"kind": "group_size"})
+        for note in windows.notes if windows is not None else ():
+            log.emit("warning", note, where="calibration")
+        if ledger is not None:
+            shutil.rmtree(job.output)
+        started = time.monotonic()
+        outcome = Runner(model, job, grids, windows, journal, log).run()
+        log.emit("run_done", f"wrote {job.output}", seconds=time.monotonic() - started)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        journal.release()
+        raise ResourceError(
+            "memory ran out.",
+            where=str(model.device),
+            remedy="Lower --activation-budget, --samples or --seq-len; the same command goes on.",
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial_path(job.output), ignore_errors=True)
+        journal.release()
+        raise
+    journal.clear()
+    return outcome

@@ -1,0 +1,98 @@
+"""Which linear gets which grid, in which format: decided once, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.spec import QuantSpec, Recipe, matches
+from pocketlm.formats.capabilities import capability, check_layer, check_model
+
+MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The fitted grid of every compressed linear, and what was left out and why.
+
+    Attributes:
+        specs: Module path → grid that divides its columns.
+        kept: Module path → why it keeps its precision.
+        notes: Module path → what was changed about its grid.
+        format_name: The format that can hold all of it.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    kept: Mapping[str, str]
+    notes: Mapping[str, str]
+    format_name: str
+
+
+def choose_grids(
+    shapes: Mapping[str, tuple[int, int]], transposed: bool, recipe: Recipe, target: str
+) -> Grids:
+    """Fits the recipe's grids to the linears and checks them against the target's rules.
+
+    Args:
+        shapes: (O, I) of every linear, by module path.
+        transposed: Whether a checkpoint stores linears as [I, O] (GPT-2).
+        recipe: Grids, overrides and what to ignore.
+        target: Engine that must load the result.
+
+    Returns:
+        The grids; group sizes that do not divide are replaced and noted.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or nothing is left to compress.
+        UnsupportedLayer: If the target cannot load a layer's grid, or the format.
+    """
+    _require_matches(recipe, shapes)
+    capability(target)
+    format_name = "pocketlm" if transposed else "compressed-tensors"
+    specs: dict[str, QuantSpec] = {}
+    kept: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for name, shape in shapes.items():
+        asked = recipe.spec_for(name)
+        if asked is None:
+            kept[name] = "the recipe ignores it"
+        elif shape[1] < MIN_COLUMNS:
+            kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
+        else:
+            fitted = asked.fit(shape[1])
+            if fitted != asked:
+                becomes = fitted.group_size or "the whole row"
+                notes[name] = (
+                    f"groups of {asked.group_size} do not divide {shape[1]} columns: "
+                    f"the group is {becomes}."
+                )
+            check_layer(format_name, fitted, shape, target, name)
+            specs[name] = fitted
+    if not specs:
+        raise ConfigError(
+            "nothing is left to compress.", where="--ignore", remedy="Ignore fewer layers."
+        )
+    check_model(specs, kept, target)
+    return Grids(specs, kept, notes, format_name)
+
+
+def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
+    for pattern in (*recipe.ignore, *recipe.overrides):
+        if pattern == "lm_head" or any(matches(pattern, name) for name in shapes):
+            continue
+        leaves = {name.rsplit(".", 1)[-1] for name in shapes}
+        raise ConfigError(
+            f"the pattern '{pattern}' matches no linear.",
+            where="recipe",
+            remedy=nearest(pattern, {*leaves, *shapes} if "." in pattern else leaves),
+        )
+
+
+def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of a linear's scales: bfloat16 beside bfloat16 weights, else float16."""
+    return torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float16
+
+

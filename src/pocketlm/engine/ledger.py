@@ -1,0 +1,86 @@
+"""Every tensor of the source accounted for: quantized, kept or dropped, and why. Holds no times."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pocketlm.core.errors import ArtifactError
+from pocketlm.core.spec import QuantSpec
+
+
+class Entry(BaseModel):
+    """What became of one tensor of the source.
+
+    Attributes:
+        action: What was done.
+        reason: Why.
+        shape: As in the source.
+        bits: Stored bits, scales and zero points counted.
+        spec: The grid, where quantized.
+        error: Relative squared error of the linear's output, |(W - Q)X|² / |WX|², measured on the
+            calibration inputs; of the weight itself where there are none.
+        notes: Fallbacks and approximations, as sentences.
+        outputs: The tensors that stand for it in the artifact.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["quantized", "kept", "dropped"]
+    reason: str
+    shape: tuple[int, ...]
+    bits: int
+    spec: QuantSpec | None = None
+    error: float | None = None
+    notes: list[str] = Field(default_factory=list)
+    outputs: list[str] = Field(default_factory=list)
+
+
+class Ledger(BaseModel):
+    """The accounts of one artifact.
+
+    Attributes:
+        source: Where the model came from, as the user named it.
+        format: "compressed-tensors" or "pocketlm".
+        fingerprint: What the bytes depend on: source, recipe, calibration, versions, device.
+        tensors: Tensor of the source → what became of it.
+        files: File of the artifact → SHA-256.
+        warnings: What the whole run has to tell, as sentences.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    format: str
+    fingerprint: dict[str, Any]
+    tensors: dict[str, Entry] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+
+    def bits_per_weight(self, action: str | None = "quantized") -> float:
+        """Real bits per weight of the tensors with that action; of all where None."""
+        chosen = [e for e in self.tensors.values() if action in (None, e.action)]
+        weights = sum(_count(entry.shape) for entry in chosen)
+        return sum(entry.bits for entry in chosen) / weights if weights else 0.0
+
+    def require_complete(self, names: list[str]) -> None:
+        """Checks that every tensor of the source is explained.
+
+        Raises:
+            ArtifactError: Naming the first tensor that is not.
+        """
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise ArtifactError(
+                f"the ledger does not explain {len(missing)} tensors of the source.",
+                where=missing[0],
+                remedy="This is a defect of pocketlm; please report it with the model's name.",
+            )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

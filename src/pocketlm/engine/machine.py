@@ -1,0 +1,59 @@
+"""What this machine can do: memory, and rates that a short measurement gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+MEASURE_SECONDS = 0.3
+
+
+def available_ram_bytes() -> int:
+    """Memory that can be taken without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def total_vram_bytes(device: torch.device) -> int:
+    """Memory of a GPU; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> float:
+    """Measured floating-point operations a second of [tokens, width] x [width, width]."""
+    left = torch.randn(tokens, width, device=device, dtype=dtype)
+    right = torch.randn(width, width, device=device, dtype=dtype)
+    seconds = _seconds_each(lambda: left @ right, device)
+    return 2.0 * tokens * width * width / seconds
+
+
+def call_seconds(device: torch.device) -> float:
+    """Measured seconds of one small tensor operation in a sequence."""
+    small = torch.ones(256, device=device)
+    return _seconds_each(lambda: small.mul_(1.0), device)
+
+
+def _seconds_each(operation: Callable[[], Any], device: torch.device) -> float:
+    operation()
+    _wait(device)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < MEASURE_SECONDS or count < 2:
+        operation()
+        _wait(device)
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,52 @@
+"""How much memory calibration takes: what a batch holds at a boundary, and inside a block.
+
+Legend: B sequences, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from pocketlm.core.views import BlockView, ModelView
+from pocketlm.formats.safetensors_header import element_bytes
+
+
+def hidden_width(model: ModelView) -> int:
+    """D: the width of the stream between blocks."""
+    return int(model.config.get("hidden_size") or model.config["n_embd"])
+
+
+def hidden_bytes(model: ModelView, tokens: int) -> int:
+    """Bytes of the activations of `tokens` tokens at a block boundary."""
+    return tokens * hidden_width(model) * element_bytes(model.compute_dtype)
+
+
+def run_bytes(widths: list[tuple[int, int]], hidden: int, tokens: int, element: int) -> int:
+    """Bytes that a batch holds while it stands inside a block, at most.
+
+    Args:
+        widths: (O, I) of the block's linears.
+        hidden: D.
+        tokens: Tokens of the batch.
+        element: Bytes of one activation.
+
+    Returns:
+        The residual, its normed copy, and the inputs and outputs of the widest linear.
+    """
+    widest = max(rows + columns for rows, columns in widths)
+    return tokens * (2 * hidden + widest) * element
+
+
+def held_runs(model: ModelView, block: BlockView, tokens: int, budget_bytes: int) -> int:
+    """How many batches may stand inside a block at once.
+
+    Args:
+        model: The model.
+        block: The block.
+        tokens: Tokens of one batch.
+        budget_bytes: Memory for activations inside the block.
+
+    Returns:
+        A count; batches beyond it are run again from the block's input at every group.
+    """
+    widths = [(view.out_features, view.in_features) for view in block.linears.values()]
+    each = run_bytes(widths, hidden_width(model), tokens, element_bytes(model.compute_dtype))
+    return budget_bytes // each

@@ -1,0 +1,46 @@
+"""Everything a run is told besides the model, the recipe's steps and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketlm.core.spec import Recipe
+from pocketlm.core.state import LinearStep
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compression, resolved: nothing in it is a default any more.
+
+    Attributes:
+        source: As the user named it.
+        recipe: What is asked for.
+        steps: The recipe's steps with their options checked, in order.
+        output: Directory of the artifact.
+        work_dir: Directory of the unfinished run.
+        target: Engine whose rules the artifact must keep.
+        tokens_at_once: Tokens of one batch of calibration.
+        activation_bytes: Memory that calibration activations may take.
+        dtype: Dtype of the tensors that are kept; None: as in the source.
+        fingerprint: What the bytes depend on, besides what the runner adds itself.
+    """
+
+    source: str
+    recipe: Recipe
+    steps: tuple[LinearStep, ...]
+    output: Path
+    work_dir: Path
+    target: str
+    tokens_at_once: int
+    activation_bytes: int
+    dtype: torch.dtype | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a step needs statistics of the inputs."""
+        return any(step.needs for step in self.steps)

@@ -1,0 +1,38 @@
+"""Round to nearest: no data, min-max grid. The baseline of every other method.
+
+Cost: one pass over the weight.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pocketlm.core.spec import Strict
+from pocketlm.core.state import Cost, LinearState, Statistics
+from pocketlm.core.stats import Stat
+from pocketlm.quant.grid import Grid, minmax_grid, round_to_grid
+
+
+class Rtn(Strict):
+    """Rounds each weight to the nearest code of its group's grid.
+
+    An earlier step's grid (``clip``) is kept; else the grid is min-max.
+    """
+
+    kind: ClassVar[Literal["linear"]] = "linear"
+    summary: ClassVar[str] = "round to nearest, no data"
+    needs: ClassVar[tuple[type[Stat], ...]] = ()
+    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear on its grid."""
+        earlier = state.grid()
+        if earlier is not None:
+            grid = Grid(earlier.scale_OG, earlier.zero_OG)
+        else:
+            grid = minmax_grid(state.reference_OI, state.spec, state.scale_dtype)
+        return state.with_current(round_to_grid(state.reference_OI, grid, state.spec))
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """One pass over the weight, with two temporaries."""
+        return Cost(bytes_held=9 * rows * columns, flops=10.0 * rows * columns, calls=20)

@@ -1,0 +1,124 @@
+"""From names, files and flags to a recipe. Presets are ordinary recipes under a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pocketlm import catalog
+from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.spec import QuantSpec, Recipe, StepSpec, parse_scheme
+
+DEFAULT = "w4a16"
+IGNORED = ("lm_head",)
+
+# A method's name stands for the steps that make the best of it.
+CHAINS: dict[str, tuple[str, ...]] = {"gptq": ("clip", "gptq", "refine"), "clip": ("clip", "rtn")}
+
+
+def presets() -> dict[str, Recipe]:
+    """Recipes by name: w2a16 to w8a16, GPTQ, symmetric, group 128."""
+    return {
+        f"w{bits}a16": _chain("gptq", QuantSpec(bits=bits, group_size=128)) for bits in range(2, 9)
+    }
+
+
+def _chain(method: str, weights: QuantSpec) -> Recipe:
+    catalog.method_class(method)
+    names = CHAINS.get(method, (method,))
+    steps = tuple(StepSpec(method=name) for name in names)
+    return Recipe(steps=steps, weights=weights, ignore=IGNORED)
+
+
+def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
+    """A recipe from whatever names one.
+
+    Args:
+        recipe: A preset's name, a YAML file, plain data, or a recipe.
+
+    Returns:
+        The recipe, its steps checked against the catalog.
+
+    Raises:
+        ConfigError: If the name, a key, a method or an option is unknown.
+    """
+    if isinstance(recipe, str) and recipe.lower() in presets():
+        recipe = presets()[recipe.lower()]
+    elif isinstance(recipe, str | Path):
+        recipe = Recipe.parse(_read_yaml(recipe), where=str(recipe))
+    elif isinstance(recipe, dict):
+        recipe = Recipe.parse(recipe, where="recipe")
+    for step in recipe.steps:
+        catalog.build_step(step.method, step.options)
+    return recipe
+
+
+def _read_yaml(recipe: str | Path) -> dict[str, Any]:
+    path = Path(recipe)
+    if not path.is_file():
+        remedy = nearest(str(recipe), presets()) + " Or give a YAML file."
+        raise ConfigError(f"unknown recipe '{recipe}'.", where="--recipe", remedy=remedy)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {error}".split("\n")[0], where=str(path)) from None
+    if not isinstance(data, dict):
+        raise ConfigError("a recipe is a mapping with 'steps'.", where=str(path))
+    return data
+
+
+def build_recipe(
+    recipe: str | Path | dict[str, Any] | Recipe | None = None,
+    *,
+    method: str | None = None,
+    scheme: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    ignore: tuple[str, ...] = (),
+) -> Recipe:
+    """A recipe from flags, on top of a recipe or of the default.
+
+    Args:
+        recipe: What `read_recipe` takes; not together with `method`.
+        method: A method's name, standing for its chain of steps.
+        scheme: Such as W4A16.
+        bits: Bits of a code.
+        group_size: Columns that share a scale; -1 for whole rows.
+        symmetric: Whether the grid is symmetric.
+        ignore: Further patterns of linears to keep.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: If something is unknown or contradicts something else.
+    """
+    if recipe is not None and method is not None:
+        raise ConfigError(
+            "a recipe already says which methods run.",
+            where="--recipe and --method",
+            remedy="Give one of them.",
+        )
+    base = read_recipe(DEFAULT if recipe is None else recipe)
+    if method is not None:
+        base = _chain(method, base.weights)
+    changes: dict[str, Any] = {}
+    if scheme is not None:
+        changes["bits"] = parse_scheme(scheme).bits
+    if bits is not None:
+        if changes.get("bits", bits) != bits:
+            raise ConfigError(
+                f"{scheme} and {bits} bits contradict each other.",
+                where="--scheme and --bits",
+                remedy="Give one of them.",
+            )
+        changes["bits"] = bits
+    if group_size is not None:
+        changes["group_size"] = None if group_size == -1 else group_size
+    if symmetric is not None:
+        changes["symmetric"] = symmetric
+    weights = QuantSpec.parse({**base.weights.model_dump(), **changes}, where="grid")
+    return base.model_copy(update={"weights": weights, "ignore": (*base.ignore, *ignore)})
