@@ -52,7 +52,7 @@ class HiddenStates:
         assert self._file is not None
         host = hidden_BTD.to("cpu", self.dtype).contiguous()
         self._file.seek(start * self._window_bytes)
-        rest = memoryview(host.view(torch.uint8).numpy()).cast("B")
+        rest = host.view(torch.uint8).reshape(-1).numpy().data
         while rest:
             rest = rest[self._file.write(rest) :]
 
@@ -63,7 +63,7 @@ class HiddenStates:
         assert self._file is not None
         host_BTD = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         self._file.seek(start * self._window_bytes)
-        rest = memoryview(host_BTD.view(torch.uint8).numpy()).cast("B")
+        rest = host_BTD.view(torch.uint8).reshape(-1).numpy().data
         while rest:
             rest = rest[self._file.readinto(rest) :]
         return host_BTD

@@ -135,6 +135,62 @@ class QualityReport(Result):
     seconds: float
 
 
+class SpeedReport(Result):
+    """How fast one model runs, and in how much memory.
+
+    Attributes:
+        prompt_tokens: Of the prompt, real text.
+        new_tokens: Generated in each run.
+        runs: After one warm-up; the figures are their medians.
+        prefill_tokens_per_second: Prompt tokens over the time to the first new token.
+        decode_tokens_per_second: Of the tokens after the first.
+        decode_runs: Of each run, for the spread.
+        weight_bytes_per_token: Weights read to decode one token.
+        achieved_bytes_per_second: These times the decode speed.
+        bandwidth_bytes_per_second: Measured on this machine by copying.
+        bound_tokens_per_second: Bandwidth over weight bytes.
+        peak_memory_bytes: Of the process, loading and imports included; None where unknown.
+        memory_before_load_bytes: The same just before the model was loaded.
+        peak_device_memory_bytes: Of the accelerator; None on a CPU.
+        load_seconds: Of loading.
+        device: Where it ran.
+        hardware: The device's name and its threads.
+        dtype: Of the activations.
+        versions: Of what computed.
+        notes: What a user must be told.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    runs: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_runs: tuple[float, ...]
+    weight_bytes_per_token: int
+    achieved_bytes_per_second: float
+    bandwidth_bytes_per_second: float
+    bound_tokens_per_second: float
+    peak_memory_bytes: int | None
+    memory_before_load_bytes: int | None
+    peak_device_memory_bytes: int | None
+    load_seconds: float
+    device: str
+    hardware: str
+    dtype: str
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """The protocol in words."""
+        return (
+            f"Prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones, batch 1, greedy, "
+            f"{self.dtype} activations on {self.hardware}; median of {self.runs} runs. Decoding "
+            f"reads {self.achieved_bytes_per_second / 1e9:.1f} GB/s of weights; copying reaches "
+            f"{self.bandwidth_bytes_per_second / 1e9:.1f} GB/s. Peak memory is that of a process "
+            "that loads the model and answers."
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes, and of this package."""
     found = {"python": platform.python_version()}

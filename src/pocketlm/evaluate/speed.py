@@ -1,0 +1,225 @@
+"""Tokens per second and peak memory of a model, in a child process of its own.
+
+Prefill: prompt tokens / time to the first new token. Decode: further tokens / their time, batch 1,
+greedy. Both through the model's own `generate`, median of runs after one warm-up.
+Bound of decoding: each token reads every weight once, so tokens/s ≤ bandwidth / bytes of weights.
+The bandwidth is measured by copying (bytes read + bytes written). Experts that a token skips are
+counted as read, so for mixtures of experts the achieved GB/s is too high; the report says so.
+
+``python -m pocketlm.evaluate.speed MODEL --json`` measures in the running process;
+`measure_speed` starts that and reads the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pocketlm.calibration.texts import load_text
+from pocketlm.calibration.windows import eval_windows
+from pocketlm.core.errors import ConfigError, PocketLMError, ResourceError
+from pocketlm.evaluate.hardware import copy_bandwidth, device_name, weight_bytes_per_token
+from pocketlm.evaluate.memory import peak_memory_bytes
+from pocketlm.evaluate.results import SpeedReport, versions
+from pocketlm.runtime.load import load
+
+MARK = "pocketlm-speed: "  # before the result, whatever libraries print around it
+
+
+class Clock:
+    """Handed to `generate` as its streamer: notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt first, then with each token."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+class Generator(Protocol):
+    """The part of a transformers model that is used here."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        ...
+
+    def generate(self, inputs: Tensor, **options: Any) -> Any:
+        """New tokens after a prompt."""
+        ...
+
+
+def time_generation(model: Generator, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:
+    """One run.
+
+    Args:
+        model: Loaded, in evaluation mode.
+        prompt_BT: Token ids [1, T], on the model's device.
+        new_tokens: To generate, at least 2.
+
+    Returns:
+        Seconds to the first new token, and seconds of those after it.
+    """
+    clock = Clock()
+    start = time.perf_counter()
+    model.generate(
+        prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        streamer=clock,
+    )
+    first = clock.seconds[1]  # 0 is the prompt, handed over before the model runs
+    return first - start, clock.seconds[-1] - first
+
+
+def measure_here(
+    source: str | Path,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    runs: int = 3,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> SpeedReport:
+    """Measures in this process; its peak memory counts whatever ran in it before.
+
+    Args:
+        source: What `pocketlm.load` takes.
+        prompt_tokens: Of the prompt, from the builtin text.
+        new_tokens: To generate, at least 2.
+        runs: After one warm-up.
+        device: Where to run.
+        dtype: Of the activations; None: as the model is stored.
+        threads: Of the CPU; None: torch's default.
+
+    Returns:
+        The medians.
+
+    Raises:
+        ConfigError: If a count is too small or the dtype unknown.
+    """
+    if min(prompt_tokens, runs) < 1 or new_tokens < 2:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {runs} runs.",
+            where="speed",
+            remedy="Ask for at least 1, 2 and 1.",
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    before = peak_memory_bytes()
+    started = time.perf_counter()
+    model, tokenizer = load(source, device=device, dtype=_dtype(dtype))
+    load_seconds = time.perf_counter() - started
+    text = load_text("builtin", "evaluation")
+    prompt_BT = eval_windows(tokenizer, text, prompt_tokens + 1, 1).tokens_NT[:, :prompt_tokens]
+    prompt_BT = prompt_BT.to(model.device)
+    model.eval()
+    time_generation(model, prompt_BT, 2)
+    times = [time_generation(model, prompt_BT, new_tokens) for _ in range(runs)]
+    peak = peak_memory_bytes()  # before the bandwidth is measured, which takes memory too
+    on_gpu = model.device.type == "cuda"
+    decode_runs = tuple((new_tokens - 1) / later for _, later in times)
+    decode = statistics.median(decode_runs)
+    weight_bytes, notes = weight_bytes_per_token(model)
+    bandwidth = copy_bandwidth(model.device)
+    return SpeedReport(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        prefill_tokens_per_second=prompt_tokens / statistics.median(first for first, _ in times),
+        decode_tokens_per_second=decode,
+        decode_runs=decode_runs,
+        weight_bytes_per_token=weight_bytes,
+        achieved_bytes_per_second=weight_bytes * decode,
+        bandwidth_bytes_per_second=bandwidth,
+        bound_tokens_per_second=bandwidth / weight_bytes,
+        peak_memory_bytes=peak,
+        memory_before_load_bytes=before,
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        load_seconds=load_seconds,
+        device=str(model.device),
+        hardware=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=versions(),
+        notes=notes if peak is not None else (*notes, "peak memory is not known on this system."),
+    )
+
+
+def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
+    """Measures in a child process, so that peak memory is the model's alone.
+
+    Args:
+        source: What `pocketlm.load` takes.
+        **options: As `measure_here` takes them.
+
+    Returns:
+        What the child measured.
+
+    Raises:
+        PocketLMError: The child's own error, as `ResourceError` with its words.
+    """
+    command = [sys.executable, "-m", "pocketlm.evaluate.speed", str(source), "--json"]
+    for name, value in options.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+    if child.returncode == 0 and lines:
+        return SpeedReport.model_validate_json(lines[-1].removeprefix(MARK))
+    last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+    killed = f" (signal {-child.returncode})" if child.returncode < 0 else ""
+    raise ResourceError(
+        f"the measuring process ended with {child.returncode}{killed}: {last}",
+        where=str(source),
+        remedy="If it was killed, the model does not fit in memory.",
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None or name in known:
+        return None if name is None else known[name]
+    raise ConfigError(
+        f"unknown dtype '{name}'.", where="--dtype", remedy=f"Known: {', '.join(known)}."
+    )
+
+
+def main() -> int:
+    """The child's command line."""
+    parser = argparse.ArgumentParser(prog="python -m pocketlm.evaluate.speed")
+    parser.add_argument("source", metavar="MODEL")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true", help="one line for the parent process")
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    try:
+        report = measure_here(options.pop("source"), **options)
+    except PocketLMError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(MARK + report.model_dump_json() if as_json else report.model_dump_json(indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The last check of `verify`: plain transformers, in a process of its own, gives our logits.
+
+What transformers does at load, and when the weights it decodes are ours bit for bit, is written down
+in `pocketlm.hf`. Asymmetric grids with scales of 16 bits are decoded with a rounding more there: their
+distributions are compared instead of their bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.errors import ArtifactError
+from pocketlm.core.views import ModelView
+from pocketlm.engine.machine import available_ram_bytes
+from pocketlm.evaluate.verify_files import Artifact, NotChecked
+from pocketlm.formats import compressed_tensors
+from pocketlm.models import open_model
+
+TOKENS = 16  # of the sequence
+KL_LIMIT = 1e-4  # nats, where bits cannot agree
+RAM_MARGIN = 1.25  # of the dense float32 weights, for what loading needs beside them
+MINUTES_AT_MOST = 30
+
+
+def check_logits(artifact: Artifact) -> str:
+    """Plain transformers computes the same float32 logits."""
+    index = artifact.index
+    if index is None:
+        raise NotChecked("nothing is compressed.")
+    if index.format == compressed_tensors.NAME:
+        _require_library()
+    _require_memory(artifact)
+    view = open_model(artifact.path, allow_compressed=True)
+    tokens = [(3 + 7919 * i) % view.vocabulary for i in range(TOKENS)]
+    ours_TV = view_logits(view, tokens)
+    theirs_TV = _logits_elsewhere(artifact.path, tokens, ours_TV.shape)
+    if torch.equal(ours_TV, theirs_TV):
+        return f"bit-equal to transformers, float32, {TOKENS} tokens."
+    largest = float((ours_TV - theirs_TV).abs().max())
+    kl = float(_divergence(ours_TV, theirs_TV))
+    rounded = [
+        module.name
+        for module in index.modules.values()
+        if not module.spec.symmetric and _scale_dtype(artifact, module.name) != torch.float32
+    ]
+    if rounded and index.format == compressed_tensors.NAME and kl < KL_LIMIT:
+        return (
+            f"KL to transformers {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
+            "transformers rounds asymmetric weights to the dtype of their scales."
+        )
+    raise ArtifactError(
+        f"transformers' logits differ by up to {largest:.3g} (KL {kl:.1e}).",
+        remedy="Check that no other release of transformers or compressed-tensors is installed "
+        "than the model card asks for.",
+    )
+
+
+def view_logits(view: ModelView, tokens: list[int]) -> Tensor:
+    """float32 logits [T, V] of one sequence through a model view, block by block."""
+    with torch.no_grad():
+        hidden_BTD, call = view.begin(torch.tensor([tokens], device=view.device))
+        for index in range(len(view.block_paths)):
+            with view.block(index) as block:
+                hidden_BTD = block.forward(hidden_BTD, call)
+        return view.logits(view.finish(hidden_BTD)[0]).float().cpu()
+
+
+def _logits_elsewhere(path: Path, tokens: list[int], shape: torch.Size) -> Tensor:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits"
+        command = [sys.executable, "-m", "pocketlm.hf", str(path), str(out)]
+        command += [str(token) for token in tokens]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=60 * MINUTES_AT_MOST, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise NotChecked(f"transformers took more than {MINUTES_AT_MOST} minutes.") from None
+        if done.returncode < 0:
+            raise NotChecked(
+                f"the process that ran transformers was ended by signal {-done.returncode}, "
+                "as it is when memory runs out."
+            )
+        if done.returncode or not out.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ArtifactError(f"transformers cannot load it: {last}")
+        values = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32)
+    if values.numel() != math.prod(shape):
+        raise ArtifactError(f"transformers gives {values.numel()} logits, not {tuple(shape)}.")
+    return values.view(shape)
+
+
+def _divergence(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
+    ours, theirs = (x.double().log_softmax(-1) for x in (ours_TV, theirs_TV))
+    return (ours.exp() * (ours - theirs)).sum(-1).mean()
+
+
+def _scale_dtype(artifact: Artifact, module: str) -> torch.dtype:
+    return artifact.tensors[f"{module}.weight_scale"][1].dtype
+
+
+def _require_library() -> None:
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise NotChecked(
+            "compressed-tensors is not installed; `pip install compressed-tensors` has it checked."
+        )
+
+
+def _require_memory(artifact: Artifact) -> None:
+    """Loading with dense float32 weights takes memory that `verify` must not take blindly."""
+    entries = artifact.ledger.tensors.values() if artifact.ledger is not None else ()
+    shapes = [entry.shape for entry in entries if entry.action != "dropped"]
+    bytes_needed = int(RAM_MARGIN * 4 * sum(math.prod(shape) for shape in shapes))
+    free = available_ram_bytes()
+    if bytes_needed > free:
+        raise NotChecked(
+            f"transformers would need about {bytes_needed / 2**30:.1f} GiB for dense float32 "
+            f"weights, {free / 2**30:.1f} GiB are free; run it on a larger machine."
+        )

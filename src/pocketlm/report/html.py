@@ -1,0 +1,85 @@
+"""`report.html`: one self-contained page, no script, no network. The template escapes everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pocketlm.report import charts, summary, words
+from pocketlm.report.data import FOLDER, Remark, ReportData, write_atomically
+
+PAGE = "report.html"
+TEMPLATE = "report.html.j2"
+
+
+def render(data: ReportData) -> str:
+    """The page as text.
+
+    Args:
+        data: What was measured.
+    """
+    environment = Environment(
+        loader=PackageLoader("pocketlm.report", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        bytes=words.bytes_text,
+        seconds=words.seconds_text,
+        number=words.number_text,
+        signed=words.signed_text,
+        percent=words.percent_text,
+        interval=words.interval_text,
+    )
+    size_original, size_compressed = charts.size_bars(data.sizes)
+    return environment.get_template(TEMPLATE).render(
+        data=data,
+        headline=summary.headline(data),
+        tiles=summary.tiles(data),
+        rows=summary.before_after(data),
+        errors=charts.error_rows(data.linears),
+        size_original=size_original,
+        size_compressed=size_compressed,
+        share_bar=charts.share_bar,
+        factor=charts.factor_text,
+        quantity=words.quantity_text,
+        remarks=_grouped(data.remarks),
+        actions=_actions(data),
+    )
+
+
+def write_report(artifact_dir: str | Path, data: ReportData) -> Path:
+    """Writes ``pocketlm/report.html``, whole or not at all.
+
+    Args:
+        artifact_dir: The artifact.
+        data: What was measured.
+
+    Returns:
+        The file.
+    """
+    path = Path(artifact_dir) / FOLDER / PAGE
+    write_atomically(path, render(data))
+    return path
+
+
+def _grouped(remarks: tuple[Remark, ...]) -> Mapping[tuple[str, str], list[str]]:
+    """Equal sentences once, with all their places: 200 layers may say the same."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        places = found.setdefault((remark.kind, remark.text), [])
+        if remark.where:
+            places.append(remark.where)
+    return found
+
+
+def _actions(data: ReportData) -> Mapping[str, int]:
+    """How many tensors met each fate."""
+    found: dict[str, int] = {}
+    for row in data.ledger:
+        found[row.action] = found.get(row.action, 0) + 1
+    return found

@@ -1,0 +1,102 @@
+"""A ledger becomes what a report shows: rows, errors of linears, remarks, and the size breakdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from pocketlm.core.views import TensorInfo
+from pocketlm.engine.ledger import Entry, Ledger
+from pocketlm.report.data import LedgerRow, LinearResult, Remark, SizePart
+
+SCALES = "scales and zero points"
+_SCALE_ENDINGS = ("scale", "zero_point", "weight_shape")
+
+
+def ledger_rows(ledger: Ledger) -> tuple[LedgerRow, ...]:
+    """Every tensor of the source and what became of it."""
+    return tuple(
+        LedgerRow(
+            tensor=name,
+            action=entry.action,
+            reason=entry.reason,
+            bits=_bits_per_weight(entry),
+            outputs=tuple(entry.outputs),
+        )
+        for name, entry in ledger.tensors.items()
+    )
+
+
+def linear_results(ledger: Ledger) -> tuple[LinearResult, ...]:
+    """The quantized linears with bits and error, in the ledger's order."""
+    return tuple(
+        LinearResult(
+            name=name.removesuffix(".weight"), bits=_bits_per_weight(entry), error=entry.error
+        )
+        for name, entry in ledger.tensors.items()
+        if entry.action == "quantized"
+    )
+
+
+def ledger_remarks(ledger: Ledger) -> tuple[Remark, ...]:
+    """What the run had to tell, then what was told of each tensor."""
+    run = [Remark(kind="warning", where="", text=text) for text in ledger.warnings]
+    tensors = [
+        Remark(kind="fallback", where=name, text=text)
+        for name, entry in ledger.tensors.items()
+        for text in entry.notes
+    ]
+    return (*run, *tensors)
+
+
+def size_parts(
+    original: Mapping[str, TensorInfo],
+    written: Mapping[str, TensorInfo],
+    ledger: Ledger,
+    block_paths: Iterable[str],
+) -> tuple[SizePart, ...]:
+    """Where the bytes are, before and after.
+
+    Args:
+        original: The source's tensors.
+        written: The artifact's.
+        ledger: Ties the two together.
+        block_paths: Of the decoder blocks.
+
+    Returns:
+        Parts that are not empty, largest in the original first.
+    """
+    blocks = tuple(f"{path}." for path in block_paths)
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    placed: set[str] = set()
+    for name, info in original.items():
+        entry = ledger.tensors.get(name)
+        quantized = entry is not None and entry.action == "quantized"
+        part = "compressed linears" if quantized else _kept_part(name, info, blocks)
+        before[part] = before.get(part, 0) + info.bytes_stored
+        for output in entry.outputs if entry is not None else ():
+            if output in written and output not in placed:
+                placed.add(output)
+                own = SCALES if quantized and output.endswith(_SCALE_ENDINGS) else part
+                after[own] = after.get(own, 0) + written[output].bytes_stored
+    rest = sum(info.bytes_stored for name, info in written.items() if name not in placed)
+    if rest:
+        after["other"] = after.get("other", 0) + rest
+    names = sorted({*before, *after}, key=lambda part: (-before.get(part, 0), part))
+    return tuple(
+        SizePart(name=part, original_bytes=before.get(part, 0), compressed_bytes=after.get(part, 0))
+        for part in names
+    )
+
+
+def _bits_per_weight(entry: Entry) -> float:
+    return entry.bits / max(prod(entry.shape), 1)
+
+
+def _kept_part(name: str, info: TensorInfo, blocks: tuple[str, ...]) -> str:
+    if len(info.shape) < 2:
+        return "norms and biases"
+    if name.startswith(blocks):
+        return "linears kept as they are"
+    return "head" if "head" in name or "embed_out" in name else "embedding"
