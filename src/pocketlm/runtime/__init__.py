@@ -1,0 +1,1 @@
+"""Runs models from packed weights; heavy imports happen in the modules, not here."""

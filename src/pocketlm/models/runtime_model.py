@@ -1,0 +1,221 @@
+"""Builds a model to run: transformers' own classes, weights read one tensor at a time.
+
+Linears that an artifact holds compressed are replaced by what the caller makes of their codes, and
+are never decoded here. Fused experts become one module per expert where the artifact compresses them.
+Everything else is loaded as it is stored, in the dtype the model computes in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
+from pocketlm.core.tensors import PackedInt
+from pocketlm.core.views import TensorInfo, TensorSource
+from pocketlm.formats.read import CompressedIndex
+from pocketlm.models.config import read_config, transformers_config
+from pocketlm.models.experts import split_experts
+from pocketlm.models.linear import is_linear, linear_shape
+from pocketlm.models.load import Loader
+from pocketlm.models.names import NameMap, map_names
+from pocketlm.models.opening import open_model
+from pocketlm.models.skeleton import build_skeleton
+from pocketlm.models.stream import SafetensorsSource
+from pocketlm.models.tokenizer import load_tokenizer, side_files
+
+MakeLinear = Callable[[PackedInt, Tensor | None], nn.Module]
+
+
+def runtime_model(
+    source: str | Path,
+    make_linear: MakeLinear,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a compressed artifact, or any source that `open_model` reads, ready for `generate`.
+
+    Args:
+        source: A directory, a hub id, a `.gguf` file or `smollm2-135m`.
+        make_linear: Makes the module for codes [O, I] and a bias [O] or None, both on the CPU.
+        device: Where the model lies.
+        dtype: What it computes in.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+
+    Returns:
+        The model in eval mode and its tokenizer.
+
+    Raises:
+        SourceError: If the model cannot be read.
+        ArtifactError: If its compressed tensors contradict its configuration.
+        UnsupportedModel: If it is quantized in a way that is not read here.
+    """
+    if is_compressed(source):
+        return _packed_model(Path(source), make_linear, device, dtype, trust_remote_code)
+    view = open_model(
+        source,
+        device=device,
+        compute_dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    # Built again without the split of experts that views need: fused ones run faster.
+    config = view.skeleton.model.config
+    model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code).model
+    names = map_names(model, view.source.infos(), str(source))
+    _finish(model, view.source, names, device, dtype, view.side_files())
+    return model, view.tokenizer()
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether a source is a directory whose config.json has a `quantization_config`."""
+    directory = Path(source)
+    return directory.is_dir() and "quantization_config" in read_config(directory)
+
+
+def _packed_model(
+    directory: Path,
+    make_linear: MakeLinear,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = SafetensorsSource(directory)
+    index = CompressedIndex.build(read_config(directory), source.infos())
+    if index is None:
+        raise UnsupportedModel("its quantization_config is empty.", where=str(directory))
+    config = transformers_config(directory, trust_remote_code=trust_remote_code)
+    if "quantization_config" in config.__dict__:
+        del config.quantization_config
+    skeleton = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    names = map_names(skeleton.model, _original_infos(source, index), str(directory))
+    names, fused = split_experts(skeleton, names)
+    for path, reason in fused.items():
+        _require_uncompressed(path, reason, names, index)
+    for parameter, binding in names.bindings.items():
+        module_name = binding.tensors[0].removesuffix(".weight")
+        if module_name not in index.modules:
+            continue
+        if not binding.plain:
+            raise UnsupportedLayer(
+                "is compressed, but this version of transformers keeps it merged with others.",
+                where=parameter,
+            )
+        packed = index.decode(module_name, source.read)
+        path = parameter.removesuffix(".weight")
+        bias = _bias(path, source, names)
+        _replace(skeleton.model, path, packed, bias, make_linear)
+    _finish(skeleton.model, source, names, device, dtype, side_files(directory))
+    source.close()
+    return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)
+
+
+def _original_infos(source: SafetensorsSource, index: CompressedIndex) -> dict[str, TensorInfo]:
+    """The tensors under the names and in the shapes they had before compression."""
+    stored = source.infos()
+    infos = {name: info for name, info in stored.items() if name not in index.replaced}
+    for module in index.modules.values():
+        scale = stored[f"{module.name}.weight_scale"]
+        rows, columns = (int(n) for n in source.read(f"{module.name}.weight_shape"))
+        shape = (columns, rows) if module.transposed else (rows, columns)
+        infos[module.tensor_name] = TensorInfo(module.tensor_name, scale.dtype, shape)
+    return infos
+
+
+def _require_uncompressed(path: str, reason: str, names: NameMap, index: CompressedIndex) -> None:
+    """Fused experts may only stay fused where nothing of them is compressed."""
+    for parameter, binding in names.bindings.items():
+        if not parameter.startswith(f"{path}."):
+            continue
+        for tensor in binding.tensors:
+            if tensor.removesuffix(".weight") in index.modules:
+                raise UnsupportedLayer(f"holds compressed experts, but {reason}.", where=path)
+
+
+def _bias(path: str, source: TensorSource, names: NameMap) -> Tensor | None:
+    binding = names.bindings.get(f"{path}.bias")
+    return None if binding is None else source.read(binding.tensors[0])
+
+
+def _replace(
+    model: PreTrainedModel,
+    path: str,
+    packed: PackedInt,
+    bias: Tensor | None,
+    make_linear: MakeLinear,
+) -> None:
+    old = model.get_submodule(path)
+    if not is_linear(old):
+        raise UnsupportedLayer(f"is compressed, but a {type(old).__name__}.", where=path)
+    if linear_shape(old) != tuple(packed.codes_OI.shape):
+        raise UnsupportedLayer(
+            f"is stored as {tuple(packed.codes_OI.shape)}, the model wants {linear_shape(old)}.",
+            where=path,
+        )
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, make_linear(packed, bias))
+
+
+def _finish(
+    model: PreTrainedModel,
+    source: TensorSource,
+    names: NameMap,
+    device: torch.device,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes],
+) -> None:
+    """Loads what is still on the meta device, ties, and takes over the generation defaults."""
+    loader = Loader(source, names, model, device, dtype)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if name in names.bindings:
+            buffer = names.bindings[name].convert(source, model).to(buffer.dtype)
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            loaded = nn.Parameter(loader.read(name, parameter.dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, loaded)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise UnsupportedModel("no weight was found for this parameter.", where=left[0])
+    if "generation_config.json" in files:
+        defaults = json.loads(files["generation_config.json"])
+        model.generation_config = GenerationConfig.from_dict(defaults)
+    model.eval()
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache of keys and values that fits the model's layers."""
+    return DynamicCache(config=model.config)
+
+
+def cut_cache(cache: Cache, length: int) -> bool:
+    """Shortens a cache to its first `length` positions.
+
+    Returns:
+        Whether that was possible; layers with a sliding window have dropped what they would need.
+    """
+    held = cache.get_seq_length()
+    if held == length:
+        return True
+    if held < length or length == 0 or any(cache.is_sliding):
+        return False
+    cache.crop(length)
+    return True

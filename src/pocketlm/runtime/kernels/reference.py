@@ -1,0 +1,62 @@
+"""The truth of every other kernel: plain torch, any bits, any group, any device.
+
+Codes lie packed as densely as on disk (formats/packing.py). Each call decodes a few rows to the
+activations' dtype, w = scale · (code - zero) as PackedInt.dequantize() rounds it, multiplies, and
+drops them. Slow where few activations meet many weights: the decoding is not hidden by anything.
+
+Legend: M rows of activations, I input columns, O output rows, G groups of a row, W int32 words of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.tensors import PackedInt
+from pocketlm.formats.packing import pack, unpack
+from pocketlm.runtime.kernels.base import Grid, rows_per_tile
+
+
+class Reference:
+    """Decodes rows, multiplies, forgets."""
+
+    name = "reference"
+
+    def refuses(self, grid: Grid, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def pack(
+        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Words [O, W], scales [O, G] in their stored dtype, zero points [O, G] if there are any."""
+        buffers = {
+            "words_OW": pack(weight.codes_OI, weight.bits).to(device),
+            "scale_OG": weight.scale_OG.to(device),
+        }
+        if weight.zero_OG is not None:
+            buffers["zero_OG"] = weight.zero_OG.to(device)
+        return buffers
+
+    def matmul(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
+        """The product [M, O], some rows of W at a time."""
+        y_MO = x_MI.new_empty(x_MI.shape[0], grid.rows)
+        step = rows_per_tile(grid.columns * x_MI.element_size())
+        for start in range(0, grid.rows, step):
+            tile_oI = self.decode(buffers, grid, start, start + step).dequantize(x_MI.dtype)
+            torch.mm(x_MI, tile_oI.T, out=y_MO[:, start : start + step])
+        return y_MO
+
+    matmul_tiles = matmul
+
+    def decode(self, buffers: Mapping[str, Tensor], grid: Grid, start: int, stop: int) -> PackedInt:
+        """Rows start to stop as codes and scales again."""
+        zero_OG = buffers.get("zero_OG")
+        return PackedInt(
+            unpack(buffers["words_OW"][start:stop], grid.bits, grid.columns),
+            buffers["scale_OG"][start:stop],
+            None if zero_OG is None else zero_OG[start:stop],
+            grid.bits,
+        )

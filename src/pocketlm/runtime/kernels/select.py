@@ -1,0 +1,179 @@
+"""Which kernel multiplies what: one explicit table, read from the top; the first row that fits rules.
+
+A kernel of PyTorch's own that is not part of its public interface is tried once on a small weight
+before it is trusted. What no row takes goes to `reference`, and that is said: as the returned reason,
+and once for each reason as a warning of the logger ``pocketlm.runtime``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from pocketlm.core.tensors import PackedInt
+from pocketlm.runtime.kernels.bags import Bags
+from pocketlm.runtime.kernels.base import Grid, Kernel
+from pocketlm.runtime.kernels.cpu import Int4Cpu, Int8Cpu
+from pocketlm.runtime.kernels.cuda import Int4Cuda
+from pocketlm.runtime.kernels.reference import Reference
+
+log = logging.getLogger("pocketlm.runtime")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        kernel: What multiplies.
+        device: Device type; None for any.
+        dtypes: Of the activations.
+        bits: Bits of a code it may be given.
+        tiles_from: Rows of activations from which it decodes whole tiles first; None for never.
+        reason: Why it stands here.
+    """
+
+    kernel: Kernel
+    device: str | None
+    dtypes: tuple[torch.dtype, ...]
+    bits: range
+    tiles_from: int | None
+    reason: str
+
+
+# Where `tiles_from` is a number it was measured: Xeon (Cascade Lake, AVX-512, no bfloat16 units), one
+# thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096 in groups of 64 and 128.
+TABLE = (
+    Row(Int4Cpu(), "cpu", (BF16,), range(2, 5), 192, "int4 product of PyTorch, float32 inside"),
+    Row(
+        Int8Cpu(),
+        "cpu",
+        (BF16,),
+        range(5, 9),
+        None,
+        "int8 product of PyTorch, a scale for each row",
+    ),
+    Row(
+        Bags(),
+        "cpu",
+        (FP32, BF16, FP16),
+        range(2, 9),
+        12,
+        "embedding bags of PyTorch (FBGEMM), exact float32",
+    ),
+    Row(Int4Cuda(), "cuda", (BF16,), range(2, 5), None, "int4 product of PyTorch (tinygemm)"),
+    Row(
+        Reference(),
+        None,
+        (FP32, BF16, FP16),
+        range(2, 9),
+        None,
+        "plain torch: decodes tile by tile, slow with few tokens",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel a weight got.
+
+    Attributes:
+        kernel: What multiplies.
+        tiles_from: Rows of activations from which it decodes tiles first; None for never.
+        reason: Why this one.
+        refused: Kernel name → why it was passed over, of the rows above.
+    """
+
+    kernel: Kernel
+    tiles_from: int | None
+    reason: str
+    refused: dict[str, str]
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether no fast kernel took the weight."""
+        return self.kernel.name == "reference"
+
+
+def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu") -> Choice:
+    """Picks the kernel for a packed weight.
+
+    Args:
+        grid: Shape and number format of the weight.
+        dtype: Of the activations.
+        device: Where it will run.
+
+    Returns:
+        The choice, with the reasons of those passed over.
+    """
+    device = torch.device(device)
+    refused: dict[str, str] = {}
+    for row in TABLE:
+        if row.device not in (None, device.type) or dtype not in row.dtypes:
+            continue
+        name = row.kernel.name
+        if grid.bits not in row.bits:
+            refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
+            continue
+        reason = row.kernel.refuses(grid, dtype, device) or probe(row.kernel, dtype, device)
+        if reason is None:
+            return Choice(row.kernel, row.tiles_from, row.reason, refused)
+        refused[name] = reason
+    raise NotImplementedError(f"no kernel multiplies with {dtype}")
+
+
+def announce(choice: Choice, grid: Grid) -> None:
+    """Warns of a fallback, once for each reason."""
+    if choice.is_fallback:
+        why = "; ".join(f"{name} {reason}" for name, reason in choice.refused.items())
+        _warn_once(f"{grid.bits} bits: no fast kernel ({why or 'none for this device'}).")
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    log.warning("%s Weights are decoded tile by tile, which is slow.", message)
+
+
+_PROBE_SHAPES = {"cpu-int8": (8, 256, 256)}  # kernel → bits, columns, group; else 4, 256, 64
+
+
+def probe(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Tries a kernel on a small weight against the definition.
+
+    Returns:
+        What is wrong with it on this machine; None if nothing.
+    """
+    if isinstance(kernel, Reference):
+        return None
+    return _probe(kernel.name, dtype, str(device))
+
+
+@lru_cache(maxsize=64)
+def _probe(name: str, dtype: torch.dtype, device_name: str) -> str | None:
+    kernel = next(row.kernel for row in TABLE if row.kernel.name == name)
+    device = torch.device(device_name)
+    bits, columns, group = _PROBE_SHAPES.get(name, (4, 256, 64))
+    rows, half = 80, 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(0)
+    codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, generator=generator)
+    scale_OG = torch.randn(rows, columns // group, generator=generator).to(dtype)
+    weight = PackedInt(codes_OI, scale_OG, None, bits)
+    x_MI = torch.randn(3, columns, generator=generator).to(device, dtype)
+    grid = Grid.of(weight)
+    try:
+        buffers = kernel.pack(weight, dtype, device)
+        few_MO = kernel.matmul(x_MI, buffers, grid)
+        many_MO = kernel.matmul_tiles(x_MI, buffers, grid)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        return f"fails here: {str(error).splitlines()[0]}"
+    truth_MO = x_MI.cpu().double() @ weight.dequantize(torch.float64).T
+    for y_MO in (few_MO, many_MO):
+        error = (y_MO.cpu().double() - truth_MO).norm() / truth_MO.norm()
+        if not error < 8 * torch.finfo(dtype).eps:
+            return f"gives wrong numbers here (relative error {error:.1e})"
+    return None

@@ -1,0 +1,144 @@
+"""`load`: from a path to a model that generates, its linears running from packed weights.
+
+Compressed artifacts keep their codes packed in memory; originals load the same way, unpacked, so that
+before and after are compared on one road.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketlm.core.errors import ConfigError
+from pocketlm.core.tensors import PackedInt
+from pocketlm.runtime.dtypes import default_dtype
+from pocketlm.runtime.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("pocketlm.runtime")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model to run: a compressed artifact, or any original.
+
+    Args:
+        path: A directory, a hub id, a `.gguf` file or `smollm2-135m`.
+        device: Where it runs, such as ``cpu`` or ``cuda``.
+        dtype: What it computes in; None: see runtime/dtypes.py. The choice is logged.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+
+    Returns:
+        The transformers model, in eval mode, and its tokenizer. Compressed linears are
+        PackedLinear; `packed_summary` tells which kernels they got.
+
+    Raises:
+        ConfigError: If the device is absent or the dtype is none of float32, bfloat16, float16.
+        SourceError: If the model cannot be read.
+        UnsupportedModel: If it is quantized in a way that is not read here.
+    """
+    from pocketlm.models.runtime_model import is_compressed, runtime_model
+
+    place = _device(device)
+    if dtype is None:
+        int4 = is_compressed(path) and _mostly_int4(Path(path))
+        dtype, reason = default_dtype(place, int4=int4)
+        log.info("computing in %s: %s", str(dtype).removeprefix("torch."), reason)
+    if dtype not in DTYPES:
+        raise ConfigError(f"cannot compute in {dtype}.", where="dtype", remedy=f"One of {DTYPES}.")
+
+    def make_linear(weight: PackedInt, bias: Tensor | None) -> PackedLinear:
+        return PackedLinear(weight, bias, dtype=dtype, device=place)
+
+    return runtime_model(
+        path,
+        make_linear,
+        device=place,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+
+
+@dataclass(frozen=True)
+class PackedSummary:
+    """What of a loaded model is packed, and what multiplies it.
+
+    Attributes:
+        linears: Number of packed linears.
+        packed_bytes: Bytes of their weights in memory.
+        weights: Number of weights they hold.
+        kernels: Kernel name → linears that use it.
+        fallbacks: Module path → why no fast kernel took it.
+    """
+
+    linears: int
+    packed_bytes: int
+    weights: int
+    kernels: Mapping[str, int]
+    fallbacks: Mapping[str, str]
+
+
+def packed_summary(model: nn.Module) -> PackedSummary:
+    """Counts the packed linears of a model and their kernels."""
+    packed = {path: m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    fallbacks = {
+        path: "; ".join(f"{name} {why}" for name, why in m.choice.refused.items())
+        for path, m in packed.items()
+        if m.choice.is_fallback
+    }
+    return PackedSummary(
+        linears=len(packed),
+        packed_bytes=sum(m.packed_bytes for m in packed.values()),
+        weights=sum(m.in_features * m.out_features for m in packed.values()),
+        kernels=dict(Counter(m.choice.kernel.name for m in packed.values())),
+        fallbacks=fallbacks,
+    )
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"'{name}' is no device.", where="device", remedy="cpu or cuda."
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("no CUDA device is visible.", where="device", remedy="Use cpu.")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def _mostly_int4(directory: Path) -> bool:
+    """Whether most groups of the configuration have at most 4 bits; an unknown layout counts as not."""
+    section = json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]
+    bits = [grid["bits"] for grid in _grids(section)]
+    return bool(bits) and sum(b <= 4 for b in bits) * 2 > len(bits)
+
+
+def _grids(section: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The bits of each group, of both formats."""
+    if "config_groups" in section:
+        groups = [group.get("weights") or {} for group in section["config_groups"].values()]
+        return [{"bits": weights["num_bits"]} for weights in groups if "num_bits" in weights]
+    groups = [group["weights"] for group in section.get("groups", [])]
+    return [{"bits": weights["bits"]} for weights in groups if "bits" in weights]
