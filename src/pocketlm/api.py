@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pocketlm.calibration.windows import Windows
     from pocketlm.engine.events import Listener
+    from pocketlm.engine.grids import Grids
     from pocketlm.engine.ledger import Ledger
     from pocketlm.engine.options import Job
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.verify import VerifyReport
     from pocketlm.models.adapter import Model
     from pocketlm.models.inspect import Inspection
-    from pocketlm.report.data import ReportData
+    from pocketlm.report.measure import Measurement
 
 __all__ = [
     "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
@@ -145,6 +147,7 @@ def compress(
     from pocketlm.engine.compress import finished_ledger, run_job
     from pocketlm.engine.plan import refuse_impossible
     from pocketlm.evaluate.memory import peak_memory_bytes
+    from pocketlm.models.stream import SafetensorsSource
     from pocketlm.report.build import write_run_report
 
     output = Path(output).absolute()
@@ -177,12 +180,31 @@ def compress(
         warnings=ledger.warnings,
     )
     if outcome is not None or not result.report.exists():
-        write_run_report(output, prepared.plan, seconds, result.peak_ram_bytes)
+        written = dict(SafetensorsSource(output).infos())
+        write_run_report(
+            output,
+            prepared.model,
+            written,
+            prepared.plan,
+            seconds,
+            result.peak_ram_bytes,
+            _calibration_text(prepared.windows),
+        )
     return result
 
 
 def _output_bytes(ledger: Ledger) -> int:
     return sum(entry.bits for entry in ledger.tensors.values()) // 8
+
+
+def _calibration_text(windows: Windows | None) -> str:
+    if windows is None:
+        return "none: no step needs data"
+    samples, seq_len = windows.tokens_NT.shape
+    return (
+        f"{samples} windows of {seq_len} tokens of {windows.text_name} "
+        f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
+    )
 
 
 def _mean_error(ledger: Ledger) -> float | None:
@@ -193,7 +215,7 @@ def _mean_error(ledger: Ledger) -> float | None:
 class _Prepared:
     """A job with everything it needs, before the first weight is read."""
 
-    def __init__(self, model: Model, job: Job, grids: Any, windows: Any, plan: Plan) -> None:
+    def __init__(self, model: Model, job: Job, grids: Grids, windows: Windows | None, plan: Plan) -> None:
         self.model, self.job, self.grids = model, job, grids
         self.windows, self.plan = windows, plan
         self.seconds = 0.0
@@ -275,7 +297,7 @@ def _prepare(
 
 def _windows(
     model: Model, calibration: str, samples: int, seq_len: int, seed: int, note: str | None
-) -> Any:
+) -> Windows:
     from dataclasses import replace
 
     from pocketlm.calibration.texts import load_text
@@ -312,7 +334,7 @@ def evaluate(
     threads: int | None = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> ReportData:
+) -> Measurement:
     """Measures a model, and its distance from the original; an artifact keeps the figures.
 
     Args:
@@ -329,7 +351,7 @@ def evaluate(
         on_progress: Called with steps done and steps in all.
 
     Returns:
-        The report's data; for an artifact also written to its metrics.json and report.html.
+        What was found; for an artifact also written to its metrics, page and card.
 
     Raises:
         PocketLMError: If something cannot be read or measured.
@@ -343,7 +365,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def compare(*models: str | Path, against: str | Path | None = None, **options: Any) -> list[ReportData]:
+def compare(*models: str | Path, against: str | Path | None = None, **options: Any) -> list[Measurement]:
     """Evaluates several models on the same windows; the first is the original unless named.
 
     Args:
@@ -352,7 +374,7 @@ def compare(*models: str | Path, against: str | Path | None = None, **options: A
         **options: As for `evaluate`.
 
     Returns:
-        One report for each compared model.
+        One measurement for each compared model.
     """
     original = models[0] if against is None else against
     rest = models[1:] if against is None else models

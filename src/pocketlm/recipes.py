@@ -15,7 +15,10 @@ DEFAULT = "w4a16"
 IGNORED = ("lm_head",)
 
 # A method's name stands for the steps that make the best of it.
-CHAINS: dict[str, tuple[str, ...]] = {"gptq": ("clip", "gptq", "refine"), "clip": ("clip", "rtn")}
+CHAINS: dict[str, tuple[StepSpec, ...]] = {
+    "gptq": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine")),
+    "clip": (StepSpec(method="clip", options={"weighting": "diagonal"}), StepSpec(method="rtn")),
+}
 
 
 def presets() -> dict[str, Recipe]:
@@ -27,8 +30,7 @@ def presets() -> dict[str, Recipe]:
 
 def _chain(method: str, weights: QuantSpec) -> Recipe:
     catalog.method_class(method)
-    names = CHAINS.get(method, (method,))
-    steps = tuple(StepSpec(method=name) for name in names)
+    steps = CHAINS.get(method, (StepSpec(method=method),))
     return Recipe(steps=steps, weights=weights, ignore=IGNORED)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pocketlm.core.linalg import InverseFactor, inverse_factor
 
-PANEL = 512  # columns of one panel of the Gram matrix: only panels on or below the diagonal are computed
+PANEL = 192  # columns of one panel of the Gram matrix: only panels on or below the diagonal are computed
 
 
 class Stat:

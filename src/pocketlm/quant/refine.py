@@ -46,7 +46,7 @@ class Refine(Strict):
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
 
-    rounds: int = Field(2, ge=1, le=100)
+    rounds: int = Field(1, ge=1, le=100)
     damping: float = Field(0.01, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:

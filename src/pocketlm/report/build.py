@@ -1,0 +1,135 @@
+"""Gathers what a run and its evaluations measured into the artifact's metrics, page and model card."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+import pocketlm
+from pocketlm.core.spec import Recipe
+from pocketlm.core.views import ModelView, TensorInfo
+from pocketlm.engine.ledger import Ledger
+from pocketlm.engine.plan import Plan
+from pocketlm.evaluate.hardware import device_name
+from pocketlm.report.data import (
+    FOLDER,
+    Prediction,
+    ReportData,
+    Timing,
+    read_metrics,
+    write_atomically,
+    write_metrics,
+)
+from pocketlm.report.html import write_report
+from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
+
+
+def read_ledger(artifact: Path) -> Ledger:
+    """The artifact's ledger."""
+    return Ledger.model_validate_json((artifact / FOLDER / "ledger.json").read_text("utf-8"))
+
+
+def write_run_report(
+    artifact: Path,
+    source: ModelView,
+    written: Mapping[str, TensorInfo],
+    plan: Plan,
+    seconds: dict[str, float],
+    peak_ram_bytes: int | None,
+    calibration: str,
+) -> Path:
+    """Writes metrics, page and card of a finished run, before any evaluation.
+
+    Args:
+        artifact: Its directory.
+        source: The original.
+        written: The artifact's tensors.
+        plan: What was predicted.
+        seconds: Of the stages.
+        peak_ram_bytes: Of the process.
+        calibration: Text, windows and seed in words.
+
+    Returns:
+        The page.
+    """
+    ledger = read_ledger(artifact)
+    recipe_yaml = (artifact / FOLDER / "recipe.yaml").read_text("utf-8")
+    infos = source.source.infos()
+    parameters = sum(math.prod(info.shape) for info in infos.values())
+    original_bytes = sum(info.bytes_stored for info in infos.values())
+    output_bytes = sum(info.bytes_stored for info in written.values())
+    total = sum(seconds.values())
+    data = ReportData(
+        title=artifact.name,
+        source=ledger.source,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        version=pocketlm.__version__,
+        machine=f"{device_name(source.device)}; {platform.platform()}",
+        scheme=scheme_text(ledger),
+        methods=tuple(step.method for step in recipe_of(artifact).steps),
+        calibration=calibration,
+        recipe_yaml=recipe_yaml,
+        parameters=parameters,
+        original_bytes=original_bytes,
+        compressed_bytes=output_bytes,
+        original_bits=original_bytes * 8 / parameters,
+        linear_bits=ledger.bits_per_weight(),
+        sizes=size_parts(infos, written, ledger, source.block_paths),
+        linears=linear_results(ledger),
+        timings=tuple(Timing(stage=name, seconds=value) for name, value in seconds.items()),
+        predictions=(
+            Prediction(
+                name="output", unit="bytes", predicted=plan.output_bytes, actual=output_bytes
+            ),
+            Prediction(
+                name="peak RAM", unit="bytes", predicted=plan.peak_ram_bytes, actual=peak_ram_bytes
+            ),
+            Prediction(name="time", unit="seconds", predicted=plan.seconds, actual=total or None),
+        ),
+        remarks=ledger_remarks(ledger),
+        ledger=ledger_rows(ledger),
+    )
+    return write_all(artifact, data)
+
+
+def recipe_of(artifact: Path) -> Recipe:
+    """The resolved recipe that the artifact carries."""
+    path = artifact / FOLDER / "recipe.yaml"
+    return Recipe.parse(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+
+
+def scheme_text(ledger: Ledger) -> str:
+    """The grids in words, such as ``4 bits symmetric, group 64``."""
+    grids = dict.fromkeys(entry.spec for entry in ledger.tensors.values() if entry.spec is not None)
+    words = [
+        f"{spec.bits} bits {'symmetric' if spec.symmetric else 'asymmetric'}, "
+        + (f"group {spec.group_size}" if spec.group_size else "one scale a row")
+        for spec in grids
+    ]
+    return "; ".join(words)
+
+
+def write_all(artifact: Path, data: ReportData) -> Path:
+    """Writes metrics.json, report.html and the model card.
+
+    Returns:
+        The page.
+    """
+    from pocketlm.report.card import model_card
+
+    write_metrics(artifact, data)
+    page = write_report(artifact, data)
+    config = json.loads((artifact / "config.json").read_text("utf-8"))
+    write_atomically(artifact / "README.md", model_card(config, read_ledger(artifact), data))
+    return page
+
+
+def render(artifact: Path) -> Path:
+    """Writes page and card anew from the artifact's metrics."""
+    return write_all(artifact, read_metrics(artifact))
