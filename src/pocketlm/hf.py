@@ -1,28 +1,35 @@
 """Importing this module teaches transformers to load the format ``pocketlm``.
 
-``AutoModelForCausalLM.from_pretrained`` then takes such an artifact: the packed tensors are loaded into
+``AutoModelForCausalLM.from_pretrained`` then takes such an artifact: packed tensors are loaded into
 stand-ins for the compressed layers, decoded in the dtype the model is loaded in, and the layers get
 their ordinary weights back. The result is a plain, dense transformers model; `pocketlm.load` runs
 from packed weights instead.
 
-What transformers 5.23 does with ``compressed-tensors`` 0.20 when asked for ``dtype=float32`` (read in
-both sources, confirmed bit for bit in the tests): every floating tensor, scales too, is cast to the
-asked dtype while loading; the layers stay packed; a hook on the model's first forward decodes them all
-as ``(code - zero).to(scale.dtype) * scale``. Scales of bfloat16, float16 and float32 are exact in
-float32, so the weight is the product rounded once in float32: `PackedInt.dequantize(torch.float32)`.
-With ``dtype=bfloat16`` the same product is rounded in bfloat16.
+What transformers 5.23 does with ``compressed-tensors`` 0.20 when asked for ``dtype=float32`` (read
+in both sources, confirmed bit for bit in the tests): every floating tensor, scales too, is cast to
+the asked dtype while loading; the layers stay packed; a hook on the model's first forward decodes
+them all as ``(code - zero).to(scale.dtype) * scale``. Scales of bfloat16, float16 and float32 are
+exact in float32, so the weight is the product rounded once in float32:
+`PackedInt.dequantize(torch.float32)`. With ``dtype=bfloat16`` it is rounded once in bfloat16.
+
+Asymmetric grids load only with ``dequantize: true`` in the configuration, and with one grid for the
+whole model: that route decodes every layer with the first config group. It decodes in the dtype in
+which scales are stored and casts afterwards: with scales of 16 bits each weight carries a relative
+rounding of 2^-9 (bfloat16) or 2^-12 (float16) that decoding in float32 has not.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketlm.core.errors import ArtifactError
@@ -41,7 +48,7 @@ class PocketlmConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **section: Any) -> None:
-        self.quant_method = own_format.NAME
+        self.quant_method = own_format.NAME  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version: int = section.get("format_version", own_format.FORMAT_VERSION)
         self.groups: list[dict[str, Any]] = section.get("groups", [])
         self.transposed: list[str] = section.get("transposed", [])
@@ -104,10 +111,11 @@ class PocketlmQuantizer(HfQuantizer):
     """Loads the format ``pocketlm`` into dense layers; it does not quantize."""
 
     requires_calibration = True
-    quantization_config: PocketlmConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
+        if not isinstance(config, PocketlmConfig):
+            raise ArtifactError(f"{type(config).__name__} is no configuration of pocketlm.")
         if config.format_version != own_format.FORMAT_VERSION:
             raise ArtifactError(
                 f"was written in version {config.format_version} of the format pocketlm.",
@@ -140,16 +148,30 @@ class PocketlmQuantizer(HfQuantizer):
         return True
 
 
-def plain_logits(path: Path | str, tokens_T: Tensor) -> Tensor:
+def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
     """float32 logits of one sequence as plain transformers computes them from an artifact.
 
     Args:
         path: The artifact.
-        tokens_T: int64 [T].
+        tokens: Token ids.
 
     Returns:
         float32 [T, V], on the CPU.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        return model.eval()(tokens_T[None], use_cache=False).logits[0].float()
+        return model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``python -m pocketlm.hf ARTIFACT OUT TOKEN...`` writes the raw logits into OUT.
+
+    `verify` runs this as a process of its own: what it compares with shares nothing with it.
+    """
+    path, out, *tokens = arguments
+    logits_TV = plain_logits(path, [int(token) for token in tokens])
+    Path(out).write_bytes(logits_TV.contiguous().numpy().tobytes())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

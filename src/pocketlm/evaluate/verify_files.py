@@ -63,7 +63,9 @@ class Artifact:
         """
         if not path.is_dir():
             raise ArtifactError(
-                "is no directory.", where=str(path), remedy="Give the directory that compress wrote."
+                "is no directory.",
+                where=str(path),
+                remedy="Give the directory that compress wrote.",
             )
         traces = [path / "config.json", path / LEDGER, *path.glob("*.safetensors")]
         if not any(trace.exists() for trace in traces):
@@ -297,7 +299,9 @@ def check_tied(artifact: Artifact) -> str:
     if not artifact.config.get("tie_word_embeddings"):
         return "head and embedding are not tied."
     heads = [n for n in artifact.tensors if n.endswith(("lm_head.weight", "embed_out.weight"))]
-    digests = {artifact.digest(name): name for name in artifact.tensors if "embed" in name or "wte" in name}
+    digests = {
+        artifact.digest(name): name for name in artifact.tensors if "embed" in name or "wte" in name
+    }
     for head in heads:
         twin = digests.get(artifact.digest(head))
         if twin is not None and twin != head:

@@ -1,8 +1,8 @@
 """The last check of `verify`: plain transformers, in a process of its own, gives our logits.
 
-What transformers does at load, and when the weights it decodes are ours bit for bit, is written down
-in `pocketlm.hf`. Asymmetric grids with scales of 16 bits are decoded with a rounding more there: their
-distributions are compared instead of their bits.
+What transformers does at load, and when the weights it decodes are ours bit for bit, is written
+down in `pocketlm.hf`. Asymmetric grids with scales of 16 bits are decoded with a rounding more
+there: their distributions are compared instead of their bits.
 """
 
 from __future__ import annotations

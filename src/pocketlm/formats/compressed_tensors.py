@@ -226,7 +226,7 @@ def config_section(specs: Mapping[str, QuantSpec], ignored: Sequence[str]) -> di
             "output_activations": None,
             "format": "pack-quantized",
         }
-    return {
+    section = {
         "quant_method": NAME,
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -235,6 +235,11 @@ def config_section(specs: Mapping[str, QuantSpec], ignored: Sequence[str]) -> di
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    if not all(spec.symmetric for spec in specs.values()):
+        # transformers lays out zero points unpacked before loading and then finds the file's too
+        # small (seen with compressed-tensors 0.18 to 0.20), unless it is told to decode at once.
+        section["dequantize"] = True
+    return section
 
 
 def weight_args(spec: QuantSpec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -115,7 +116,7 @@ class CompressedIndex:
             )
         return packed
 
-    @property
+    @cached_property
     def replaced(self) -> Mapping[str, str]:
         """Stored tensor name → module path, of every tensor that belongs to a compressed linear."""
         return {name: module.name for module in self.modules.values() for name in module.tensors}

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import PackedInt
 from pocketlm.formats import format_for
-from pocketlm.formats.shards import Entry, assemble
-from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from pocketlm.formats.shards import Entry, assemble, write_file
 
 Artifact = tuple[Path, dict[str, PackedInt]]  # the directory, and what was written by module
 
@@ -72,7 +73,7 @@ def write_artifact(
     stored: dict[str, Tensor] = {}
     packed: dict[str, PackedInt] = {}
     specs: dict[str, QuantSpec] = {}
-    ledger: dict[str, Mapping[str, object]] = {}
+    accounts: dict[str, Mapping[str, object]] = {}
     ignored: list[str] = []
     transposed: list[str] = []
     tied = model.config.tie_word_embeddings
@@ -87,7 +88,7 @@ def write_artifact(
         if spec is None:
             stored[name] = tensor
             ignored += [module] if linear else []
-            bits = 8.0 * tensor.element_size()
+            bits = 8 * tensor.numel() * tensor.element_size()
         else:
             weight_OI = tensor.T if isinstance(layer, Conv1D) else tensor
             transposed += [module] if isinstance(layer, Conv1D) else []
@@ -96,10 +97,11 @@ def write_artifact(
             encoded = writer.encode(name, packed[module])
             stored |= encoded
             outputs = list(encoded)
-            bits = packed[module].stored_bits / tensor.numel()
-        ledger[name] = {
+            bits = packed[module].stored_bits
+        accounts[name] = {
             "action": "kept" if spec is None else "quantized",
-            "reason": "",
+            "reason": "because",
+            "shape": tuple(tensor.shape),
             "bits": bits,
             "spec": None if spec is None else spec.model_dump(),
             "notes": [],
@@ -112,15 +114,25 @@ def write_artifact(
     extra = (transposed,) if form == "pocketlm" else ()
     config["quantization_config"] = writer.config_section(specs, ignored, *extra)
     (directory / "pocketlm").mkdir()
-    (directory / "pocketlm" / "ledger.json").write_text(
-        json.dumps({"format": form, "tensors": ledger, "files": digests})
-    )
-    (directory / "pocketlm" / "recipe.yaml").write_text("steps: [rtn]\n")
-    (directory / "config.json").write_text(json.dumps(config))
+    for name, text in (
+        ("pocketlm/recipe.yaml", "steps: [rtn]\n"),
+        ("config.json", json.dumps(config)),
+    ):
+        digests[name] = write_file(directory / name, text.encode())
+    ledger = {
+        "source": "random",
+        "format": form,
+        "fingerprint": {},
+        "tensors": accounts,
+        "files": digests,
+    }
+    (directory / "pocketlm" / "ledger.json").write_text(json.dumps(ledger))
     return directory, packed
 
 
-def build_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> transformers.LlamaForCausalLM:
+def build_llama(
+    dtype: torch.dtype = torch.float32, tied: bool = False
+) -> transformers.LlamaForCausalLM:
     """A random Llama of two blocks."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

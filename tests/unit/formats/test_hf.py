@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.unit.formats.artifacts import build_gpt2, build_llama, decoded_by_hand, write_artifact
 
 import pocketlm.hf
 from pocketlm.core.spec import QuantSpec
-from tests.unit.formats.artifacts import build_gpt2, build_llama, decoded_by_hand, write_artifact
 
 TOKENS = torch.arange(3, 27)[None] * 7 % 320
 

@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pocketlm.core.errors import ArtifactError
 from pocketlm.formats import packing
 
