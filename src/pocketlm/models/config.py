@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from pocketlm.core.errors import SourceError, UnsupportedModel
+from pocketlm.core.errors import SecurityError, SourceError, UnsupportedModel
+
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+OURS = ("compressed-tensors", "pocketlm")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -22,10 +26,56 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise SourceError("is absent.", where=str(path)) from error
+        remedy = "Give the directory of a Hugging Face checkpoint."
+        raise SourceError("holds no config.json.", where=str(directory), remedy=remedy) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot be read ({error}).", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise SourceError("is no JSON object.", where=str(path))
     return config
+
+
+def judge_config(
+    config: Mapping[str, Any], where: str, *, trust_remote_code: bool, allow_compressed: bool
+) -> None:
+    """Refuses what is no unquantized causal language model.
+
+    Args:
+        config: config.json.
+        where: The checkpoint, for messages.
+        trust_remote_code: Whether code from the checkpoint may run.
+        allow_compressed: Whether formats that can be decoded here pass.
+
+    Raises:
+        UnsupportedModel: If it is quantized already, or generates no text.
+        SecurityError: If it needs code from the checkpoint.
+    """
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method", "an unnamed method")
+        if not (allow_compressed and method in OURS):
+            raise UnsupportedModel(
+                f"is already quantized by {method}.",
+                where=where,
+                remedy="Start from the model it was made from; a second grid on top of the first loses twice.",
+            )
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise SourceError("config.json names no model_type.", where=where)
+    if config.get("auto_map") and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise SecurityError(
+            f"needs code from the checkpoint to run ({config['auto_map'].get('AutoConfig', 'auto_map')}).",
+            where=where,
+            remedy="Read that code, then pass --trust-remote-code.",
+        )
+    architectures = config.get("architectures") or []
+    generative = any(name.endswith(GENERATIVE) for name in architectures)
+    if config.get("is_encoder_decoder") or (architectures and not generative):
+        raise UnsupportedModel(
+            f"{', '.join(architectures) or model_type} is no causal language model.",
+            where=where,
+            remedy="Only decoders that predict the next token are compressed.",
+        )
 
 
 def transformers_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfig:
@@ -36,8 +86,10 @@ def transformers_config(directory: Path, *, trust_remote_code: bool) -> Pretrain
     """
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        model_type = read_config(directory).get("model_type")
         raise UnsupportedModel(
-            f"transformers {transformers.__version__} does not know this architecture.",
+            f"transformers {transformers.__version__} cannot read architecture '{model_type}': {error}",
             where=str(directory),
+            remedy="Install a version of transformers that knows it.",
         ) from error

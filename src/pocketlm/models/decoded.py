@@ -1,0 +1,101 @@
+"""A compressed artifact read as the model it came from: decoded tensor by tensor, original names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.errors import SourceError
+from pocketlm.core.views import TensorInfo, TensorSource
+from pocketlm.formats.read import CompressedIndex
+from pocketlm.models.bytes import byte_view, require_finite
+
+WHERE = "the compressed artifact"
+
+
+class DecodedSource:
+    """A TensorSource that decodes compressed linears as they are read, into float32.
+
+    float32 holds scale times code with one rounding, so what is read is what was measured.
+
+    Args:
+        stored: The artifact's tensors.
+        index: Which of them make compressed linears.
+    """
+
+    def __init__(self, stored: TensorSource, index: CompressedIndex) -> None:
+        self._stored, self._index = stored, index
+        replaced = index.replaced
+        self._module_of: dict[str, str] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for name, info in stored.infos().items():
+            module = replaced.get(name)
+            if module is None:
+                self._infos[name] = info
+                continue
+            original = index.modules[module].tensor_name
+            if original not in self._module_of:
+                self._module_of[original] = module
+                self._infos[original] = TensorInfo(original, torch.float32, self._shape(module))
+
+    @classmethod
+    def wrap(cls, stored: TensorSource, config: Mapping[str, Any]) -> DecodedSource | None:
+        """The decoded view of an artifact; None where nothing in it is compressed.
+
+        Raises:
+            UnsupportedModel: If it is compressed in a way that is not read here.
+            ArtifactError: If configuration and tensors contradict each other.
+        """
+        index = CompressedIndex.build(config, stored.infos())
+        return None if index is None else cls(stored, index)
+
+    def _shape(self, module: str) -> tuple[int, ...]:
+        known = self._index.modules[module]
+        name = next(name for name in known.tensors if name.endswith(".weight_shape"))
+        rows, columns = self._stored.read(name).tolist()
+        return (columns, rows) if known.transposed else (rows, columns)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the model before compression, in the artifact's order."""
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, decoded; the caller owns the memory.
+
+        Raises:
+            SourceError: If it is absent, cut off, or not finite.
+        """
+        module = self._module_of.get(name)
+        if module is None:
+            return self._stored.read(name)
+        weight_OI = self._index.decode(module, self._stored.read).dequantize()
+        require_finite(name, weight_OI, WHERE)
+        return weight_OI.T.contiguous() if self._index.modules[module].transposed else weight_OI
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of the tensor.
+
+        Raises:
+            SourceError: If they are cut off or not finite.
+        """
+        if name not in self._infos:
+            raise SourceError(f"holds no tensor '{name}'.", where=WHERE)
+        if name in self._module_of:
+            return self.read(name)[start:stop].clone()
+        return self._stored.rows(name, start, stop)
+
+    def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
+        """The tensor's raw bytes, in order."""
+        if name not in self._module_of:
+            yield from self._stored.chunks(name, bytes_at_once)
+            return
+        view, step = byte_view(self.read(name)), max(8, bytes_at_once // 8 * 8)
+        for start in range(0, len(view), step):
+            yield view[start : start + step]
+
+    def fingerprint(self) -> str:
+        """That of the stored tensors."""
+        return self._stored.fingerprint()

@@ -1,0 +1,297 @@
+"""GGUF files as a source: dequantized tensor by tensor, under Hugging Face names and shapes.
+
+Block types become float16, stored floats keep their dtype. Names, permutations and the
+configuration come from transformers' own GGUF tables; a tensor that they do not know is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from pocketlm.core.errors import ConfigError, SourceError, UnsupportedModel
+from pocketlm.core.views import TensorInfo
+from pocketlm.models.bytes import PositionalFile, byte_view, require_finite
+from pocketlm.models.gguf_header import GgufHeader, GgufTensor, damaged, read_header, write_small_header
+
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
+PIECE_ELEMENTS = 4 << 20  # dequantized at a time: the library's temporaries are float32
+LARGE_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+LARGE_KEYS += ("tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap")
+TABLES = ("token_embd.weight", "output.weight")  # read by rows; no converter reorders them
+EXPERTS = {"ffn_gate_exps": ("gate", 0), "ffn_up_exps": ("up", 1), "ffn_down_exps": ("down", 0)}
+
+
+def require_library() -> None:
+    """Says how to install the gguf library where it is missing.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "reading a GGUF file needs the package gguf.", remedy="Run: pip install 'pocketlm[gguf]'"
+        ) from error
+
+
+class GgufFile:
+    """A GGUF file: its header, and the configuration that transformers makes of it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SourceError: If it is no GGUF file, truncated or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_library()
+        self.path = path
+        self.file = PositionalFile(path)
+        self.header: GgufHeader = read_header(self.file)
+        self.architecture = str(self.header.metadata.get("general.architecture", ""))
+        for tensor in self.header.tensors:
+            if tensor.offset + stored_bytes(self.file, tensor) > self.file.bytes_total:
+                raise damaged(self.file, f"ends before tensor '{tensor.name}' does")
+
+    def config(self) -> tuple[PretrainedConfig, dict[str, Any]]:
+        """transformers' configuration, and the parsed dictionary that its converters want.
+
+        Raises:
+            UnsupportedModel: If transformers does not know the architecture as GGUF.
+        """
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+        with tempfile.TemporaryDirectory() as directory:
+            small = Path(directory) / "header.gguf"
+            write_small_header(self.header, small, LARGE_KEYS)
+            try:
+                parsed = load_gguf_checkpoint(str(small))["config"]
+                config = AutoConfig.from_pretrained(directory, gguf_file=small.name)
+            except (ValueError, KeyError, NotImplementedError) as error:
+                what = f"transformers cannot read architecture '{self.architecture}' from GGUF: {error}"
+                raise UnsupportedModel(what, where=str(self.path)) from error
+        tokens = self.header.metadata.get("tokenizer.ggml.tokens")
+        if "vocab_size" not in parsed and tokens:
+            config.vocab_size = parsed["vocab_size"] = len(tokens)
+        if any(tensor.name == "rope_freqs.weight" for tensor in self.header.tensors):
+            raise UnsupportedModel(
+                "scales rotary frequencies by a table (rope_freqs) that transformers ignores in GGUF.",
+                where=str(self.path),
+                remedy="Start from the model's Hugging Face directory instead.",
+            )
+        return config, parsed
+
+
+def stored_bytes(file: PositionalFile, tensor: GgufTensor, elements: int | None = None) -> int:
+    """Bytes of a tensor, or of some of its elements, in the file.
+
+    Raises:
+        SourceError: If the type is unknown or does not divide the tensor.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+    except (ValueError, KeyError) as error:
+        raise damaged(file, f"gives tensor '{tensor.name}' the unknown type {tensor.kind}") from error
+    count = tensor.elements if elements is None else elements
+    if count % block or (tensor.shape and tensor.shape[-1] % block):
+        raise damaged(file, f"gives tensor '{tensor.name}' a width that its type does not divide")
+    return count // block * size
+
+
+def parameter_names(gguf: GgufFile, model: PreTrainedModel, processor: Any) -> dict[str, str]:
+    """The file's tensor names → the model's parameters.
+
+    Args:
+        gguf: The file.
+        model: The model without weights.
+        processor: transformers' rules for this architecture.
+
+    Raises:
+        UnsupportedModel: If the gguf library does not know the architecture.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next((key for key, value in MODEL_ARCH_NAMES.items() if value == gguf.architecture), None)
+    if arch is None:
+        what = f"has architecture '{gguf.architecture}', which the gguf library does not know."
+        raise UnsupportedModel(what, where=str(gguf.path))
+    table = get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
+    names: dict[str, str] = {}
+    for own in model.state_dict(keep_vars=True):
+        asked = processor.preprocess_name(own)
+        base, dot, leaf = asked.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            base, dot, leaf = asked, "", ""
+        # Some converters start from the model without its outer prefix.
+        bare = base.removeprefix(f"{model.base_model_prefix}.")
+        spelled = table.get_name(base) or table.get_name(bare)
+        if spelled is None:
+            processor.perform_fallback_tensor_mapping(names, dot + leaf, "", asked)
+        else:
+            names[spelled + dot + leaf] = own
+    return names
+
+
+class GgufSource:
+    """A TensorSource over a GGUF file.
+
+    Args:
+        gguf: The file.
+        parsed: The dictionary that `GgufFile.config` gave.
+        model: The model without weights, for names and shapes.
+
+    Raises:
+        UnsupportedModel: If a tensor of the file is not known to transformers.
+    """
+
+    def __init__(self, gguf: GgufFile, parsed: Mapping[str, Any], model: PreTrainedModel) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self._gguf = gguf
+        self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=dict(parsed))
+        names = parameter_names(gguf, model, self._processor)
+        self._stored: dict[str, tuple[GgufTensor, int | None]] = {}  # expert index in a stack
+        self._infos: dict[str, TensorInfo] = {}
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+        for tensor in gguf.header.tensors:
+            self._add(tensor, names, shapes)
+
+    def _add(
+        self, tensor: GgufTensor, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        part = EXPERTS.get(tensor.name.split(".")[-2]) if tensor.name.count(".") >= 2 else None
+        name = names.get(tensor.name)
+        dtype = PLAIN.get(tensor.kind, torch.float16)
+        if part is not None and name is not None:
+            folder = name.partition(".experts.")[0]
+            for expert in range(tensor.shape[0]):
+                own = f"{folder}.experts.{expert}.{part[0]}_proj.weight"
+                self._stored[own] = (tensor, expert)
+                self._infos[own] = TensorInfo(own, dtype, tensor.shape[1:])
+            return
+        if name is None or name not in shapes:
+            raise UnsupportedModel(
+                f"transformers does not know what tensor '{tensor.name}' is for.",
+                where=str(self._gguf.path),
+                remedy="Start from the model's Hugging Face directory instead.",
+            )
+        self._stored[name] = (tensor, None)
+        self._infos[name] = TensorInfo(name, dtype, shapes[name])
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, in the order of the file."""
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, dequantized; the caller owns the memory.
+
+        Raises:
+            SourceError: If it is absent, cut off, or not finite.
+        """
+        tensor, expert = self._get(name)
+        if expert is not None:
+            rows = tensor.shape[1]
+            value = self._dequantize(tensor, expert * rows, (expert + 1) * rows)
+            return self._checked(name, value.view(tensor.shape[1:]))
+        value = self._dequantize(tensor, 0, tensor.elements // max(1, tensor.shape[-1]))
+        return self._checked(name, self._processed(tensor, value.view(tensor.shape), name))
+
+    def _processed(self, tensor: GgufTensor, value: Tensor, name: str) -> Tensor:
+        """Undoes what llama.cpp's converter did, as transformers does."""
+        if tensor.name in TABLES:
+            return value
+        dtype = value.dtype
+        if dtype == torch.bfloat16:  # numpy has none
+            value = value.float()
+        done = self._processor.process(
+            weights=value.numpy(), name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
+        )
+        array = torch.from_numpy(done.weights.copy() if not done.weights.flags.c_contiguous else done.weights)
+        return array.to(dtype).reshape(self._infos[name].shape).contiguous()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop, dequantized.
+
+        Raises:
+            SourceError: If they are cut off or not finite.
+        """
+        tensor, _ = self._get(name)
+        if tensor.name not in TABLES:
+            return self.read(name)[start:stop].clone()
+        value = self._dequantize(tensor, start, stop)
+        return self._checked(name, value.view(stop - start, tensor.shape[-1]))
+
+    def chunks(self, name: str, bytes_at_once: int) -> Iterator[memoryview]:
+        """The dequantized tensor's raw bytes, in order."""
+        tensor, _ = self._get(name)
+        info = self._infos[name]
+        if tensor.name not in TABLES:
+            view = byte_view(self.read(name))
+            for start in range(0, len(view), max(8, bytes_at_once // 8 * 8)):
+                yield view[start : start + max(8, bytes_at_once // 8 * 8)]
+            return
+        step = max(1, bytes_at_once // (info.bytes_stored // info.shape[0]))
+        for start in range(0, info.shape[0], step):
+            yield byte_view(self.rows(name, start, min(start + step, info.shape[0])))
+
+    def fingerprint(self) -> str:
+        """A digest of the whole file."""
+        digest = hashlib.sha256()
+        buffer = bytearray(8 << 20)
+        total = self._gguf.file.bytes_total
+        for start in range(0, total, len(buffer)):
+            piece = memoryview(buffer)[: min(len(buffer), total - start)]
+            self._gguf.file.read_into(piece, start)
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _get(self, name: str) -> tuple[GgufTensor, int | None]:
+        found = self._stored.get(name)
+        if found is None:
+            raise SourceError(f"holds no tensor '{name}'.", where=str(self._gguf.path))
+        return found
+
+    def _checked(self, name: str, value: Tensor) -> Tensor:
+        require_finite(name, value, str(self._gguf.path))
+        return value
+
+    def _dequantize(self, tensor: GgufTensor, start: int, stop: int) -> Tensor:
+        """Rows (of the last axis) start to stop, flat, a few at a time."""
+        width = tensor.shape[-1] if tensor.shape else 1
+        out = torch.empty((stop - start) * width, dtype=PLAIN.get(tensor.kind, torch.float16))
+        step = max(1, PIECE_ELEMENTS // max(1, width))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            piece = out[(first - start) * width : (last - start) * width]
+            self._dequantize_into(tensor, first * width, last * width, piece)
+        return out
+
+    def _dequantize_into(self, tensor: GgufTensor, first: int, last: int, out: Tensor) -> None:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        file = self._gguf.file
+        offset = tensor.offset + stored_bytes(file, tensor, first)
+        if tensor.kind in PLAIN:
+            file.read_into(byte_view(out), offset)
+            return
+        raw = torch.empty(stored_bytes(file, tensor, last - first), dtype=torch.uint8)
+        file.read_into(byte_view(raw), offset)
+        try:
+            values = dequantize(raw.numpy(), GGMLQuantizationType(tensor.kind))
+        except NotImplementedError as error:
+            what = f"tensor '{tensor.name}' has a type that the gguf library cannot decode."
+            raise SourceError(what, where=str(file.path)) from error
+        out.copy_(torch.from_numpy(values).view(-1))
