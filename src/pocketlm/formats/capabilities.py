@@ -32,6 +32,7 @@ class Capability(Strict):
         columns_multiple: Columns must be a multiple of this.
         rows_multiple: Rows must be a multiple of this.
         fused_share_one_grid: Whether q, k, v and gate, up need one grid.
+        asymmetric_needs_one_grid: Whether a model with zero points may have only one grid.
         asymmetric_experts: Whether zero points of experts are used.
         negative_scales: Whether scales below zero compute correctly; None: not known.
         minimum_versions: Package → oldest release.
@@ -47,6 +48,7 @@ class Capability(Strict):
     columns_multiple: int
     rows_multiple: int
     fused_share_one_grid: bool
+    asymmetric_needs_one_grid: bool
     asymmetric_experts: bool
     negative_scales: bool | None
     minimum_versions: dict[str, str]
@@ -156,6 +158,15 @@ def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: 
             for fused in (group for group in FUSED if leaf in group):
                 siblings = [f"{parent}.{part}" for part in fused if f"{parent}.{part}" in grids]
                 _demand_one_grid(siblings, grids, f"{target} runs them as one layer")
+    distinct = set(specs.values())
+    if known.asymmetric_needs_one_grid and len(distinct) > 1:
+        for module, spec in specs.items():
+            if not spec.symmetric:
+                raise UnsupportedLayer(
+                    f"has zero points, and {target} decodes a model with zero points by one grid.",
+                    where=module,
+                    remedy="Make the grid symmetric, or give every linear the same grid.",
+                )
     experts: dict[str, list[str]] = defaultdict(list)
     for module in grids:
         found = re.match(r"(.*?\bexperts)\.\d+\.", module)

@@ -271,11 +271,18 @@ def _targets(specs: Mapping[str, QuantSpec]) -> list[tuple[QuantSpec, list[str]]
 
 
 def _pattern(module: str) -> str:
-    """A pattern over all modules that end alike; experts apart from dense linears."""
-    expert = re.search(r"(?:^|\.)(experts)\.\d+\.([^.]+)$", module)
-    if expert:
-        return rf"re:(.*\.)?experts\.\d+\.{re.escape(expert[2])}$"
-    return rf"re:(.*\.)?{re.escape(module.rpartition('.')[2])}$"
+    """A pattern over all modules that end alike, up to the nearest name that is no number.
+
+    ``model.layers.0.mlp.down_proj`` gives ``mlp.down_proj``, an expert's ``experts.3.down_proj``
+    gives ``experts.<number>.down_proj``: experts and dense linears never share one.
+    """
+    tail: list[str] = []
+    for part in reversed(module.split(".")):
+        tail.insert(0, r"\d+" if part.isdigit() else re.escape(part))
+        if len(tail) > 1 and not part.isdigit():
+            break
+    joined = r"\.".join(tail)
+    return rf"re:(.*\.)?{joined}$"
 
 
 def _take(tensors: Mapping[str, Tensor], module: str, role: str) -> Tensor:
