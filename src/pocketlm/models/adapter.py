@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from pocketlm.core.views import Group, TensorSource
+from pocketlm.core.views import Fold, Group, TensorSource
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
 from pocketlm.models.ends import Ends
 from pocketlm.models.experts import run_all_experts
+from pocketlm.models.folds import FoldProbe
 from pocketlm.models.layout import Layout, lay_out
 from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
@@ -80,6 +83,7 @@ class Model:
         self._returned: int | None = None  # how many things a block returns; 0: the bare tensor
         self._probe: tuple[Tensor, Call] | None = None
         self._observed: dict[Any, Observation] = {}
+        self._folds: dict[Any, list[Fold | None]] = {}
         text = model.config.get_text_config()
         self.vocabulary = int(text.vocab_size)
         self.context = context_length(text)
@@ -201,9 +205,10 @@ class Model:
         module, layout = self.skeleton.blocks[index], self._layouts[index]
         self._learn_return_type()
         self._loader.fill(module, self.skeleton.block_paths[index])
+        handles: list[RemovableHandle] = []
         try:
             seen = self._observe(index, module, layout)
-            groups = groups_of(seen, layout)
+            groups = groups_of(seen, layout, self._folds.get(layout.key))
             idle = {layout.names[path]: "its forward never ran" for path in seen.idle}
             names = [name for group in groups for name in group.linears]
             by_name = {layout.names[path]: path for path in layout.linears}
@@ -211,11 +216,25 @@ class Model:
             linears = {n: Linear(m, layout.tensors[by_name[n]], self.source) for n, m in modules.items()}
             order = {modules[name]: group.index for group in groups for name in group.linears}
             handles = pause_before(order)
-            yield Block(index, layout.path, module, linears, groups, {**layout.skipped, **idle})
+            skipped = {**layout.skipped, **idle}
+            probe = partial(self._probe_folds, index, module, layout)
+            yield Block(index, layout.path, module, linears, groups, skipped, probe)
+        finally:
             for handle in handles:
                 handle.remove()
-        finally:
             self._loader.empty(module)
+
+    def _probe_folds(self, index: int, module: nn.Module, layout: Layout) -> tuple[Group, ...]:
+        seen = self._observed[layout.key]
+        if layout.key not in self._folds:
+            assert self._probe is not None
+            hidden, call = self._probe
+            head_dim = head_width(self.skeleton.model.config.get_text_config())
+            run_all_experts(module, True)
+            probe = FoldProbe(module, hidden, call.blocks[index], head_dim)
+            self._folds[layout.key] = probe.folds(seen)
+            run_all_experts(module, False)
+        return groups_of(seen, layout, self._folds[layout.key])
 
     def _observe(self, index: int, module: nn.Module, layout: Layout) -> Observation:
         if layout.key not in self._observed:
@@ -255,15 +274,26 @@ class Model:
         return self._tokenizer
 
 
-def groups_of(seen: Observation, layout: Layout) -> tuple[Group, ...]:
+def groups_of(
+    seen: Observation, layout: Layout, folds: list[Fold | None] | None
+) -> tuple[Group, ...]:
     """The groups under the checkpoint's names."""
+    found = folds or [None] * len(seen.groups)
     return tuple(
-        Group(index, tuple(layout.names[path] for path in paths))
-        for index, paths in enumerate(seen.groups)
+        Group(index, tuple(layout.names[path] for path in paths), layout.spell(fold))
+        for index, (paths, fold) in enumerate(zip(seen.groups, found, strict=True))
     )
 
 
-def context_length(config: Any) -> int:
+def head_width(config: PretrainedConfig) -> int:
+    """Width of an attention head, by the keys that configurations use."""
+    known = config.to_dict()
+    if isinstance(known.get("head_dim"), int):
+        return known["head_dim"]
+    return int(config.hidden_size) // int(config.num_attention_heads)
+
+
+def context_length(config: PretrainedConfig) -> int:
     """The longest position that a model was made for, by the key that its config uses."""
     known = config.to_dict()
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "seq_length"):

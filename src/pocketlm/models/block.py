@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Block:
         linears: Its linears in order of execution.
         groups: Its groups in order of execution.
         skipped: What is left alone, and why.
+        probe: Tries folds on the loaded block and gives the groups with them.
     """
 
     def __init__(
@@ -36,9 +37,16 @@ class Block:
         linears: Mapping[str, Linear],
         groups: tuple[Group, ...],
         skipped: Mapping[str, str],
+        probe: Callable[[], tuple[Group, ...]],
     ) -> None:
+        self._probe = probe
         self.index, self.path, self.module = index, path, module
         self.linears, self.groups, self.skipped = linears, groups, skipped
+
+    def probe_folds(self) -> tuple[Group, ...]:
+        """The groups with the best fold of each, tried in float64; seconds for a large block."""
+        self.groups = self._probe()
+        return self.groups
 
     def start(self, hidden_BTD: Tensor, call: Call) -> Run:
         """Begins a run on one batch.

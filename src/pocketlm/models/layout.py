@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from pocketlm.core.views import Fold
 from pocketlm.models.experts import PerExpert, holds_fused_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.names import NameMap
@@ -32,6 +33,13 @@ class Layout:
     tensors: Mapping[str, str]
     skipped: Mapping[str, str]
     key: Any
+
+    def spell(self, fold: Fold | None) -> Fold | None:
+        """A fold with its producer's full path, as the checkpoint spells it."""
+        if fold is None:
+            return None
+        producer = self.names.get(fold.producer, f"{self.path}.{fold.producer}")
+        return replace(fold, producer=producer)
 
 
 def lay_out(block: nn.Module, path: str, names: NameMap, fused: Mapping[str, str]) -> Layout:

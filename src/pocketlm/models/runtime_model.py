@@ -1,8 +1,8 @@
 """Builds a model to run: transformers' own classes, weights read one tensor at a time.
 
 Linears that an artifact holds compressed are replaced by what the caller makes of their codes, and
-are never decoded here. Fused experts become one module per expert where the artifact compresses them.
-Everything else is loaded as it is stored, in the dtype the model computes in.
+are never decoded here. Fused experts become a module per expert where the artifact compresses
+them. Everything else is loaded as it is stored, in the dtype the model computes in.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from transformers import (
 
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
 from pocketlm.core.tensors import PackedInt
-from pocketlm.core.views import TensorInfo, TensorSource
+from pocketlm.core.views import TensorSource
 from pocketlm.formats.read import CompressedIndex
-from pocketlm.models.config import read_config, transformers_config
+from pocketlm.models.config import judge_config, read_config, transformers_config
+from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.experts import split_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap, map_names
-from pocketlm.models.opening import open_model
+from pocketlm.models.opening import open_model, resolve
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -65,15 +66,10 @@ def runtime_model(
         ArtifactError: If its compressed tensors contradict its configuration.
         UnsupportedModel: If it is quantized in a way that is not read here.
     """
-    if is_compressed(source):
-        return _packed_model(Path(source), make_linear, device, dtype, trust_remote_code)
-    view = open_model(
-        source,
-        device=device,
-        compute_dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
+    path = resolve(source, revision=revision)
+    if is_compressed(path):
+        return _packed_model(path, make_linear, device, dtype, trust_remote_code)
+    view = open_model(path, device=device, compute_dtype=dtype, trust_remote_code=trust_remote_code)
     # Built again without the split of experts that views need: fused ones run faster.
     config = view.skeleton.model.config
     model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code).model
@@ -82,10 +78,9 @@ def runtime_model(
     return model, view.tokenizer()
 
 
-def is_compressed(source: str | Path) -> bool:
-    """Whether a source is a directory whose config.json has a `quantization_config`."""
-    directory = Path(source)
-    return directory.is_dir() and "quantization_config" in read_config(directory)
+def is_compressed(path: Path) -> bool:
+    """Whether a path is a directory whose config.json has a `quantization_config`."""
+    return path.is_dir() and "quantization_config" in read_config(path)
 
 
 def _packed_model(
@@ -95,46 +90,36 @@ def _packed_model(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = SafetensorsSource(directory)
-    index = CompressedIndex.build(read_config(directory), source.infos())
+    config, where = read_config(directory), str(directory)
+    judge_config(config, where, trust_remote_code=trust_remote_code, allow_compressed=True)
+    stored = SafetensorsSource(directory)
+    index = CompressedIndex.build(config, stored.infos())
     if index is None:
-        raise UnsupportedModel("its quantization_config is empty.", where=str(directory))
-    config = transformers_config(directory, trust_remote_code=trust_remote_code)
-    if "quantization_config" in config.__dict__:
-        del config.quantization_config
-    skeleton = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
-    names = map_names(skeleton.model, _original_infos(source, index), str(directory))
+        raise UnsupportedModel("its quantization_config is empty.", where=where)
+    source = DecodedSource(stored, index)  # original names; nothing compressed is read through it
+    hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
+    if "quantization_config" in hf_config.__dict__:
+        del hf_config.quantization_config
+    skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
+    names = map_names(skeleton.model, source.infos(), where)
     names, fused = split_experts(skeleton, names)
     for path, reason in fused.items():
         _require_uncompressed(path, reason, names, index)
     for parameter, binding in names.bindings.items():
-        module_name = binding.tensors[0].removesuffix(".weight")
-        if module_name not in index.modules:
+        module = binding.tensors[0].removesuffix(".weight")
+        if module not in index.modules:
             continue
-        if not binding.plain:
+        path = parameter.removesuffix(".weight")
+        if not binding.plain or path == parameter:
             raise UnsupportedLayer(
-                "is compressed, but this version of transformers keeps it merged with others.",
+                "is compressed, but this version of transformers merges it with others.",
                 where=parameter,
             )
-        packed = index.decode(module_name, source.read)
-        path = parameter.removesuffix(".weight")
-        bias = _bias(path, source, names)
-        _replace(skeleton.model, path, packed, bias, make_linear)
+        packed = index.decode(module, stored.read)
+        _replace(skeleton.model, path, packed, _bias(path, stored, names), make_linear)
     _finish(skeleton.model, source, names, device, dtype, side_files(directory))
-    source.close()
+    stored.close()
     return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)
-
-
-def _original_infos(source: SafetensorsSource, index: CompressedIndex) -> dict[str, TensorInfo]:
-    """The tensors under the names and in the shapes they had before compression."""
-    stored = source.infos()
-    infos = {name: info for name, info in stored.items() if name not in index.replaced}
-    for module in index.modules.values():
-        scale = stored[f"{module.name}.weight_scale"]
-        rows, columns = (int(n) for n in source.read(f"{module.name}.weight_shape"))
-        shape = (columns, rows) if module.transposed else (rows, columns)
-        infos[module.tensor_name] = TensorInfo(module.tensor_name, scale.dtype, shape)
-    return infos
 
 
 def _require_uncompressed(path: str, reason: str, names: NameMap, index: CompressedIndex) -> None:
