@@ -261,6 +261,34 @@ class Model:
         block = self.skeleton.blocks[0]
         return any(isinstance(module, Conv1D) for module in block.modules())
 
+    def alike_blocks(self) -> list[list[int]]:
+        """Indices of blocks that are built alike, by layout."""
+        alike: dict[Any, list[int]] = {}
+        for index, layout in enumerate(self._layouts):
+            alike.setdefault(layout.key, []).append(index)
+        return list(alike.values())
+
+    def skipped(self, index: int) -> Mapping[str, str]:
+        """Module path → why it is left alone, of one block, without loading it."""
+        return self._layouts[index].skipped
+
+    def tensor_kinds(self) -> Mapping[str, str]:
+        """Every tensor of the checkpoint → "linears", "embedding", "head", "norms", "other" or "extras"."""
+        model = self.skeleton.model
+        in_blocks = {t for layout in self._layouts for t in layout.tensors.values()}
+        kinds = dict.fromkeys(self.source.infos(), "other")
+        kinds.update(dict.fromkeys(self.extras, "extras"))
+        shapes = {name: p.dim() for name, p in model.named_parameters(remove_duplicate=False)}
+        for name, binding in self.names.bindings.items():
+            is_norm = name.endswith("weight") and shapes.get(name) == 1
+            kinds.update(dict.fromkeys(binding.tensors, "norms" if is_norm else "other"))
+        kinds.update(dict.fromkeys(in_blocks, "linears"))
+        path_of = {id(module): path for path, module in model.named_modules()}
+        for module, kind in ((self._ends.head, "head"), (model.get_input_embeddings(), "embedding")):
+            binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
+            kinds.update(dict.fromkeys(binding.tensors, kind))
+        return kinds
+
     # --- beside the weights ---
 
     def side_files(self) -> Mapping[str, bytes]:

@@ -31,7 +31,7 @@ from pocketlm.models.experts import split_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap, map_names
-from pocketlm.models.opening import open_model, resolve
+from pocketlm.models.opening import open_model
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -40,23 +40,21 @@ MakeLinear = Callable[[PackedInt, Tensor | None], nn.Module]
 
 
 def runtime_model(
-    source: str | Path,
+    path: Path,
     make_linear: MakeLinear,
     *,
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a compressed artifact, or any source that `open_model` reads, ready for `generate`.
 
     Args:
-        source: A directory, a hub id, a `.gguf` file or `smollm2-135m`.
+        path: A directory or a `.gguf` file.
         make_linear: Makes the module for codes [O, I] and a bias [O] or None, both on the CPU.
         device: Where the model lies.
         dtype: What it computes in.
         trust_remote_code: Whether code from the checkpoint may run.
-        revision: Of a hub id.
 
     Returns:
         The model in eval mode and its tokenizer.
@@ -66,14 +64,13 @@ def runtime_model(
         ArtifactError: If its compressed tensors contradict its configuration.
         UnsupportedModel: If it is quantized in a way that is not read here.
     """
-    path = resolve(source, revision=revision)
     if is_compressed(path):
         return _packed_model(path, make_linear, device, dtype, trust_remote_code)
     view = open_model(path, device=device, compute_dtype=dtype, trust_remote_code=trust_remote_code)
     # Built again without the split of experts that views need: fused ones run faster.
     config = view.skeleton.model.config
     model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code).model
-    names = map_names(model, view.source.infos(), str(source))
+    names = map_names(model, view.source.infos(), str(path))
     _finish(model, view.source, names, device, dtype, view.side_files())
     return model, view.tokenizer()
 
@@ -98,8 +95,7 @@ def _packed_model(
         raise UnsupportedModel("its quantization_config is empty.", where=where)
     source = DecodedSource(stored, index)  # original names; nothing compressed is read through it
     hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
-    if "quantization_config" in hf_config.__dict__:
-        del hf_config.quantization_config
+    hf_config.__dict__.pop("quantization_config", None)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
     names = map_names(skeleton.model, source.infos(), where)
     names, fused = split_experts(skeleton, names)
