@@ -61,7 +61,7 @@ lint: $(VENV)/.stamp-dev ## style, types and import rules only
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/typos
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.stamp-dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix

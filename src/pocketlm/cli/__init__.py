@@ -1,1 +1,1 @@
-"""The command line: one file per verb; each parses, calls the API and says how to draw the answer."""
+"""The command line: one file a verb; each parses, calls the API and says how to draw it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pocketlm.cli import draw, flags
 from pocketlm.cli.options import (
@@ -39,6 +40,10 @@ from pocketlm.cli.options import (
 )
 from pocketlm.cli.output import Answer
 from pocketlm.cli.units import parse_bytes
+from pocketlm.report.words import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from pocketlm.api import CompressResult
 
 
 def run(
@@ -110,7 +115,7 @@ def run(
         from pocketlm.cli.plan import draw_plan
 
         plan = api.plan(source, built, **settings)
-        return Answer(plan, lambda console: draw_plan(console, source, plan))
+        return Answer(plan, lambda console: draw_plan(console, plan))
 
     from pocketlm.cli.progress import progress
 
@@ -127,5 +132,23 @@ def run(
     return Answer(result, lambda console: _draw(console, result))
 
 
-def _draw(console: Console, result: Any) -> None:
-    draw.facts(console, f"Wrote {result.output}", {})
+def _draw(console: Console, result: CompressResult) -> None:
+    plan = result.plan
+    verb = "Already there" if result.already_done else "Wrote"
+    console.print(f"[bold]{verb}[/bold] {escape(str(result.output))}")
+    total = sum(result.seconds.values())
+    rows = [
+        ("weights on disk", bytes_text(plan.output_bytes), bytes_text(result.output_bytes)),
+        ("bits per weight", f"{plan.bits_per_weight:.3f}", f"{result.bits_per_weight:.3f}"),
+        ("peak RAM", bytes_text(plan.peak_ram_bytes), bytes_text(result.peak_ram_bytes)),
+        ("time", seconds_text(plan.seconds), seconds_text(total) if total else "–"),
+    ]
+    draw.table(console, ("", "predicted>", "came out>"), rows)
+    if result.mean_error is not None:
+        error = f"{100 * result.mean_error:.2f} %"
+        console.print(f"mean output error of a linear on the calibration text: {error}")
+    draw.grouped(console, "Kept as they are", plan.kept)
+    draw.grouped(console, "Changed", plan.notes)
+    draw.warnings(console, result.warnings)
+    console.print(f"report: {escape(str(result.report))}")
+    console.print(f"next:   pocketlm verify {escape(str(result.output))}")

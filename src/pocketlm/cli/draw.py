@@ -1,4 +1,4 @@
-"""Two shapes for every answer: named facts, and a table. Units come from the field names."""
+"""The shapes of every answer: named facts, a table, grouped reasons, warnings."""
 
 from __future__ import annotations
 
@@ -9,56 +9,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pocketlm.cli.units import show_bytes, show_count, show_seconds
 
-
-def value_text(name: str, value: Any) -> str:
-    """A field's value in words, its unit taken from the field's name.
-
-    Args:
-        name: Such as ``output_bytes`` or ``seconds``.
-        value: A number, a string or a list of them.
-
-    Returns:
-        Such as ``1.2 GiB``; ``–`` for None.
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float) and "bytes" in name:
-        return show_bytes(value)
-    if isinstance(value, int | float) and "seconds" in name:
-        return show_seconds(value)
-    if isinstance(value, int) and name in ("parameters", "tokens"):
-        return show_count(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(str(part) for part in value)
-    return str(value)
-
-
-def facts(console: Console, title: str, pairs: Mapping[str, Any]) -> None:
+def facts(console: Console, title: str, pairs: Mapping[str, str]) -> None:
     """Draws ``name  value`` lines.
 
     Args:
         console: Where to.
-        title: Of the whole.
-        pairs: Field name → value; the names lose their unit and underscores.
+        title: Of the whole; none is drawn where it is empty.
+        pairs: Name → value, in words.
     """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs.items():
-        label = name.removesuffix("_bytes").replace("_", " ")
-        grid.add_row(label, escape(value_text(name, value)))
-    console.print(f"[bold]{escape(title)}[/bold]")
+        grid.add_row(escape(name), escape(value))
+    if title:
+        console.print(f"[bold]{escape(title)}[/bold]")
     console.print(grid)
 
 
 def table(
-    console: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None
+    console: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    title: str | None = None,
 ) -> None:
     """Draws a table; all but the first column stand to the right where they hold numbers.
 
@@ -71,9 +45,7 @@ def table(
     drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading in columns:
         right = heading.endswith(">")
-        drawn.add_column(
-            heading.rstrip(">"), justify="right" if right else "left", overflow="fold"
-        )
+        drawn.add_column(heading.rstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
     console.print(drawn)
@@ -83,3 +55,22 @@ def warnings(console: Console, lines: Iterable[str]) -> None:
     """Draws one line for each thing a user must be told."""
     for line in lines:
         console.print(f"[yellow]![/yellow] {escape(line)}")
+
+
+def grouped(console: Console, title: str, reasons: Mapping[str, str]) -> None:
+    """Draws reasons with how many names share each: layers of a model mostly do.
+
+    Args:
+        console: Where to.
+        title: Above them; nothing is drawn where there is no reason.
+        reasons: Name → why.
+    """
+    if not reasons:
+        return
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    console.print(f"[bold]{escape(title)}[/bold]")
+    for reason, affected in names.items():
+        more = "" if len(affected) == 1 else f" and {len(affected) - 1} more"
+        console.print(f"  {escape(affected[0])}{more}: {escape(reason)}")

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from pocketlm.cli import draw, flags
 from pocketlm.cli.options import (
     Against,
     Device,
+    EvalSeqLen,
     Json,
     Limit,
+    LogFile,
     Model,
     Quiet,
-    SeqLen,
+    Speed,
     Text,
     Threads,
     TrustRemoteCode,
 )
 from pocketlm.cli.output import Answer
+from pocketlm.cli.progress import steps
+from pocketlm.report.words import (
+    bytes_text,
+    interval_text,
+    number_text,
+    percent_text,
+    signed_text,
+)
+
+if TYPE_CHECKING:
+    from pocketlm.report.data import ReportData
+    from pocketlm.report.measure import Measurement
 
 
 def run(
@@ -29,20 +43,96 @@ def run(
     against: Against = None,
     text: Text = None,
     limit: Limit = None,
-    seq_len: SeqLen = 2048,
+    seq_len: EvalSeqLen = 2048,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Let the model and the original answer this.")
     ] = None,
+    speed: Speed = True,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
+    log_file: LogFile = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
-    """Measure perplexity and speed; with --against, the divergence from the original.
+    """Measure perplexity, speed and memory; with --against, the divergence from the original.
 
     An artifact keeps the figures: they go into its report.html.
 
     Example: [bold]pocketlm eval out --against Qwen/Qwen3-8B[/bold]
     """
-    raise NotImplementedError
+    flags.check_machine(device, None)
+    from pocketlm import api
+
+    with steps("evaluating", quiet=quiet, log_file=log_file) as on_progress:
+        found = api.evaluate(
+            model,
+            against,
+            text=text,
+            limit=limit,
+            seq_len=seq_len,
+            prompt=prompt,
+            speed=speed,
+            device=device,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
+    return Answer(found, lambda console: _draw(console, found))
+
+
+def _draw(console: Console, found: Measurement) -> None:
+    if found.report is None:
+        draw.facts(console, found.model, _figures(found))
+        console.print(found.quality.protocol.sentence(), style="dim", markup=False)
+        draw.warnings(console, found.quality.notes)
+    else:
+        from pocketlm.report.data import read_metrics
+
+        draw_report(console, read_metrics(found.model))
+    for answer in found.answers:
+        console.print(f"\n[bold]{escape(answer.prompt)}[/bold]")
+        said = {"before": answer.original, "after": answer.compressed}
+        draw.facts(console, "", {name: text for name, text in said.items() if text})
+    if found.report is not None:
+        console.print(f"\nThe whole report: {escape(str(found.report))}")
+
+
+def _figures(found: Measurement) -> dict[str, str]:
+    divergence = found.quality.divergence
+    figures = {"perplexity": number_text(found.quality.perplexity, 4)}
+    if divergence is not None:
+        loss, kl = divergence.loss_over_original, divergence.kl_mean
+        figures |= {
+            "perplexity of the original": number_text(divergence.original_perplexity, 4),
+            "loss over the original": f"{signed_text(loss.value)} nats a token "
+            f"({interval_text(loss, signed=True)})",
+            "KL to the original": f"{number_text(kl.value)} nats ({interval_text(kl)})",
+            "same top token": percent_text(divergence.top1_agreement.value),
+        }
+    if found.speed is not None:
+        figures |= {
+            "prefill": f"{number_text(found.speed.prefill_tokens_per_second)} tokens/s",
+            "decode": f"{number_text(found.speed.decode_tokens_per_second)} tokens/s",
+            "peak memory": bytes_text(found.speed.peak_memory_bytes),
+        }
+    return figures
+
+
+def draw_report(console: Console, data: ReportData) -> None:
+    """Draws the headline, the before/after table and the protocol.
+
+    Args:
+        console: Where to.
+        data: What was measured.
+    """
+    from pocketlm.report.summary import before_after, headline
+
+    console.print(f"[bold]{escape(data.title)}[/bold]  {escape(data.scheme)}")
+    rows = [(r.label, r.original, r.compressed, r.change, r.interval) for r in before_after(data)]
+    columns = ("", "before>", "after>", "change>", "95 % interval>")
+    draw.table(console, columns, rows)
+    console.print(escape(headline(data)))
+    if data.quality is not None:
+        console.print(data.quality.protocol.sentence(), style="dim", markup=False)
+        draw.warnings(console, data.quality.notes)

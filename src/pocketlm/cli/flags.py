@@ -106,7 +106,11 @@ def recipe_flags(
             where="--group-size",
             remedy="Give 32, 64 or 128, or -1 for the whole row.",
         )
-    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml") and not Path(recipe).exists():
+    if (
+        recipe is not None
+        and Path(recipe).suffix in (".yaml", ".yml")
+        and not Path(recipe).exists()
+    ):
         raise ConfigError("no such file.", where=f"--recipe {recipe}")
     if scheme is not None:
         parse_scheme(scheme)

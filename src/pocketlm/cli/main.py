@@ -1,7 +1,7 @@
 """The entry point: finds the verb, imports only that one, and turns its end into an exit code.
 
-Exit codes: 0 done; 1 a bug of ours; 2 an input or artifact that the user must change; 3 memory, disk
-or numerics gave out during the work; 130 stopped with Ctrl-C.
+Exit codes: 0 done; 1 a bug of ours; 2 an input or artifact that the user must change; 3 memory,
+disk or numerics gave out during the work; 130 stopped with Ctrl-C.
 `pocketlm --help` imports no verb and no torch.
 """
 
@@ -123,9 +123,7 @@ def _root(
 
 def _as_config_error(error: Any, verb: str | None) -> ConfigError:
     command = "pocketlm" if verb is None else f"pocketlm {verb}"
-    return ConfigError(
-        error.format_message(), where=command, remedy=f"See `{command} --help`."
-    )
+    return ConfigError(error.format_message(), where=command, remedy=f"See `{command} --help`.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pocketlm.cli import draw
 from pocketlm.cli.options import Json
 from pocketlm.cli.output import Answer
 

@@ -93,15 +93,11 @@ Calibration = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(
-        "--samples", "--nsamples", min=1, help="How many windows.", rich_help_panel=_DATA
-    ),
+    typer.Option("--samples", "--nsamples", min=1, help="How many windows.", rich_help_panel=_DATA),
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option(
-        "--seq-len", "--seqlen", min=2, help="Tokens of a window.", rich_help_panel=_DATA
-    ),
+    typer.Option("--seq-len", "--seqlen", min=2, help="Tokens of a window.", rich_help_panel=_DATA),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the sampled windows.", rich_help_panel=_DATA)]
 
@@ -114,7 +110,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Blocks compute in float32, bfloat16 or float16; default: what suits the device.",
+        help="Of the tensors that are kept: float32, bfloat16, float16; default: as they are.",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -169,6 +165,26 @@ TrustRemoteCode = Annotated[
         help="Run Python files that come with the model.",
         rich_help_panel=_MACHINE,
     ),
+]
+
+# Evaluation
+Against = Annotated[str | None, typer.Option("--against", help="The original.", show_default=False)]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        help="builtin, a .txt/.jsonl/.parquet file, or hf:org/name; default: the builtin text's "
+        "evaluation half.",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", "--samples", "--nsamples", min=1, help="Windows at most.")
+]
+EvalSeqLen = Annotated[
+    int, typer.Option("--seq-len", "--seqlen", min=2, help="Tokens of a window.")
+]
+Speed = Annotated[
+    bool, typer.Option("--speed/--no-speed", help="Measure tokens/s and memory as well.")
 ]
 
 # Generation

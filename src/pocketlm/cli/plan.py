@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -32,6 +32,10 @@ from pocketlm.cli.options import (
 )
 from pocketlm.cli.output import Answer
 from pocketlm.cli.units import parse_bytes
+from pocketlm.report.words import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from pocketlm.engine.plan import Plan
 
 
 def run(
@@ -89,9 +93,36 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return Answer(plan, lambda console: draw_plan(console, source, plan))
+    return Answer(plan, lambda console: draw_plan(console, plan))
 
 
-def draw_plan(console: Console, source: str, plan: Any) -> None:
-    """Draws a plan as facts, then what is left out, then warnings."""
-    draw.facts(console, source, plan.model_dump())
+def draw_plan(console: Console, plan: Plan) -> None:
+    """Draws a plan: what comes out, what it takes, what is left out and changed.
+
+    Args:
+        console: Where to.
+        plan: The prediction.
+    """
+    draw.facts(
+        console,
+        f"{plan.source} → {plan.method}, {plan.format} for {plan.target}",
+        {
+            "output": f"{bytes_text(plan.output_bytes)}, from {bytes_text(plan.source_bytes)}",
+            "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
+            f"{plan.blocks} blocks",
+            "calibration": _calibration(plan),
+            "peak RAM": bytes_text(plan.peak_ram_bytes),
+            "peak VRAM": bytes_text(plan.peak_vram_bytes) if plan.peak_vram_bytes else "none",
+            "disk beside the output": bytes_text(plan.disk_transient_bytes),
+            "time": f"{seconds_text(plan.seconds)} on {plan.device}",
+            "after a kill, at worst": f"{seconds_text(plan.resume_seconds)} more",
+        },
+    )
+    draw.grouped(console, "Kept as they are", plan.kept)
+    draw.grouped(console, "Changed", plan.notes)
+
+
+def _calibration(plan: Plan) -> str:
+    if not plan.samples:
+        return "none needed"
+    return f"{plan.samples} × {plan.seq_len} tokens, activations in {plan.activations}"

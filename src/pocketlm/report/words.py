@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pocketlm.evaluate.bootstrap import Interval
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # its home imports numpy, which the first lines of a terminal need not wait for
+    from pocketlm.evaluate.bootstrap import Interval
 
 MISSING = "–"
 
@@ -33,7 +36,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def number_text(value: float | None, digits: int = 3) -> str:
-    """A figure to some significant digits, thousands set apart: ``1,234``, ``17.4``, ``0.00312``."""
+    """A figure to some significant digits: ``1,234``, ``17.4``, ``0.00312``."""
     if value is None:
         return MISSING
     if abs(value) >= 10**digits:
