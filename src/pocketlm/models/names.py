@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,6 +25,7 @@ from transformers.core_model_loading import (
 
 from pocketlm.core.errors import SourceError, UnsupportedModel
 from pocketlm.core.views import TensorInfo, TensorSource
+from pocketlm.models.bytes import PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,45 @@ def _check(
                 where=where,
                 remedy="config.json belongs to another model, or the weights are packed by a quantizer.",
             )
+
+
+def settle_ties(model: PreTrainedModel, names: NameMap, source: TensorSource) -> NameMap:
+    """Decides about parameters that the configuration ties but the checkpoint holds apart.
+
+    As in transformers, equal tensors stay tied and different ones are untied.
+
+    Args:
+        model: On the meta device; parameters are untied in place.
+        names: As `map_names` gives them.
+        source: Read only where there is something to decide.
+
+    Returns:
+        The names, with each tie on one tensor; the other equal tensors are extras.
+    """
+    bindings, extras = dict(names.bindings), set(names.extras)
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    for first, *others in groups.values():
+        for other in others:
+            kept, doubted = bindings[first], bindings[other]
+            if doubted.tensors == kept.tensors:
+                continue
+            if _equal_bytes(source, kept.tensors[0], doubted.tensors[0]):
+                bindings[other] = kept
+                extras.add(doubted.tensors[0])
+                continue
+            owner, _, leaf = other.rpartition(".")
+            apart = nn.Parameter(torch.empty_like(model.get_parameter(other)), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, apart)
+    return NameMap(bindings, tuple(sorted(extras)))
+
+
+def _equal_bytes(source: TensorSource, one: str, other: str) -> bool:
+    if source.infos()[one].dtype != source.infos()[other].dtype:
+        return False
+    pairs = zip(source.chunks(one, PIECE_BYTES), source.chunks(other, PIECE_BYTES), strict=True)
+    return all(a == b for a, b in pairs)
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from pocketlm.models.gguf import GgufFile, GgufSource
 from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
 from pocketlm.models.memory import MemorySource
-from pocketlm.models.names import checkpoint_tensors, map_names
+from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
 from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -84,6 +84,7 @@ def open_model(
         else:
             parts = _from_directory(path, compute_dtype, trust_remote_code, allow_compressed)
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
+    names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)
     return Model(
         source=parts.source,
