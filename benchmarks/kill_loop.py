@@ -1,11 +1,12 @@
 """Killed at any instant, does the same command redo at most one block and give the same bytes?
 
 First one run to its end: its files are the truth, and its trace lists every call by which a run
-makes something durable (fsync, replace, rename, unlink, rmdir). Then runs that are ended with
-SIGKILL, each resumed by the same call:
+changes the disk (open to write, fsync, replace, rename, unlink, rmdir). Then runs that are ended
+with SIGKILL, each resumed by the same call:
 - timed: at a random moment after the first event;
 - aimed: before and after each such call that comes after the last block (shard assembly, index,
-  config.json, the final rename, the work directory's removal), and at random earlier ones.
+  config.json, the final rename, report), at random earlier ones, and at some of the many that
+  remove the work directory.
 Each round ends with a finish, whose files are compared; blocks started in a round, as the event log
 tells, are at most blocks + kills. Attempts are forked from this process, which has only imported.
 """
@@ -13,13 +14,18 @@ tells, are at most blocks + kills. Attempts are forked from this process, which 
 from __future__ import annotations
 
 import argparse
+import builtins
+import importlib
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +42,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="any source; default: a tiny random model written here")
     parser.add_argument("--method", default="gptq")
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--timed", type=int, default=15, help="kills at random moments")
     parser.add_argument("--earlier", type=int, default=5, help="aimed kills before the last block")
+    parser.add_argument("--removals", type=int, default=6, help="aimed kills at unlink and rmdir")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -119,8 +126,8 @@ class Attempt:
             try:
                 self._run(arguments, model, output, kill, trace)
                 code = 0
-            except BaseException as error:  # a forked child must never return into the parent
-                print(f"attempt failed: {error!r}", file=sys.stderr)
+            except BaseException:  # a forked child must never return into the parent
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
@@ -141,7 +148,7 @@ class Attempt:
             os.write(log, event.model_dump_json(exclude_none=True).encode() + b"\n")
 
         if kill is not None or trace is not None:
-            watch_durable_calls(kill, trace, log)
+            watch_durable_calls(kill, trace)
         recipe = api.build_recipe(
             method=arguments.method, bits=4, group_size=arguments.group_size, symmetric=True
         )
@@ -176,19 +183,18 @@ class Attempt:
             time.sleep(0.0005)
 
 
-def watch_durable_calls(kill: Kill | None, trace: Path | None, events: int) -> None:
-    """Wraps the calls of `os` that make things durable: writes them down, or dies at one.
+def watch_durable_calls(kill: Kill | None, trace: Path | None) -> None:
+    """Wraps the calls that change the disk: writes them down, or dies at one.
 
     Args:
         kill: Where to die.
         trace: File that gets a line for each call.
-        events: Descriptor of the event log: its own writes are none of the run's.
     """
     lines = None if trace is None else trace.open("w", buffering=1)
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*positional: Any, **named: Any) -> Any:
-            file = Path(subject(name, positional)).name
+            file = subject(name, positional)
             here = kill is not None and (name, file) == (kill.call, kill.file)
             if lines is not None:
                 lines.write(json.dumps({"time": time.time(), "call": name, "file": file}) + "\n")
@@ -201,16 +207,28 @@ def watch_durable_calls(kill: Kill | None, trace: Path | None, events: int) -> N
 
         return wrapped
 
+    real_open, wrapped_open = io.open, wrap("open", io.open)
+
+    def opened(file: Any, mode: str = "r", *positional: Any, **named: Any) -> Any:
+        ours = isinstance(file, str | os.PathLike) and str(file).startswith(str(SCRATCH))
+        writing = ours and any(letter in mode for letter in "wax+")
+        return (wrapped_open if writing else real_open)(file, mode, *positional, **named)
+
+    io.open = builtins.open = opened
     for name in DURABLE:
         setattr(os, name, wrap(name, getattr(os, name)))
 
 
 def subject(call: str, positional: tuple[Any, ...]) -> str:
-    """The path that a call is about: the destination of two, the file of a descriptor."""
+    """The name of what a call is about: the destination of two, the file of a descriptor.
+
+    The random part of a temporary name becomes a star, so that attempts agree on it.
+    """
     if call == "fsync":
-        return os.readlink(f"/proc/self/fd/{int(positional[0])}")
-    place = 1 if call in ("replace", "rename", "link") else 0
-    return os.fsdecode(positional[place])
+        path = os.readlink(f"/proc/self/fd/{int(positional[0])}")
+    else:
+        path = os.fsdecode(positional[1 if call in ("replace", "rename", "link") else 0])
+    return re.sub(r"^(\..+\.)[a-z0-9_]{8}$", r"\1*", Path(path).name)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -242,7 +260,11 @@ def plan_kills(
     early = aims([call for call in trace if call["time"] < last_block])
     late = aims([call for call in trace if call["time"] >= last_block])
     late = [kill for kill in late if kill not in early]
-    return timed + dice.sample(early, min(arguments.earlier, len(early))) + late
+    removals = [kill for kill in late if kill.call in ("unlink", "rmdir")]
+    late = [kill for kill in late if kill not in removals]
+    for some, limit in ((early, arguments.earlier), (removals, arguments.removals)):
+        late = dice.sample(some, min(limit, len(some))) + late
+    return timed + late
 
 
 def main() -> int:
@@ -250,14 +272,14 @@ def main() -> int:
     arguments = parse()
     model = arguments.model or str(write_tiny(SCRATCH / "tiny"))
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    import pocketlm.api
-
-    import pocketlm.models  # noqa: F401 - imported once, for all attempts
+    for module in ("pocketlm.api", "pocketlm.models", "pocketlm.engine.compress"):
+        importlib.import_module(module)  # once, for all attempts
 
     place = SCRATCH / "kill-loop"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    truth, trace = place / "truth", place / "trace.jsonl"
+    truth, trace = place / "truth" / "out", place / "trace.jsonl"
+    truth.parent.mkdir()
     code = Attempt(arguments, model, truth, place / "truth.jsonl", trace=trace).wait()
     if code != 0:
         raise SystemExit(f"the uninterrupted run ended with {code}")
@@ -280,7 +302,8 @@ def one_round(
     place.mkdir()
     output, events, now = place / "out", place / "events.jsonl", Round()
     while True:
-        kill = queue.pop(0) if queue else None
+        placed = (output / "config.json").exists()  # whole: nothing is left to be killed
+        kill = queue.pop(0) if queue and not placed else None
         aimed = kill if kill is not None and kill.seconds is None else None
         attempt = Attempt(arguments, model, output, events, aimed)
         code = attempt.wait(None if kill is None else kill.seconds)

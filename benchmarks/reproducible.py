@@ -48,7 +48,7 @@ def main() -> int:
         shutil.rmtree(output, ignore_errors=True)
         command = pocketlm(
             "compress", model, "--output", output, "--method", arguments.method, "--bits", "4",
-            "--group-size", "64", "--samples", str(arguments.samples),
+            "--group-size", "128", "--samples", str(arguments.samples),
             "--seq-len", str(arguments.seq_len), "--threads", str(arguments.threads),
             "--seed", "0", "--restart", "--json",
         )  # fmt: skip
