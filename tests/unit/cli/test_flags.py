@@ -1,0 +1,105 @@
+"""What flags become, and which of them contradict each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pocketlm.cli.units import parse_bytes
+from pocketlm.core.errors import ConfigError
+
+
+def test_flags_reach_the_api_by_name(api, cli, tmp_path):
+    api.answers["build_recipe"] = "the recipe"
+    api.answers["compress"] = RuntimeError("far enough")
+    cli(
+        "compress", "model", "-o", tmp_path / "out", "--method", "gptq", "--scheme", "W3A16",
+        "--group-size", "64", "--asym", "--ignore", "a", "--ignore", "re:b", "--samples", "8",
+        "--seq-len", "256", "--seed", "5", "--device", "cpu", "--dtype", "float32",
+        "--threads", "2", "--work-dir", tmp_path / "work", "--activation-budget", "1.5GiB",
+        "--target", "vllm", "--calibration", "text.txt", "--restart", "--trust-remote-code",
+        "--revision", "main",
+    )  # fmt: skip
+    assert api.calls["build_recipe"] == (
+        (),
+        {
+            "recipe": None, "method": "gptq", "scheme": "W3A16", "bits": None, "group_size": 64,
+            "symmetric": False,
+        },
+    )  # fmt: skip
+    args, options = api.calls["compress"]
+    assert args == ("model", "the recipe", tmp_path / "out")
+    assert callable(options.pop("on_event"))
+    assert options == {
+        "ignore": ("a", "re:b"), "target": "vllm", "calibration": "text.txt", "samples": 8,
+        "seq_len": 256, "seed": 5, "device": "cpu", "dtype": "float32", "threads": 2,
+        "activation_budget_bytes": 3 << 29, "revision": "main", "trust_remote_code": True,
+        "work_dir": tmp_path / "work", "resume": False,
+    }  # fmt: skip
+
+
+def test_aliases_of_other_tools(api, cli, tmp_path):
+    cli(
+        "compress", "model", "--output_dir", tmp_path, "--nsamples", "4", "--seqlen", "32",
+        "--dataset", "x.txt", "--group_size", "32",
+    )  # fmt: skip
+    args, options = api.calls["compress"]
+    assert args[2] == Path(tmp_path)
+    assert (options["samples"], options["seq_len"], options["calibration"]) == (4, 32, "x.txt")
+    assert api.calls["build_recipe"][1]["group_size"] == 32
+    assert options["resume"] is True
+
+
+def test_a_dry_run_only_plans(api, cli, capsys, tmp_path):
+    api.answers["plan"] = {"seconds": 1}
+    assert cli("compress", "model", "-o", tmp_path, "--dry-run", "--json") == 0
+    assert "compress" not in api.calls
+    assert capsys.readouterr().out.strip() == '{\n  "seconds": 1\n}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (("--sym", "--asym"), "--sym and --asym"),
+        (("--resume", "--restart"), "--resume and --restart"),
+        (("--scheme", "W4A16", "--bits", "3"), "--scheme and --bits"),
+        (("--scheme", "W4A17"), "--scheme"),
+        (("--bits", "9"), "--bits"),
+        (("--group-size", "3"), "--group-size"),
+        (("--device", "gpu"), "--device"),
+        (("--dtype", "bf16"), "--dtype"),
+        (("--target", "vlm"), "--target"),
+        (("--activation-budget", "much"), "--activation-budget"),
+        (("--recipe", "absent.yaml"), "--recipe absent.yaml"),
+    ],
+)
+def test_contradictions_and_unknown_values(api, cli, capsys, tmp_path, flags, place):
+    assert cli("compress", "model", "-o", tmp_path / "out", *flags) == 2
+    assert f"error: {place}: " in capsys.readouterr().err
+    assert api.calls == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_value_offers_the_nearest(cli, capsys, tmp_path):
+    cli("compress", "model", "-o", tmp_path / "out", "--target", "vlm")
+    assert "Did you mean 'vllm'?" in capsys.readouterr().err
+
+
+def test_one_model_alone_cannot_be_compared(api, cli, capsys):
+    assert cli("compare", "a") == 2
+    assert "Name two or more." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("4096", 4096)],
+)
+def test_sizes(text, count):
+    assert parse_bytes(text, "--size") == count
+
+
+def test_no_size():
+    with pytest.raises(ConfigError, match="--size: 'eight' is no size"):
+        parse_bytes("eight", "--size")
+    assert parse_bytes(None, "--size") is None

@@ -1,0 +1,155 @@
+"""Verbs, help, exit codes and errors, with the API replaced."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketlm.cli.main import VERBS
+from pocketlm.core.errors import ConfigError, NumericError, ResourceError, SourceError
+
+FOLDER = Path("src/pocketlm/cli")
+
+
+def error_of(text: str) -> dict[str, object]:
+    return json.loads(text)["error"]
+
+
+def test_help_lists_every_verb(cli, capsys):
+    assert cli("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_an_example_and_json(cli, capsys, verb):
+    assert cli(verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"Example: pocketlm {verb}" in shown
+    assert "--json" in shown
+
+
+def test_the_version(cli, capsys):
+    from pocketlm import __version__
+
+    assert cli("--version") == 0
+    assert capsys.readouterr().out == f"pocketlm {__version__}\n"
+
+
+def test_an_unknown_verb_offers_the_nearest(cli, capsys):
+    assert cli("comprss") == 2
+    assert "Did you mean 'compress'?" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_offers_the_nearest(cli, capsys):
+    assert cli("plan", "model", "--schem", "W4A16") == 2
+    shown = capsys.readouterr().err
+    assert "--schem" in shown
+    assert "--scheme" in shown.replace("--schem ", "")
+
+
+def test_a_missing_flag_is_named(cli, capsys):
+    assert cli("compress", "model") == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_usage_errors_are_json_on_request(cli, capsys):
+    assert cli("compress", "model", "--json") == 2
+    captured = capsys.readouterr()
+    error = error_of(captured.out)
+    assert error["type"] == "ConfigError"
+    assert error["exit_code"] == 2
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "kind"),
+    [
+        (ConfigError("a.", where="b", remedy="Do c."), 2, "ConfigError"),
+        (SourceError("a.", where="b", remedy="Do c."), 2, "SourceError"),
+        (NumericError("a.", where="b", remedy="Do c."), 3, "NumericError"),
+    ],
+)
+def test_typed_errors_keep_their_three_parts(api, cli, capsys, raised, code, kind):
+    api.answers["inspect"] = raised
+    assert cli("inspect", "model", "--json") == code
+    assert error_of(capsys.readouterr().out) == {
+        "type": kind, "what": "a.", "where": "b", "remedy": "Do c.", "exit_code": code,
+    }  # fmt: skip
+    assert cli("inspect", "model") == code
+    captured = capsys.readouterr()
+    assert captured.err == "error: b: a.\n  → Do c.\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(api, cli, capsys, raised):
+    api.answers["inspect"] = raised
+    assert cli("inspect", "model") == ResourceError.exit_code
+    shown = capsys.readouterr().err
+    assert "out of memory" in shown
+    assert "--samples" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_full_disk_is_named(api, cli, capsys):
+    api.answers["inspect"] = OSError(errno.ENOSPC, "No space left on device", "out/model")
+    assert cli("inspect", "model") == 3
+    assert "out/model: the disk is full." in capsys.readouterr().err
+
+
+def test_a_forbidden_file_is_no_bug(api, cli, capsys):
+    api.answers["inspect"] = PermissionError(errno.EACCES, "Permission denied", "secret")
+    assert cli("inspect", "model") == 2
+    assert "secret: Permission denied." in capsys.readouterr().err
+
+
+def test_anything_else_is_a_bug_with_its_traceback(api, cli, capsys):
+    api.answers["inspect"] = ValueError("odd")
+    assert cli("inspect", "model", "--json") == 1
+    captured = capsys.readouterr()
+    assert error_of(captured.out)["what"] == "ValueError: odd"
+    assert "Traceback" in captured.err
+    assert "bug in pocketlm" in str(error_of(captured.out)["remedy"])
+
+
+def test_ctrl_c_says_that_work_is_kept(api, cli, capsys, tmp_path):
+    api.answers["compress"] = KeyboardInterrupt()
+    assert cli("compress", "model", "-o", tmp_path / "out") == 130
+    assert "run the same command to go on" in capsys.readouterr().err
+
+
+def test_a_real_signal_unwinds_and_the_handler_is_put_back(api, cli, capsys, tmp_path, monkeypatch):
+    def interrupt(*_args: object, **_options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(api, "compress", interrupt, raising=False)
+    assert cli("compress", "model", "-o", tmp_path / "out") == 130
+    assert "Ctrl-C again exits at once" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_libraries_print_stays_out_of_the_json(api, cli, capsys, monkeypatch):
+    def chatty(*_args: object, **_options: object) -> dict[str, int]:
+        print("a library says hello")
+        return {"blocks": 3}
+
+    monkeypatch.setattr(api, "inspect", chatty, raising=False)
+    assert cli("inspect", "model", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"blocks": 3}
+    assert "a library says hello" in captured.err
