@@ -63,7 +63,7 @@ def _same_value(func: Any, before: Tensor, after: Tensor) -> bool:
         before.dtype == after.dtype
         and before.is_contiguous()
         and after.is_contiguous()
-        and before.data_ptr() == after.data_ptr()
+        and before.data_ptr() == after.data_ptr() != 0  # all empty tensors lie at 0
     )
 
 

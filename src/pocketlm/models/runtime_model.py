@@ -198,5 +198,5 @@ def cut_cache(cache: Cache, length: int) -> bool:
         return True
     if held < length or length == 0 or any(cache.is_sliding):
         return False
-    cache.crop(length)
+    cache.crop(length - held)  # negative: how many positions to drop
     return True
