@@ -39,7 +39,6 @@ from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.packing import words_per_row
 
 
-@register_quantization_config(own_format.NAME)
 class PocketlmConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of an artifact in the format ``pocketlm``.
 
@@ -61,6 +60,9 @@ class PocketlmConfig(QuantizationConfigMixin):
             for group in self.groups
             for module in group["modules"]
         }
+
+
+register_quantization_config(own_format.NAME)(PocketlmConfig)  # a call: as decorator it loses types
 
 
 class PackedStandIn(nn.Module):

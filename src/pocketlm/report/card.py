@@ -1,0 +1,266 @@
+"""The model card of an artifact: README.md with the front matter that model hubs read.
+
+It says what the weights are, how to load them in each engine (and which engines cannot), what was
+measured and how, and what was left alone. Figures appear only where they were measured.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from pocketlm.core.errors import UnsupportedLayer
+from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.engine.ledger import Ledger
+from pocketlm.formats.capabilities import capability, check_layer, check_model
+from pocketlm.report.data import ReportData
+from pocketlm.report.words import bytes_text, interval_text, number_text, percent_text
+
+CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+WARNINGS_SHOWN = 20  # the ledger has them all
+
+
+def carried_front_matter(readme: str) -> dict[str, Any]:
+    """Licence, language and task out of the card of the source, as they are.
+
+    Args:
+        readme: The source's README.md; may be empty.
+
+    Returns:
+        Those of `CARRIED_KEYS` that it states.
+    """
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError:  # a card that hubs cannot read either: nothing to carry over
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {key: data[key] for key in CARRIED_KEYS if key in data}
+
+
+def model_card(
+    config: Mapping[str, Any],
+    ledger: Ledger,
+    recipe: Recipe,
+    metrics: ReportData | None = None,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    carried: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes the card.
+
+    Args:
+        config: config.json of the artifact.
+        ledger: Its accounts.
+        recipe: What was done.
+        metrics: What was measured, if anything was.
+        base_model: The model it was made from: a hub id, else it is named in the text only.
+        revision: Of the base model.
+        carried: What `carried_front_matter` took from the source's card.
+
+    Returns:
+        The text of README.md.
+    """
+    base = base_model or ledger.source
+    sections = [
+        _front_matter(ledger, base, carried or {}),
+        f"# {_title(base)}, {_scheme(ledger)}",
+        _summary(ledger, base, revision),
+        "## Load it\n\n" + _loading(config, ledger),
+        "## Size\n\n" + _sizes(ledger, metrics),
+        "## Quality\n\n" + _quality(metrics),
+        "## How it was made\n\n" + _making(ledger, recipe, metrics),
+        "## What was left as it was\n\n" + _kept(ledger),
+        "## Licence\n\n" + _licence(carried or {}),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
+    data: dict[str, Any] = dict(carried)
+    if HUB_ID.fullmatch(base):
+        data |= {"base_model": base, "base_model_relation": "quantized"}
+    data["library_name"] = "transformers" if ledger.format == "compressed-tensors" else "pocketlm"
+    data.setdefault("pipeline_tag", "text-generation")
+    bits = sorted({f"{spec.bits}-bit" for spec in _grids(ledger).values()})
+    data["tags"] = ["pocketlm", ledger.format, "quantized", *bits]
+    text = yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
+    return f"---\n{text}---"
+
+
+def _title(base: str) -> str:
+    return base.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
+    """Module path → grid."""
+    return {
+        name.removesuffix(".weight"): entry.spec
+        for name, entry in ledger.tensors.items()
+        if entry.spec is not None
+    }
+
+
+def grid_text(spec: QuantSpec) -> str:
+    """A grid in words, such as ``4 bits, symmetric, groups of 64``."""
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    groups = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
+    return f"{spec.bits} bits, {kind}, {groups}"
+
+
+def _scheme(ledger: Ledger) -> str:
+    bits = sorted({spec.bits for spec in _grids(ledger).values()})
+    return "/".join(f"W{count}A16" for count in bits) or "not quantized"
+
+
+def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
+    grids = Counter(grid_text(spec) for spec in _grids(ledger).values())
+    listed = "; ".join(f"{count} linears: {text}" for text, count in grids.most_common())
+    at = f", revision `{revision}`" if revision else ""
+    return (
+        f"`{base}`{at}, its weights quantized by pocketlm ({listed}): "
+        f"**{ledger.bits_per_weight():.3f} bits per quantized weight**, scales included."
+    )
+
+
+def _loading(config: Mapping[str, Any], ledger: Ledger) -> str:
+    versions = capability("transformers").versions_for(_grids(ledger).values())
+    wanted = dict(versions)
+    first = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if ledger.format != "compressed-tensors":
+        wanted.pop("compressed-tensors", None)
+        wanted["pocketlm"] = ""
+        first = "import pocketlm.hf  # teaches transformers this format\n" + first
+    packages = " ".join(f'"{n}>={v}"' if v else n for n, v in sorted(wanted.items()))
+    parts = [
+        f"With transformers (`pip install {packages}`), as dense weights:",
+        f"```python\n{first}\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
+        _vllm(config, ledger),
+        "With pocketlm, from the packed weights:",
+        '```python\nimport pocketlm\n\nmodel, tokenizer = pocketlm.load("PATH")\n```',
+    ]
+    return "\n\n".join(parts)
+
+
+def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
+    grids = _grids(ledger)
+    kept = [
+        name.removesuffix(".weight")
+        for name, entry in ledger.tensors.items()
+        if entry.action == "kept" and name.endswith("_proj.weight")
+    ]
+    try:
+        for module, spec in grids.items():
+            shape = ledger.tensors[f"{module}.weight"].shape
+            check_layer(ledger.format, spec, (shape[0], shape[1]), "vllm", where=module)
+        check_model(grids, kept, "vllm")
+    except UnsupportedLayer as error:
+        return f"vLLM cannot load it: {error}"
+    kind = (config.get("architectures") or ["this architecture"])[0]
+    return f"With vLLM, where it supports {kind}:\n\n```sh\nvllm serve PATH\n```"
+
+
+def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
+    entries = ledger.tensors.values()
+    stored = sum(entry.bits for entry in entries) / 8
+    rows = []
+    for part, action in (("quantized linears", "quantized"), ("everything else", "kept")):
+        chosen = [entry for entry in entries if entry.action == action]
+        weights, bits = sum(math.prod(e.shape) for e in chosen), sum(e.bits for e in chosen)
+        per_weight = f"{bits / weights:.3f}" if weights else "–"
+        rows.append((part, f"{weights:,}", bytes_text(bits / 8), per_weight))
+    table = _table(("part", "weights", "bytes", "bits per weight"), rows)
+    total = f"{bytes_text(stored)} of weights"
+    if metrics is not None:
+        total = (
+            f"{bytes_text(metrics.compressed_bytes)} on disk, "
+            f"{bytes_text(metrics.original_bytes)} before"
+        )
+    return f"{total}.\n\n{table}"
+
+
+def _quality(metrics: ReportData | None) -> str:
+    if metrics is None or metrics.quality is None:
+        return "Not measured. `pocketlm eval PATH --against BASE` measures it."
+    quality = metrics.quality
+    rows = [("perplexity", number_text(quality.perplexity, 5))]
+    found = quality.divergence
+    if found is not None:
+        loss = found.loss_over_original
+        rows = [
+            ("perplexity of the original", number_text(found.original_perplexity, 5)),
+            ("perplexity", number_text(quality.perplexity, 5)),
+            (
+                "log-perplexity over the original",
+                f"{number_text(loss.value)} ({interval_text(loss)})",
+            ),
+            (
+                "KL from the original, mean",
+                f"{number_text(found.kl_mean.value)} ({interval_text(found.kl_mean)})",
+            ),
+            ("KL, 99th percentile", number_text(found.kl_p99.value)),
+            ("same likeliest token", percent_text(found.top1_agreement.value)),
+        ]
+    parts = [_table(("", "value (95 % interval)"), rows), quality.protocol.sentence()]
+    if metrics.speed is not None:
+        speed = metrics.speed
+        parts.append(
+            f"Prefill {number_text(speed.prefill_tokens_per_second)} and decode "
+            f"{number_text(speed.decode_tokens_per_second)} tokens/s. {speed.sentence()}"
+        )
+    return "\n\n".join(parts)
+
+
+def _making(ledger: Ledger, recipe: Recipe, metrics: ReportData | None) -> str:
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    parts = [f"```yaml\n{text}```"]
+    if metrics is not None:
+        parts.append(f"Calibration: {metrics.calibration}")
+        if metrics.command:
+            parts.append(f"```sh\n{metrics.command}\n```")
+    if ledger.warnings:
+        shown = [f"- {warning}" for warning in ledger.warnings[:WARNINGS_SHOWN]]
+        more = len(ledger.warnings) - len(shown)
+        if more:
+            shown.append(f"- … and {more} more in `pocketlm/ledger.json`")
+        parts.append("Warnings of the run:\n\n" + "\n".join(shown))
+    return "\n\n".join(parts)
+
+
+def _kept(ledger: Ledger) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, entry in ledger.tensors.items():
+        if entry.action != "quantized":
+            reasons.setdefault(f"{entry.action}: {entry.reason}", []).append(name)
+    if not reasons:
+        return "Nothing."
+    return "\n".join(
+        f"- {reason}: {len(names)} tensors, such as `{names[0]}`"
+        for reason, names in reasons.items()
+    )
+
+
+def _licence(carried: Mapping[str, Any]) -> str:
+    licence = carried.get("license")
+    if not licence:
+        return "That of the base model, whose card does not state it in a form that could be read."
+    name = carried.get("license_name", licence)
+    link = carried.get("license_link")
+    return f"That of the base model: {name}{f' ({link})' if link else ''}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
