@@ -1,7 +1,8 @@
 """A conversation: messages, and the keys and values already computed for them.
 
-Each turn goes through the chat template as a whole. As far as its tokens repeat what the cache holds,
-they are not computed again; from the first difference on (some templates drop old reasoning) they are.
+Each turn goes through the chat template as a whole. As far as its tokens repeat what the cache
+holds, they are not computed again; from the first difference on (some templates drop old reasoning)
+they are.
 """
 
 from __future__ import annotations

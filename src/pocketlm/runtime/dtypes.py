@@ -1,9 +1,9 @@
 """What a model computes in when nobody says: decided by what the processor can do, never guessed.
 
 bfloat16 halves the bytes of what is not packed. On x86 PyTorch's int4 product is vectorised for
-bfloat16 only, with AVX-512 or AVX2 and float32 inside, so packed models of at most 4 bits run fastest
-in it on any such CPU. Dense bfloat16 products without AVX512-BF16 or AMX are several times slower than
-float32 ones: what is not packed so is loaded in float32 there.
+bfloat16 only, with AVX-512 or AVX2 and float32 inside, so packed models of at most 4 bits run
+fastest in it on any such CPU. Dense bfloat16 products without AVX512-BF16 or AMX are several times
+slower than float32 ones: what is not packed so is loaded in float32 there.
 """
 
 from __future__ import annotations

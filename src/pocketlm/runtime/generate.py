@@ -1,8 +1,8 @@
 """Writes text with a loaded model: prefill, then token by token, streamed and timed apart.
 
-A plain loop over the model's forward with transformers' own cache; greedy by default, and then equal
-to transformers' `generate` with the same weights. A stop string is cut off the answer; an
-end-of-text token stops without appearing in it. No beams, no penalties: `model.generate` has them.
+A plain loop over the model's forward with transformers' own cache; greedy by default, and then
+equal to transformers' `generate` with the same weights. A stop string is cut off the answer; an
+end-of-text token stops without appearing in it. No beams or penalties: `model.generate` has them.
 
 Legend: T tokens of the prompt, V vocabulary.
 """

@@ -58,6 +58,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies the last axis, [..., I] → [..., O]."""
+        if x.numel() == 0:  # an expert without tokens
+            return x.new_empty(*x.shape[:-1], self.out_features)
         x_MI = x.reshape(-1, self.in_features)
         many = self._tiles_from is not None and x_MI.shape[0] >= self._tiles_from
         kernel = self.choice.kernel

@@ -1,7 +1,7 @@
 """`load`: from a path to a model that generates, its linears running from packed weights.
 
-Compressed artifacts keep their codes packed in memory; originals load the same way, unpacked, so that
-before and after are compared on one road.
+Compressed artifacts keep their codes packed in memory; originals load the same way, unpacked, so
+that before and after are compared on one road.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def load(
         SourceError: If the model cannot be read.
         UnsupportedModel: If it is quantized in a way that is not read here.
     """
+    from pocketlm.models.opening import resolve
     from pocketlm.models.runtime_model import is_compressed, runtime_model
 
-    place = _device(device)
+    place, resolved = _device(device), resolve(path, revision=revision)
     if dtype is None:
-        int4 = is_compressed(path) and _mostly_int4(Path(path))
+        int4 = is_compressed(resolved) and _mostly_int4(resolved)
         dtype, reason = default_dtype(place, int4=int4)
         log.info("computing in %s: %s", str(dtype).removeprefix("torch."), reason)
     if dtype not in DTYPES:
@@ -69,12 +70,11 @@ def load(
         return PackedLinear(weight, bias, dtype=dtype, device=place)
 
     return runtime_model(
-        path,
+        resolved,
         make_linear,
         device=place,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        revision=revision,
     )
 
 
@@ -129,7 +129,7 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _mostly_int4(directory: Path) -> bool:
-    """Whether most groups of the configuration have at most 4 bits; an unknown layout counts as not."""
+    """Whether most groups of the configuration have at most 4 bits."""
     section = json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]
     bits = [grid["bits"] for grid in _grids(section)]
     return bool(bits) and sum(b <= 4 for b in bits) * 2 > len(bits)

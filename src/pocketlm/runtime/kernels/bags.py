@@ -1,15 +1,17 @@
 """Exact float32 products from 2, 4 or 8 bit codes on x86, by PyTorch's quantized embedding bags.
 
-A weighted embedding bag is a matrix-vector product: Σ_k x[k] · table[k, :]. With the columns of W as
-the table's rows, and one bag for each group of columns, FBGEMM's vectorised kernel gives
+A weighted embedding bag is a matrix-vector product: Σ_k x[k] · table[k, :]. With the columns of W
+as the table's rows, and one bag for each group of columns, FBGEMM's vectorised kernel gives
 
-    part[g, o] = Σ_{k in g} x[k] · code[o, k]        y[o] = Σ_g scale[o, g] · (part[g, o] - zero[o, g] · Σ_{k in g} x[k])
+    part[g, o] = Σ_{k in g} x[k] · code[o, k]
+    y[o] = Σ_g scale[o, g] · (part[g, o] - zero[o, g] · Σ_{k in g} x[k])
 
-all in float32, for any group size. 3 bits lie in 4-bit lanes, 5 to 7 in 8-bit ones. Output rows go in
-blocks so that the kernel's accumulators stay in registers. PyTorch's int4 product is vectorised for
-bfloat16 only; its float32 form is a hundred times slower than this.
+all in float32, for any group size. 3 bits lie in 4-bit lanes, 5 to 7 in 8-bit ones. Output rows go
+in blocks so that the kernel's accumulators stay in registers. PyTorch's int4 product is vectorised
+for bfloat16 only; its float32 form is a hundred times slower than this.
 
-Legend: M rows of activations, I input columns, O output rows, G groups, N blocks of R rows, B bytes.
+Legend: M rows of activations, I input columns, O output rows, G groups, N blocks of R rows,
+B bytes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """PyTorch's own weight-only CPU products: int4 by groups and int8 by rows, bfloat16 activations.
 
 int4: w = (u - 8) · scale + zero with u in 0..15 and zero a float. A PackedInt's signed code c and
-integer zero z fold into it as u = c + 8, zero = -scale · z. Codes of 2 and 3 bits lie in 4-bit lanes;
-a group larger than 256 is split into equal ones with the same scale. The arithmetic is float32 inside,
-activations, scales and results bfloat16. For float32 activations these ops fall to a scalar loop.
+integer zero z fold into it as u = c + 8, zero = -scale · z. Codes of 2 and 3 bits lie in 4-bit
+lanes; a group larger than 256 is split into equal ones with the same scale. The arithmetic is
+float32 inside; activations, scales and results are bfloat16. For float32 activations these ops fall
+to a scalar loop.
 
-int8: w = code · scale, one scale a row, no zero points. Reads past odd shapes (it crashed on 17 x 33),
-so rows and columns must be whole multiples of 16 and 32.
+int8: w = code · scale, one scale a row, no zero points. Reads past the end of odd shapes (it
+crashed on 17 x 33), so rows and columns must be whole multiples of 16 and 32.
 
 Legend: M rows of activations, I input columns, O output rows, G groups, K columns of a tile.
 """
@@ -99,7 +100,7 @@ class Int4Cpu:
 def _decode_block(data_IB: Tensor, scale_zero_GR2: Tensor) -> Tensor:
     """One block of the op's layout, transposed: float32 [I, R]."""
     columns, rows = data_IB.shape[0], scale_zero_GR2.shape[1]
-    # Whole blocks hold row r beside row r + R / 2 in a byte, the last short one row 2r beside 2r + 1.
+    # A byte of a whole block holds rows r and r + R / 2, one of the last short block 2r and 2r + 1.
     whole = rows == block_rows()
     tile_IR = torch.empty(columns, rows)
     halves = tile_IR.view(columns, 2, -1) if whole else tile_IR.view(columns, -1, 2).transpose(1, 2)

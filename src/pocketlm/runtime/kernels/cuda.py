@@ -20,7 +20,7 @@ from pocketlm.runtime.kernels.cpu import int4_group, int4_scales
 
 
 def inner_tiles(columns: int) -> int | None:
-    """The largest inner tile count, of 8, 4 and 2, that divides the columns; None if there is none."""
+    """The largest inner tile count, of 8, 4 and 2, that divides the columns; else None."""
     return next((count for count in (8, 4, 2) if columns % (16 * count) == 0), None)
 
 
@@ -48,7 +48,7 @@ class Int4Cuda:
     def pack(
         self, weight: PackedInt, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Tensor]:
-        """Codes in tinygemm's order, int32 [O/8, I/(16k), 32, k/2], and scales with zeros [G, O, 2]."""
+        """Codes, int32 [O/8, I/(16k), 32, k/2], and scales with zeros [G, O, 2]."""
         unsigned = (weight.codes_OI + 8).to(torch.uint8).to(device)
         pairs = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
         tiles = inner_tiles(weight.codes_OI.shape[1])

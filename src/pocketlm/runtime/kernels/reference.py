@@ -4,7 +4,7 @@ Codes lie packed as densely as on disk (formats/packing.py). Each call decodes a
 activations' dtype, w = scale · (code - zero) as PackedInt.dequantize() rounds it, multiplies, and
 drops them. Slow where few activations meet many weights: the decoding is not hidden by anything.
 
-Legend: M rows of activations, I input columns, O output rows, G groups of a row, W int32 words of a row.
+Legend: M rows of activations, I input columns, O output rows; a row has G groups and W words.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Reference:
     def pack(
         self, weight: PackedInt, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Tensor]:
-        """Words [O, W], scales [O, G] in their stored dtype, zero points [O, G] if there are any."""
+        """Words [O, W], scales [O, G] as stored, zero points [O, G] if there are any."""
         buffers = {
             "words_OW": pack(weight.codes_OI, weight.bits).to(device),
             "scale_OG": weight.scale_OG.to(device),

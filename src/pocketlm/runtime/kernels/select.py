@@ -1,8 +1,8 @@
-"""Which kernel multiplies what: one explicit table, read from the top; the first row that fits rules.
+"""Which kernel multiplies what: one explicit table, read from the top; the first row that fits.
 
-A kernel of PyTorch's own that is not part of its public interface is tried once on a small weight
-before it is trusted. What no row takes goes to `reference`, and that is said: as the returned reason,
-and once for each reason as a warning of the logger ``pocketlm.runtime``.
+The products are PyTorch's own but not part of its public interface, so each is tried once on a
+small weight before it is trusted. What no fast row takes goes to `reference`, and that is said: as
+the returned reason, and once for each reason as a warning of the logger ``pocketlm.runtime``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Row:
     reason: str
 
 
-# Where `tiles_from` is a number it was measured: Xeon (Cascade Lake, AVX-512, no bfloat16 units), one
-# thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096 in groups of 64 and 128.
+# Where `tiles_from` is a number it was measured: Xeon (Cascade Lake, AVX-512, no bfloat16 units),
+# one thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096, groups of 64 and 128.
 TABLE = (
     Row(Int4Cpu(), "cpu", (BF16,), range(2, 5), 192, "int4 product of PyTorch, float32 inside"),
     Row(
