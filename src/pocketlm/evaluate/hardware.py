@@ -31,7 +31,7 @@ class LanguageModel(Protocol):
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that copying moves, reads and writes counted; the fastest of a few, as a bound.
+    """Bytes per second that copying moves, reads and writes counted: the fastest of a few copies.
 
     Args:
         device: Whose memory.

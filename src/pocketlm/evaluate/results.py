@@ -156,6 +156,7 @@ class SpeedReport(Result):
         device: Where it ran.
         hardware: The device's name and its threads.
         dtype: Of the activations.
+        kernels: What multiplies packed linears, and how many of them; empty without packed ones.
         versions: Of what computed.
         notes: What a user must be told.
     """
@@ -177,6 +178,7 @@ class SpeedReport(Result):
     device: str
     hardware: str
     dtype: str
+    kernels: dict[str, int]
     versions: dict[str, str]
     notes: tuple[str, ...]
 

@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ from pocketlm.core.errors import ConfigError, PocketLMError, ResourceError
 from pocketlm.evaluate.hardware import copy_bandwidth, device_name, weight_bytes_per_token
 from pocketlm.evaluate.memory import peak_memory_bytes
 from pocketlm.evaluate.results import SpeedReport, versions
-from pocketlm.runtime.load import load
+from pocketlm.runtime.load import load, packed_summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MARK = "pocketlm-speed: "  # before the result, whatever libraries print around it
 
@@ -48,20 +52,9 @@ class Clock:
         """Nothing to do."""
 
 
-class Generator(Protocol):
-    """The part of a transformers model that is used here."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        ...
-
-    def generate(self, inputs: Tensor, **options: Any) -> Any:
-        """New tokens after a prompt."""
-        ...
-
-
-def time_generation(model: Generator, prompt_BT: Tensor, new_tokens: int) -> tuple[float, float]:
+def time_generation(
+    model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int
+) -> tuple[float, float]:
     """One run.
 
     Args:
@@ -74,7 +67,7 @@ def time_generation(model: Generator, prompt_BT: Tensor, new_tokens: int) -> tup
     """
     clock = Clock()
     start = time.perf_counter()
-    model.generate(
+    model.generate(  # pyright: ignore[reportCallIssue]: its mixin hides the method
         prompt_BT,
         attention_mask=torch.ones_like(prompt_BT),
         do_sample=False,
@@ -126,6 +119,7 @@ def measure_here(
     model, tokenizer = load(source, device=device, dtype=_dtype(dtype))
     load_seconds = time.perf_counter() - started
     text = load_text("builtin", "evaluation")
+    # a window has two tokens at least; a prompt may have one
     prompt_BT = eval_windows(tokenizer, text, prompt_tokens + 1, 1).tokens_NT[:, :prompt_tokens]
     prompt_BT = prompt_BT.to(model.device)
     model.eval()
@@ -135,7 +129,12 @@ def measure_here(
     on_gpu = model.device.type == "cuda"
     decode_runs = tuple((new_tokens - 1) / later for _, later in times)
     decode = statistics.median(decode_runs)
+    packed = packed_summary(model)
     weight_bytes, notes = weight_bytes_per_token(model)
+    reasons = Counter(packed.fallbacks.values())
+    notes += tuple(f"{count} linears have no fast kernel: {why}." for why, count in reasons.items())
+    if peak is None:
+        notes += ("peak memory is not known on this system.",)
     bandwidth = copy_bandwidth(model.device)
     return SpeedReport(
         prompt_tokens=prompt_tokens,
@@ -155,8 +154,9 @@ def measure_here(
         device=str(model.device),
         hardware=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        kernels=dict(packed.kernels),
         versions=versions(),
-        notes=notes if peak is not None else (*notes, "peak memory is not known on this system."),
+        notes=notes,
     )
 
 

@@ -184,7 +184,9 @@ class Model:
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""
         self._learn_return_type()
         logits_1NV = self._run_model(
-            self._one_token(), list(self._recorders()), lambda _: self._ends.head_logits(hidden_ND[None])
+            self._one_token(),
+            list(self._recorders()),
+            lambda _: self._ends.head_logits(hidden_ND[None]),
         ).logits
         return logits_1NV[0].float()
 
@@ -214,7 +216,9 @@ class Model:
             names = [name for group in groups for name in group.linears]
             by_name = {layout.names[path]: path for path in layout.linears}
             modules = {name: module.get_submodule(by_name[name]) for name in names}
-            linears = {n: Linear(m, layout.tensors[by_name[n]], self.source) for n, m in modules.items()}
+            linears = {
+                n: Linear(m, layout.tensors[by_name[n]], self.source) for n, m in modules.items()
+            }
             order = {modules[name]: group.index for group in groups for name in group.linears}
             handles = pause_before(order)
             skipped = {**layout.skipped, **idle}
@@ -244,7 +248,9 @@ class Model:
             linears = {path: module.get_submodule(path) for path in layout.linears}
             run = call.blocks[index].run
             run_all_experts(module, True)
-            self._observed[layout.key] = observe(linears, module, lambda: first_tensor(run(module, hidden)))
+            self._observed[layout.key] = observe(
+                linears, module, lambda: first_tensor(run(module, hidden))
+            )
             run_all_experts(module, False)
         return self._observed[layout.key]
 
@@ -274,7 +280,7 @@ class Model:
         return self._layouts[index].skipped
 
     def tensor_kinds(self) -> Mapping[str, str]:
-        """Every tensor of the checkpoint → "linears", "embedding", "head", "norms", "other" or "extras"."""
+        """Every tensor → "linears", "embedding", "head", "norms", "other" or "extras"."""
         model = self.skeleton.model
         in_blocks = {t for layout in self._layouts for t in layout.tensors.values()}
         kinds = dict.fromkeys(self.source.infos(), "other")
@@ -285,7 +291,10 @@ class Model:
             kinds.update(dict.fromkeys(binding.tensors, "norms" if is_norm else "other"))
         kinds.update(dict.fromkeys(in_blocks, "linears"))
         path_of = {id(module): path for path, module in model.named_modules()}
-        for module, kind in ((self._ends.head, "head"), (model.get_input_embeddings(), "embedding")):
+        for module, kind in (
+            (self._ends.head, "head"),
+            (model.get_input_embeddings(), "embedding"),
+        ):
             binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
             kinds.update(dict.fromkeys(binding.tensors, kind))
         return kinds
@@ -325,7 +334,13 @@ def head_width(config: PretrainedConfig) -> int:
 def context_length(config: PretrainedConfig) -> int:
     """The longest position that a model was made for, by the key that its config uses."""
     known = config.to_dict()
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "seq_length"):
+    for key in (
+        "max_position_embeddings",
+        "n_positions",
+        "max_sequence_length",
+        "n_ctx",
+        "seq_length",
+    ):
         if isinstance(known.get(key), int):
             return known[key]
     return 2048

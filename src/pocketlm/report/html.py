@@ -1,7 +1,8 @@
-"""`report.html`: one self-contained page, no script, no network. The template escapes everything."""
+"""`report.html`: one self-contained page, no script, no network; the template escapes all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pocketlm.report.data import FOLDER, Remark, ReportData, write_atomically
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
+_LOOSE = re.compile(r"(?<=\d) (?=(?:%|B|kB|MB|GB|TB|s|min|h)\b|%)|(?<=×) (?=\d)")
 
 
 def render(data: ReportData) -> str:
@@ -34,6 +36,7 @@ def render(data: ReportData) -> str:
         signed=words.signed_text,
         percent=words.percent_text,
         interval=words.interval_text,
+        tight=_tight,
     )
     size_original, size_compressed = charts.size_bars(data.sizes)
     return environment.get_template(TEMPLATE).render(
@@ -47,7 +50,7 @@ def render(data: ReportData) -> str:
         share_bar=charts.share_bar,
         factor=charts.factor_text,
         quantity=words.quantity_text,
-        remarks=_grouped(data.remarks),
+        remarks=_grouped((*data.remarks, *_measuring(data))),
         actions=_actions(data),
     )
 
@@ -65,6 +68,22 @@ def write_report(artifact_dir: str | Path, data: ReportData) -> Path:
     path = Path(artifact_dir) / FOLDER / PAGE
     write_atomically(path, render(data))
     return path
+
+
+def _tight(text: str) -> str:
+    """No line break between a figure and its unit, or a sign and its figure."""
+    return _LOOSE.sub("\u00a0", text)
+
+
+def _measuring(data: ReportData) -> list[Remark]:
+    """What the measurements had to tell."""
+    found = [(data.quality, "evaluation"), (data.speed, "speed"), (data.original_speed, "speed")]
+    return [
+        Remark(kind=kind, where="", text=text)
+        for report, kind in found
+        if report is not None
+        for text in report.notes
+    ]
 
 
 def _grouped(remarks: tuple[Remark, ...]) -> Mapping[tuple[str, str], list[str]]:

@@ -1,4 +1,4 @@
-"""A ledger becomes what a report shows: rows, errors of linears, remarks, and the size breakdown."""
+"""A ledger becomes what a report shows: rows, errors of linears, remarks, size breakdown."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The headline and the before/after table, as text: the page, the card and the terminal share them."""
+"""The headline and the before/after table, as text that page, card and terminal share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from pocketlm.evaluate.bootstrap import Interval
 from pocketlm.report.data import ReportData
 from pocketlm.report.words import (
     MISSING,
@@ -17,12 +19,21 @@ from pocketlm.report.words import (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the before/after table; a missing figure is a dash."""
+    """One line of the before/after table; a missing figure is a dash.
+
+    Attributes:
+        label: What is measured, and its unit.
+        original: Before.
+        compressed: After.
+        change: From one to the other; empty where that says nothing.
+        interval: The 95 % interval of the change, or of the figure; empty without one.
+    """
 
     label: str
     original: str
     compressed: str
-    change: str
+    change: str = ""
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ def headline(data: ReportData) -> str:
             f"to {number_text(data.quality.perplexity)}"
         )
         parts.append(
-            f"{percent_text(divergence.top1_agreement.value)} of the next-token choices are the same"
+            f"{percent_text(divergence.top1_agreement.value)} of the next-token choices "
+            "are the same"
         )
     elif data.quality:
         parts.append(f"perplexity is {number_text(data.quality.perplexity)}")
@@ -82,7 +94,7 @@ def tiles(data: ReportData) -> list[Tile]:
             Tile(
                 percent_text(same.value),
                 "same top token",
-                f"95 %: {percent_text(same.low)} to {percent_text(same.high)}",
+                f"95 %: {_shares(same)}",
             )
         )
     if data.speed:
@@ -108,8 +120,8 @@ def before_after(data: ReportData) -> list[Row]:
     bits = data.compressed_bytes * 8 / max(data.parameters, 1)
     rows = [
         _factor("Weights on disk", data.original_bytes, data.compressed_bytes, bytes_text),
-        Row("Bits per weight, all", *_pair(data.original_bits, bits), ""),
-        Row("Bits per weight, compressed linears", *_pair(data.original_bits, data.linear_bits), ""),
+        Row("Bits per weight, all", *_pair(data.original_bits, bits)),
+        Row("Bits per weight, compressed linears", *_pair(data.original_bits, data.linear_bits)),
     ]
     quality = data.quality
     divergence = quality.divergence if quality else None
@@ -125,25 +137,25 @@ def before_after(data: ReportData) -> list[Row]:
             Row(
                 "Log-perplexity, nats/token",
                 *_pair(divergence.original_log_perplexity.value, quality.log_perplexity.value, 4),
-                f"{signed_text(loss.value)} ({interval_text(loss, signed=True)})",
+                signed_text(loss.value),
+                interval_text(loss, signed=True),
             ),
             Row(
                 "KL to the original, mean nats",
                 "0",
                 number_text(divergence.kl_mean.value),
-                f"({interval_text(divergence.kl_mean)})",
+                interval=interval_text(divergence.kl_mean),
             ),
             Row(
                 "Same top token",
                 "100 %",
                 percent_text(divergence.top1_agreement.value),
-                f"({percent_text(divergence.top1_agreement.low)} to "
-                f"{percent_text(divergence.top1_agreement.high)})",
+                interval=_shares(divergence.top1_agreement),
             ),
         ]
     else:
         value = quality.perplexity if quality else None
-        rows.append(Row("Perplexity", MISSING, number_text(value, 4), ""))
+        rows.append(Row("Perplexity", MISSING, number_text(value, 4)))
     before, after = data.original_speed, data.speed
     rows += [
         _factor(
@@ -179,7 +191,16 @@ def _pair(original: float | None, compressed: float | None, digits: int = 3) -> 
     return number_text(original, digits), number_text(compressed, digits)
 
 
-def _factor(label, original, compressed, show=number_text) -> Row:  # noqa: ANN001
+def _shares(interval: Interval) -> str:
+    return f"{number_text(100 * interval.low)} to {percent_text(interval.high)}"
+
+
+def _factor(
+    label: str,
+    original: float | None,
+    compressed: float | None,
+    show: Callable[[float | None], str] = number_text,
+) -> Row:
     change = ""
     if original and compressed:
         change = f"× {number_text(compressed / original)}"

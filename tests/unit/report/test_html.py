@@ -1,0 +1,114 @@
+"""The page: everything in it, nothing from outside, everything escaped."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from pocketlm.report.data import Answer, ReportData
+from pocketlm.report.html import render, write_report
+
+VOID = {"meta", "rect", "br", "img", "link"}
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed wrongly; collects ids and links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID or (tag == "rect" and not self.get_starttag_text().endswith("/>")):
+            self.open.append(tag)
+        self._note(dict(attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self._note(dict(attrs))
+
+    def _note(self, attrs):
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+        self.links += [attrs[name] for name in ("href", "src") if name in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(data: ReportData) -> Balance:
+    balance = Balance()
+    balance.feed(render(data))
+    balance.close()
+    assert balance.open == []
+    return balance
+
+
+def test_the_page_is_whole_and_needs_no_network(full: ReportData) -> None:
+    page = parsed(full)
+    for link in page.links:
+        assert link.startswith("#")
+        assert link[1:] in page.ids
+    text = render(full)
+    assert "<script" not in text
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert len(text) < 300_000
+
+
+def test_everything_measured_is_on_it(full: ReportData) -> None:
+    text = " ".join(parsed(full).text).replace("\u00a0", " ")
+    for wanted in (
+        "269 MB", "111 MB", "2.42×", "17.34", "+0.0463", "91.2 %", "27.9", "720 MB",
+        "wikitext2-test.txt", "sha256 abababababab", "a city on the Seine", "self_attn.q_proj",
+        "scales and zero points", "1 min 23 s", "113 MB", "calibration on 45 windows, not 64.",
+        "210 places", "evaluation on 60 windows, not 100.",
+        "method: gptq", "model.layers.29.mlp.down_proj.weight",
+        "1 kept, 210 quantized", "pocketlm compress smollm2-135m",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+
+
+def test_what_was_not_measured_is_said(bare: ReportData) -> None:
+    text = " ".join(parsed(bare).text)
+    assert "quality has not been measured yet" in text
+    assert "Quality was not measured" in text
+    assert "Speed was not measured" in text
+    assert "None" not in text.replace("None: no fallback", "")
+
+
+def test_all_text_is_escaped(full: ReportData) -> None:
+    evil = '<img src=x onerror="alert(1)">&amp;'
+    linear = full.linears[0].model_copy(update={"name": f"model.layers.0.{evil}"})
+    size = full.sizes[0].model_copy(update={"name": evil})
+    data = full.model_copy(
+        update={
+            "title": evil,
+            "recipe_yaml": evil,
+            "answers": (Answer(prompt=evil, original=evil, compressed=evil),),
+            "remarks": tuple(r.model_copy(update={"text": evil}) for r in full.remarks),
+            "linears": (linear,),
+            "sizes": (size,),
+        }
+    )
+    assert "<img" not in render(data)
+    page = parsed(data)
+    assert sum(evil in text for text in page.text) >= 6
+
+
+def test_tables_and_drawings_are_described(full: ReportData) -> None:
+    text = render(full)
+    for drawing in re.findall(r"<svg[^>]*>", text):
+        assert 'aria-hidden="true"' in drawing or 'aria-label="' in drawing
+    assert text.count("<caption>") >= 4
+    assert 'lang="en"' in text
+    assert 'name="viewport"' in text
+
+
+def test_the_file_appears_whole(full: ReportData, tmp_path: Path) -> None:
+    path = write_report(tmp_path, full)
+    assert path == tmp_path / "pocketlm" / "report.html"
+    assert path.read_text(encoding="utf-8") == render(full)
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
