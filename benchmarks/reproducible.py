@@ -55,7 +55,8 @@ def main() -> int:
         must(run_child(command, {"OMP_NUM_THREADS": str(arguments.threads)}), "pocketlm compress")
         found.append(digests(output))
     wrong, timed = differences(*found)
-    rows = [(name, found[0].get(name, "-")[:16], name not in wrong) for name in found[0]]
+    verdict = {**dict.fromkeys(wrong, "DIFFERENT"), **dict.fromkeys(timed, "but for times")}
+    rows = [(name, found[0][name][:16], verdict.get(name, "yes")) for name in found[0]]
     shown = (
         f"{table(('file', 'sha256 of the first', 'same'), rows)}\n\n"
         f"{model}, {arguments.method}: {len(wrong)} files differ that must not {wrong}; "
