@@ -178,7 +178,7 @@ class Model:
         stand_ins[-1] = lambda *args, **kwargs: self._wrap(hidden_BTD)
         self._run_model(self._one_token(), stand_ins, head)
         # GPT-2 and its kin view the result in the shape of the ids they were given
-        return captured[0].reshape(hidden_BTD.shape)
+        return captured[0].reshape(*hidden_BTD.shape[:-1], -1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""

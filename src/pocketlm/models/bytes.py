@@ -1,4 +1,4 @@
-"""Raw bytes of tensors: reused aligned buffers, positional reads, the check that weights are finite.
+"""Raw bytes of tensors: reused aligned buffers, positional reads, a check that weights are finite.
 
 Files are read by position, never mapped: mapped pages count as resident memory and stay.
 """
@@ -31,7 +31,9 @@ class PositionalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDONLY | (os.O_BINARY if sys.platform == "win32" else 0))
+            self._handle = os.open(
+                path, os.O_RDONLY | (os.O_BINARY if sys.platform == "win32" else 0)
+            )
         except OSError as error:
             raise SourceError(f"cannot be opened ({error.strerror}).", where=str(path)) from error
         self.close = weakref.finalize(self, os.close, self._handle)  # also when nobody calls it
@@ -90,7 +92,7 @@ class BufferPool:
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable where the tensor is."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def require_finite(name: str, values: Tensor, where: str) -> None:

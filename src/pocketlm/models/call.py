@@ -82,7 +82,9 @@ class TensorShare:
 
 
 @contextmanager
-def stand_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def stand_in(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
     """Replaces the forward of some modules; their attributes stay readable, hooks stay in place."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
@@ -107,6 +109,7 @@ class Recorder:
         self._call: BlockCall | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the arguments; gives the hidden states back."""
         by_name = HIDDEN in kwargs
         hidden = kwargs.pop(HIDDEN) if by_name else args[0]
         rest = args if by_name else args[1:]

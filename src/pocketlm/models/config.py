@@ -57,14 +57,15 @@ def judge_config(
             raise UnsupportedModel(
                 f"is already quantized by {method}.",
                 where=where,
-                remedy="Start from the model it was made from; a second grid on top of the first loses twice.",
+                remedy="Start from the model it was made from: two grids lose twice.",
             )
     model_type = config.get("model_type")
     if model_type is None:
         raise SourceError("config.json names no model_type.", where=where)
     if config.get("auto_map") and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        code = config["auto_map"].get("AutoConfig", "auto_map")
         raise SecurityError(
-            f"needs code from the checkpoint to run ({config['auto_map'].get('AutoConfig', 'auto_map')}).",
+            f"needs code from the checkpoint to run ({code}).",
             where=where,
             remedy="Read that code, then pass --trust-remote-code.",
         )
@@ -89,7 +90,7 @@ def transformers_config(directory: Path, *, trust_remote_code: bool) -> Pretrain
     except (ValueError, KeyError, TypeError, OSError) as error:
         model_type = read_config(directory).get("model_type")
         raise UnsupportedModel(
-            f"transformers {transformers.__version__} cannot read architecture '{model_type}': {error}",
+            f"transformers {transformers.__version__} cannot read '{model_type}': {error}",
             where=str(directory),
             remedy="Install a version of transformers that knows it.",
         ) from error

@@ -1,4 +1,4 @@
-"""A compressed artifact read as the model it came from: decoded tensor by tensor, original names."""
+"""A compressed artifact read as the model it came from, decoded tensor by tensor."""
 
 from __future__ import annotations
 

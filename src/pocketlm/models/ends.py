@@ -37,10 +37,14 @@ class Ends:
         UnsupportedModel: If the head is no plain linear.
     """
 
-    def __init__(self, loader: Loader, model: PreTrainedModel, blocks: tuple[nn.Module, ...]) -> None:
+    def __init__(
+        self, loader: Loader, model: PreTrainedModel, blocks: tuple[nn.Module, ...]
+    ) -> None:
         head = model.get_output_embeddings()
         if head is None or not is_linear(head):
-            raise UnsupportedModel("has no linear head over the vocabulary.", where=type(model).__name__)
+            raise UnsupportedModel(
+                "has no linear head over the vocabulary.", where=type(model).__name__
+            )
         self._loader, self.head = loader, head
         self._path_of = {id(module): path for path, module in model.named_modules()}
         on_cpu = loader.device.type == "cpu"
@@ -110,7 +114,11 @@ class ReadRows(TorchFunctionMode):
         self._loader, self._on_disk = loader, on_disk
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs the function; a lookup in a weight that is on disk reads its rows first."""
         if func is F.embedding and id(args[1]) in self._on_disk:

@@ -1,8 +1,8 @@
 """Fused experts become one linear each, under the checkpoint's names.
 
-transformers keeps the experts of a layer in two 3-D parameters; checkpoints mostly hold a matrix per
-expert. Where they do, the fused module is replaced by per-expert linears and a plain loop over the
-experts that are hit. The replacement must give the fused module's output on random input in
+transformers keeps the experts of a layer in two 3-D parameters; checkpoints mostly hold a matrix
+per expert. Where they do, the fused module is replaced by per-expert linears and a plain loop over
+the experts that are hit. The replacement must give the fused module's output on random input in
 float64; where it does not, the fused module stays and is left out of compression.
 Legend: E experts, N tokens, K experts per token, D hidden width, F width inside an expert.
 """
@@ -27,7 +27,9 @@ PROBE_TOLERANCE = 1e-12  # relative, in float64
 class Expert(nn.Module):
     """One gated expert: down(act(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, inner: int, act_fn: Callable[[Tensor], Tensor], like: Tensor) -> None:
+    def __init__(
+        self, width: int, inner: int, act_fn: Callable[[Tensor], Tensor], like: Tensor
+    ) -> None:
         super().__init__()
         kind = {"bias": False, "device": like.device, "dtype": like.dtype}
         self.gate = nn.Linear(width, inner, **kind)
@@ -112,7 +114,9 @@ def holds_fused_experts(module: nn.Module) -> bool:
 def _why_not(module: nn.Module, path: str, names: NameMap) -> str | None:
     own = dict(module.named_parameters(recurse=False))
     if set(own) != {GATE_UP, DOWN}:
-        return f"{type(module).__name__} holds {', '.join(sorted(own))}, not just {GATE_UP} and {DOWN}"
+        return (
+            f"{type(module).__name__} holds {', '.join(sorted(own))}, not just {GATE_UP} and {DOWN}"
+        )
     for name, patterns in ((GATE_UP, 2), (DOWN, 1)):
         binding = names.bindings[f"{path}.{name}"]
         if binding.converter is None:
@@ -178,7 +182,7 @@ def probe(fused: nn.Module) -> str | None:
 
 
 def _narrow(fused: nn.Module) -> nn.Module:
-    """A shallow copy whose whole-number attributes say the probe's sizes instead of the real ones."""
+    """A shallow copy whose whole-number attributes say the probe's sizes."""
     count, width, inner = fused.get_parameter(DOWN).shape
     sizes = {count: PROBE_E, width: PROBE_D, inner: PROBE_F, 2 * inner: 2 * PROBE_F}
     narrow = copy.copy(fused)

@@ -39,7 +39,11 @@ class InFloat64(TorchFunctionMode):
     """Turns every cast to a narrower float into one to float64: norms often compute in float32."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs the function with wide dtypes."""
         if func in TO_DOUBLE:
@@ -83,7 +87,9 @@ class FoldProbe:
         head_dim: Width of an attention head.
     """
 
-    def __init__(self, block: nn.Module, hidden_BTD: Tensor, call: BlockCall, head_dim: int) -> None:
+    def __init__(
+        self, block: nn.Module, hidden_BTD: Tensor, call: BlockCall, head_dim: int
+    ) -> None:
         self._block, self._head_dim = block, head_dim
         self._hidden = hidden_BTD.double()
         self._call = BlockCall(widen(call.args), widen(call.kwargs), call.by_name)
@@ -119,7 +125,9 @@ class FoldProbe:
             tried.append(self._try_linear(path, group, columns))
             if tried[-1].accepted:
                 return tried[-1]
-        return min(tried, key=lambda fold: float("inf") if fold.error is None else fold.error, default=None)
+        return min(
+            tried, key=lambda fold: float("inf") if fold.error is None else fold.error, default=None
+        )
 
     def _is_norm(self, path: str, columns: int) -> bool:
         own = dict(self._block.get_submodule(path).named_parameters(recurse=False))
@@ -140,10 +148,14 @@ class FoldProbe:
         scale_I = scale_O
         if rows < columns:  # each value head serves several query heads
             if rows % self._head_dim:
-                return Fold(producer, "linear", False, None, "its rows are no whole number of heads")
+                return Fold(
+                    producer, "linear", False, None, "its rows are no whole number of heads"
+                )
             heads = scale_O.view(-1, self._head_dim)
             scale_I = heads.repeat_interleave(columns // rows, dim=0).reshape(-1)
-        return self._try(producer, "linear", Trial(dict.fromkeys(readers, scale_I), {producer: scale_O}))
+        return self._try(
+            producer, "linear", Trial(dict.fromkeys(readers, scale_I), {producer: scale_O})
+        )
 
     def _draw(self, count: int) -> Tensor:
         scale = torch.exp2(torch.rand(count, generator=self._generator, dtype=torch.float64) - 0.5)
@@ -180,7 +192,7 @@ class FoldProbe:
 
     @contextmanager
     def _wide_parameters(self, trial: Trial) -> Iterator[None]:
-        """All parameters and buffers that are not a linear's, in float64; a norm's over the scale."""
+        """Parameters and buffers that are not a linear's in float64; a norm's over the scale."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
         for path, module in self._block.named_modules():
             if path in self._linears:

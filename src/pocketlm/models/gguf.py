@@ -19,7 +19,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pocketlm.core.errors import ConfigError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorInfo
 from pocketlm.models.bytes import PositionalFile, byte_view, require_finite
-from pocketlm.models.gguf_header import GgufHeader, GgufTensor, damaged, read_header, write_small_header
+from pocketlm.models.gguf_header import (
+    GgufHeader,
+    GgufTensor,
+    damaged,
+    read_header,
+    write_small_header,
+)
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
 PIECE_ELEMENTS = 4 << 20  # dequantized at a time: the library's temporaries are float32
@@ -39,7 +45,8 @@ def require_library() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "reading a GGUF file needs the package gguf.", remedy="Run: pip install 'pocketlm[gguf]'"
+            "reading a GGUF file needs the package gguf.",
+            remedy="Run: pip install 'pocketlm[gguf]'",
         ) from error
 
 
@@ -64,7 +71,7 @@ class GgufFile:
                 raise damaged(self.file, f"ends before tensor '{tensor.name}' does")
 
     def config(self) -> tuple[PretrainedConfig, dict[str, Any]]:
-        """transformers' configuration, and the parsed dictionary that its converters want.
+        """Transformers' configuration, and the parsed dictionary that its converters want.
 
         Raises:
             UnsupportedModel: If transformers does not know the architecture as GGUF.
@@ -78,14 +85,14 @@ class GgufFile:
                 parsed = load_gguf_checkpoint(str(small))["config"]
                 config = AutoConfig.from_pretrained(directory, gguf_file=small.name)
             except (ValueError, KeyError, NotImplementedError) as error:
-                what = f"transformers cannot read architecture '{self.architecture}' from GGUF: {error}"
+                what = f"transformers cannot read '{self.architecture}' from GGUF: {error}"
                 raise UnsupportedModel(what, where=str(self.path)) from error
         tokens = self.header.metadata.get("tokenizer.ggml.tokens")
         if "vocab_size" not in parsed and tokens:
             config.vocab_size = parsed["vocab_size"] = len(tokens)
         if any(tensor.name == "rope_freqs.weight" for tensor in self.header.tensors):
             raise UnsupportedModel(
-                "scales rotary frequencies by a table (rope_freqs) that transformers ignores in GGUF.",
+                "scales rotary frequencies by a table (rope_freqs), which transformers ignores.",
                 where=str(self.path),
                 remedy="Start from the model's Hugging Face directory instead.",
             )
@@ -103,7 +110,9 @@ def stored_bytes(file: PositionalFile, tensor: GgufTensor, elements: int | None 
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
     except (ValueError, KeyError) as error:
-        raise damaged(file, f"gives tensor '{tensor.name}' the unknown type {tensor.kind}") from error
+        raise damaged(
+            file, f"gives tensor '{tensor.name}' the unknown type {tensor.kind}"
+        ) from error
     count = tensor.elements if elements is None else elements
     if count % block or (tensor.shape and tensor.shape[-1] % block):
         raise damaged(file, f"gives tensor '{tensor.name}' a width that its type does not divide")
@@ -123,7 +132,9 @@ def parameter_names(gguf: GgufFile, model: PreTrainedModel, processor: Any) -> d
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next((key for key, value in MODEL_ARCH_NAMES.items() if value == gguf.architecture), None)
+    arch = next(
+        (key for key, value in MODEL_ARCH_NAMES.items() if value == gguf.architecture), None
+    )
     if arch is None:
         what = f"has architecture '{gguf.architecture}', which the gguf library does not know."
         raise UnsupportedModel(what, where=str(gguf.path))
@@ -160,11 +171,15 @@ class GgufSource:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self._gguf = gguf
-        self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=dict(parsed))
+        self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(
+            config=dict(parsed)
+        )
         names = parameter_names(gguf, model, self._processor)
         self._stored: dict[str, tuple[GgufTensor, int | None]] = {}  # expert index in a stack
         self._infos: dict[str, TensorInfo] = {}
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+        shapes = {
+            name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()
+        }
         for tensor in gguf.header.tensors:
             self._add(tensor, names, shapes)
 
@@ -218,7 +233,9 @@ class GgufSource:
         done = self._processor.process(
             weights=value.numpy(), name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
         )
-        array = torch.from_numpy(done.weights.copy() if not done.weights.flags.c_contiguous else done.weights)
+        array = torch.from_numpy(
+            done.weights.copy() if not done.weights.flags.c_contiguous else done.weights
+        )
         return array.to(dtype).reshape(self._infos[name].shape).contiguous()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

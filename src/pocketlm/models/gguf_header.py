@@ -20,7 +20,19 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 PIECE_BYTES = 1 << 20
 REMEDY = "Download or copy the file again."
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY, F32 = 8, 9, 0
 
 

@@ -33,7 +33,8 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-CASED = rf"{LETTERS}*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+%s|{LETTERS}+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*%s"
+SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = f"{LETTERS}*{SMALL}+%s|{LETTERS}+{SMALL}*%s"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = CASED % ("", "") + r"|\p{N}" + REST
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -82,9 +83,13 @@ def pre_tokenizer(name: str | None, where: str) -> PreTokenizer:
         return pre_tokenizers.Sequence([split, bytes_only])
     if name is None:
         what = "does not name its pre-tokenizer (tokenizer.ggml.pre)."
-        raise SourceError(what, where=where, remedy="Start from the Hugging Face directory instead.")
+        raise SourceError(
+            what, where=where, remedy="Start from the Hugging Face directory instead."
+        )
     known = (*GPT2_LIKE, *SINGLE_DIGITS, *SPLITS)
-    raise SourceError(f"names the unknown pre-tokenizer '{name}'.", where=where, remedy=nearest(name, known))
+    raise SourceError(
+        f"names the unknown pre-tokenizer '{name}'.", where=where, remedy=nearest(name, known)
+    )
 
 
 def byte_level_bpe(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
@@ -113,12 +118,17 @@ def byte_level_bpe(metadata: Mapping[str, Any], where: str) -> PreTrainedTokeniz
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     marked = list(zip(tokens, kinds, strict=True))
     control = [token for token, kind in marked if kind == CONTROL]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in control]
+    )
     plain = [token for token, kind in marked if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     roles = special_tokens(metadata, tokens)
     steps: list[Any] = [processors.ByteLevel(trim_offsets=True)]
-    begin, end = metadata.get("tokenizer.ggml.add_bos_token"), metadata.get("tokenizer.ggml.add_eos_token")
+    begin, end = (
+        metadata.get("tokenizer.ggml.add_bos_token"),
+        metadata.get("tokenizer.ggml.add_eos_token"),
+    )
     if (begin and "bos_token" in roles) or (end and "eos_token" in roles):
         steps.append(_template(roles, vocab, bool(begin), bool(end)))
     backend.post_processor = processors.Sequence(steps) if len(steps) > 1 else steps[0]

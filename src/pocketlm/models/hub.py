@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from pocketlm.core.errors import SourceError
 from pocketlm.models.tokenizer import CARRIED
@@ -27,7 +27,9 @@ def download(name: str, revision: str | None) -> Path:
     try:
         path = snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *CARRIED])
     except HFValidationError as error:
-        raise SourceError("is no existing path and no hub id.", where=name, remedy=missing) from error
+        raise SourceError(
+            "is no existing path and no hub id.", where=name, remedy=missing
+        ) from error
     except LocalEntryNotFoundError as error:
         what = "is no existing path, and the hub cannot be reached to look it up."
         raise SourceError(what, where=name, remedy=missing) from error
@@ -37,5 +39,7 @@ def download(name: str, revision: str | None) -> Path:
         raise SourceError(what, where=name, remedy=remedy) from error
     except OSError as error:
         what = f"could not be downloaded ({error})."
-        raise SourceError(what, where=name, remedy="Check the network and the free disk.") from error
+        raise SourceError(
+            what, where=name, remedy="Check the network and the free disk."
+        ) from error
     return Path(path)

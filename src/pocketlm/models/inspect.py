@@ -1,4 +1,4 @@
-"""What is in a model: blocks, groups of linears, folds, parameters, bytes, what is left out and why."""
+"""What is in a model: blocks, groups of linears, folds, bytes, what is left out and why."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def _spelled(path: str, module: nn.Module, names: NameMap) -> str:
     leaf = next(name for name, _ in module.named_parameters(recurse=False))
     binding = names.bindings[f"{path}.{leaf}"]
     tensor = binding.tensors[0]
-    return tensor.removesuffix(f".{leaf}") if binding.plain and tensor.endswith(f".{leaf}") else path
+    return (
+        tensor.removesuffix(f".{leaf}") if binding.plain and tensor.endswith(f".{leaf}") else path
+    )
 
 
 def router_paths(block: nn.Module) -> set[str]:

@@ -11,7 +11,9 @@ from pocketlm.models.bytes import PIECE_BYTES, require_finite
 from pocketlm.models.names import NameMap
 
 
-def load_into(source: TensorSource, name: str, target: Tensor, where: str = "the checkpoint") -> None:
+def load_into(
+    source: TensorSource, name: str, target: Tensor, where: str = "the checkpoint"
+) -> None:
     """Reads a tensor piece by piece into `target`, converting dtype and device on the way.
 
     Args:

@@ -74,4 +74,3 @@ class MemorySource:
             for chunk in self.chunks(name, 1 << 24):
                 digest.update(chunk)
         return digest.hexdigest()
-

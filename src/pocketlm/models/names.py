@@ -1,8 +1,8 @@
 """Which checkpoint tensors make which parameter, both ways.
 
-transformers renames tensors and fuses experts on loading; its own conversion tables are applied here
-to names, so that a checkpoint is read the way transformers would. A parameter that no tensor makes
-is an error; a tensor that makes no parameter is an extra: listed, carried over, never dropped.
+transformers renames tensors and fuses experts on loading; its own conversion tables are applied
+here to names, so that a checkpoint is read the way transformers would. A parameter that no tensor
+makes is an error; a tensor that makes no parameter is an extra: listed and carried over.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Binding:
 
     Attributes:
         parameter: Its name in the model.
-        tensors: The checkpoint tensors it is made of; one of the same shape where nothing is converted.
+        tensors: The checkpoint tensors it is made of; a single one where nothing is converted.
         patterns: The converter's source pattern that each tensor matched.
         converter: transformers' conversion; None for a plain rename.
     """
@@ -141,12 +141,15 @@ def _target_names(converter: WeightConverter, name: str) -> list[str]:
     return [name.replace(own, target, 1) for target in targets]
 
 
-def _reader(source: TensorSource, tensor: str):  # noqa: ANN202
+def _reader(source: TensorSource, tensor: str):
     return lambda: source.read(tensor)
 
 
 def _check(
-    model: PreTrainedModel, bindings: dict[str, Binding], infos: Mapping[str, TensorInfo], where: str
+    model: PreTrainedModel,
+    bindings: dict[str, Binding],
+    infos: Mapping[str, TensorInfo],
+    where: str,
 ) -> None:
     """Shares bindings among tied names, then asks one for every parameter."""
     groups: dict[int, list[str]] = {}
@@ -171,7 +174,7 @@ def _check(
             raise SourceError(
                 f"tensor '{binding.tensors[0]}' is {stored}, but the model wants {list(shape)}.",
                 where=where,
-                remedy="config.json belongs to another model, or the weights are packed by a quantizer.",
+                remedy="config.json belongs to another model, or a quantizer packed the weights.",
             )
 
 

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 CASTS = frozenset(
-    {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "detach", "clone"}
+    {
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "type",
+        "type_as",
+        "contiguous",
+        "detach",
+        "clone",
+    }
 )
 
 
@@ -42,14 +53,22 @@ class ValueNumbers(TorchFunctionMode):
         self._seen[id(tensor)] = (tensor, tensor._version, number)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs the function; a view of all elements or a cast inherits its argument's number."""
         if not (args and isinstance(args[0], Tensor)):
             return func(*args, **(kwargs or {}))
         before = self.number(args[0])
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result is not args[0] and _same_value(func, args[0], result):
+        if (
+            isinstance(result, Tensor)
+            and result is not args[0]
+            and _same_value(func, args[0], result)
+        ):
             self._keep(result, before)
         return result
 

@@ -119,7 +119,9 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
             if len(files) == 1:
                 return files[0]
             names = ", ".join(file.name for file in files)
-            raise SourceError(f"holds several GGUF files ({names}).", where=str(path), remedy="Name one.")
+            raise SourceError(
+                f"holds several GGUF files ({names}).", where=str(path), remedy="Name one."
+            )
         return path
     if path.suffix.lower() == ".gguf" or path.exists():
         if not path.is_file():
@@ -153,7 +155,10 @@ def _from_directory(
 ) -> Parts:
     config = read_config(directory)
     judge_config(
-        config, str(directory), trust_remote_code=trust_remote_code, allow_compressed=allow_compressed
+        config,
+        str(directory),
+        trust_remote_code=trust_remote_code,
+        allow_compressed=allow_compressed,
     )
     hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
     tensors: TensorSource = SafetensorsSource(directory)

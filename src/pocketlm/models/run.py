@@ -32,6 +32,12 @@ class _Runner(greenlet):
         return True
 
 
+def _is_first(group: int) -> bool:
+    """Whether this code runs in a run that has not announced the group yet."""
+    runner = getcurrent()
+    return isinstance(runner, _Runner) and runner.is_first(group)
+
+
 def pause_before(linears: Mapping[nn.Module, int]) -> list[torch.utils.hooks.RemovableHandle]:
     """Makes runs stop before groups of linears.
 
@@ -46,9 +52,11 @@ def pause_before(linears: Mapping[nn.Module, int]) -> list[torch.utils.hooks.Rem
 
 def _hook(group: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # No local may hold the runner across the switch: its own frame would keep it alive for ever.
-        if type(getcurrent()) is _Runner and getcurrent().is_first(group):
-            getcurrent().parent.switch(Pause(group, args[0]))
+        # No local may hold the runner across the switch: its own frame would keep it alive.
+        if _is_first(group):
+            parent = getcurrent().parent
+            assert parent is not None
+            parent.switch(Pause(group, args[0]))
 
     return hook
 

@@ -85,8 +85,7 @@ def build_skeleton(
             )
         except (ValueError, ImportError) as error:
             raise UnsupportedModel(
-                f"transformers {transformers.__version__} cannot build it as a causal language model:"
-                f" {error}",
+                f"transformers {transformers.__version__} cannot build it as a causal LM: {error}",
                 where=config.model_type,
             ) from error
     model.eval().requires_grad_(False)

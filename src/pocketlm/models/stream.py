@@ -173,11 +173,14 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
         return _shards(index)
     pickles = sorted(p.name for pattern in PICKLE_PATTERNS for p in directory.glob(pattern))
     if pickles:
+        convert = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained(r'{directory}').save_pretrained(r'{directory}-safe')"
+        )
         raise SecurityError(
             f"the weights are in a pickle file ({pickles[0]}), which can run any code when opened.",
             where=str(directory),
-            remedy="Convert it where you trust it: python -c \"from transformers import AutoModelForCausalLM"
-            f" as M; M.from_pretrained(r'{directory}').save_pretrained(r'{directory}-safe')\"",
+            remedy=f'Convert it where you trust it: python -c "{convert}"',
         )
     raise SourceError(
         f"holds neither {SINGLE} nor {INDEX}.",
@@ -212,7 +215,9 @@ def _parse_header(file: PositionalFile) -> dict[str, Place]:
     length = int.from_bytes(head, "little")
     if length > HEADER_LIMIT or 8 + length > file.bytes_total:
         what = f"claims a header of {length} bytes in a file of {file.bytes_total}."
-        raise SourceError(what, where=where, remedy=f"It is truncated or no safetensors file. {REMEDY}")
+        raise SourceError(
+            what, where=where, remedy=f"It is truncated or no safetensors file. {REMEDY}"
+        )
     raw = bytearray(length)
     file.read_into(memoryview(raw), 8)
     try:

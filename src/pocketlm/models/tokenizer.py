@@ -22,6 +22,7 @@ CARRIED = (
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",
+    "README.md",  # its front matter goes into the artifact's own card
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -44,4 +45,6 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SourceError(f"has no tokenizer that loads ({error}).", where=str(directory)) from error
+        raise SourceError(
+            f"has no tokenizer that loads ({error}).", where=str(directory)
+        ) from error

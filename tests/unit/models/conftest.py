@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.unit.models.families import build
 
 
@@ -15,7 +14,9 @@ from tests.unit.models.families import build
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """Saves a random model of a family and gives its directory."""
 
-    def save(family: str, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: object) -> Path:
+    def save(
+        family: str, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: object
+    ) -> Path:
         build(family, dtype, **changes).save_pretrained(tmp_path, max_shard_size=shard)
         return tmp_path
 

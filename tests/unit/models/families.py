@@ -41,14 +41,20 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3": ("Gemma3TextConfig", {**SMALL, **TIED, **SLIDING, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3Config", SMALL),
     "opt": ("OPTConfig", OPT),
-    "opt-350m-style": ("OPTConfig", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt-350m-style": (
+        "OPTConfig",
+        {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),
     "gpt2": ("GPT2Config", GPT2),
     "gpt-neox": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": True}),
     "gpt-neox-serial": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False}),
     "olmo2": ("Olmo2Config", SMALL),
     "falcon-parallel": ("FalconConfig", {**FALCON, "multi_query": True, "parallel_attn": True}),
     "falcon-new": ("FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-alibi": ("FalconConfig", {**FALCON, "alibi": True, "parallel_attn": False, "bias": True}),
+    "falcon-alibi": (
+        "FalconConfig",
+        {**FALCON, "alibi": True, "parallel_attn": False, "bias": True},
+    ),
     "mixtral": ("MixtralConfig", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
@@ -61,7 +67,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "mlp_only_layers": [1],
         },
     ),
-    "granite": ("GraniteConfig", {**SMALL, **TIED, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "granite": (
+        "GraniteConfig",
+        {**SMALL, **TIED, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    ),
     "cohere": ("CohereConfig", {**SMALL, **TIED, "logit_scale": 0.25}),
 }
 
@@ -76,4 +85,3 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: object) ->
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
-

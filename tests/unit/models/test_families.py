@@ -1,4 +1,4 @@
-"""Every family's logits through the stream of blocks are those of the ordinary transformers model."""
+"""Every family's logits through the stream of blocks are those of transformers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.models.families import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pocketlm.models import Model, open_model
-from tests.unit.models.families import FAMILIES
 
 FUSED_EXPERTS = {"mixtral", "qwen3-moe"}  # separate matrices: equal up to the order of sums
 

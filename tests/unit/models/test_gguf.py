@@ -1,4 +1,4 @@
-"""GGUF as a source: transformers' own logits, the named pre-tokenizer, and an error for every damage."""
+"""GGUF as a source: transformers' own logits, the named pre-tokenizer, damage named."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.unit.models.test_families import streamed_logits, tokens
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,6 @@ from pocketlm.models import open_model, opening
 from pocketlm.models.bytes import PositionalFile
 from pocketlm.models.gguf_header import read_header
 from pocketlm.models.gguf_tokenizer import pre_tokenizer
-from tests.unit.models.test_families import streamed_logits, tokens
 
 WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY, BLOCKS = 64, 96, 4, 2, 96, 2
 Q8, Q4, F16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q8_0", "Q4_1", "F16", "F32"))
@@ -31,7 +31,9 @@ def words() -> list[str]:
     return ["<|end|>", "<|start|>", *letters, "ab"]
 
 
-def write(path: Path, pre: str | None = "smollm", types: tuple[Any, ...] = (Q8, Q4, F16), **extra: Any) -> Path:
+def write(
+    path: Path, pre: str | None = "smollm", types: tuple[Any, ...] = (Q8, Q4, F16), **extra: Any
+) -> Path:
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(BLOCKS)
@@ -113,7 +115,12 @@ def test_values_beyond_float16_and_rows(file: Path) -> None:
 def test_tokenizer_and_side_files(file: Path, tmp_path: Path) -> None:
     model = open_model(file)
     tokenizer = model.tokenizer()
-    assert tokenizer.convert_ids_to_tokens(tokenizer("ab12<|end|>").input_ids) == ["ab", "1", "2", "<|end|>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab12<|end|>").input_ids) == [
+        "ab",
+        "1",
+        "2",
+        "<|end|>",
+    ]
     out = tmp_path / "out"
     out.mkdir()
     for name, data in model.side_files().items():
@@ -124,7 +131,11 @@ def test_tokenizer_and_side_files(file: Path, tmp_path: Path) -> None:
     assert again.eos_token == "<|end|>"
     messages = [{"role": "user", "content": "ab"}]
     assert again.apply_chat_template(messages, tokenize=False) == "ab"
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= model.side_files().keys()
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    } <= model.side_files().keys()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def test_groups_and_folds(family: str, saved: Callable[..., Path]) -> None:
     with model.block(1) as block:
         weights = {name: linear.weight_OI() for name, linear in block.linears.items()}
         groups = block.probe_folds()
-        assert all(torch.equal(linear.weight_OI(), weights[n]) for n, linear in block.linears.items())
+        assert all(
+            torch.equal(linear.weight_OI(), weights[n]) for n, linear in block.linears.items()
+        )
     found = []
     for group in groups:
         fold = group.fold
@@ -95,7 +97,9 @@ def test_groups_and_folds(family: str, saved: Callable[..., Path]) -> None:
     own = [name for name in model.linear_shapes() if name.startswith(f"{model.block_paths[1]}.")]
     assert sorted(names) == sorted(own)
     with model.block(2) as block:  # one trial serves all blocks of a layout
-        assert [g.fold and g.fold.accepted for g in block.groups] == [g.fold and g.fold.accepted for g in groups]
+        assert [g.fold and g.fold.accepted for g in block.groups] == [
+            g.fold and g.fold.accepted for g in groups
+        ]
         assert all("2" in g.fold.producer for g in block.groups if g.fold)
 
 

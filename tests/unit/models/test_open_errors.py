@@ -110,5 +110,8 @@ def test_nan_is_found_when_its_block_is_loaded(saved: Callable[..., Path]) -> No
     model = open_model(directory)
     with model.block(1):
         pass
-    with pytest.raises(SourceError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"), model.block(2):
+    with (
+        pytest.raises(SourceError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"),
+        model.block(2),
+    ):
         pass

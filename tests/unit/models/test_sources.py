@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.unit.models.families import build
+from tests.unit.models.test_families import streamed_logits, tokens
 from transformers import AutoModelForCausalLM
 
 from pocketlm.core.errors import SourceError
 from pocketlm.models import ends, open_model
 from pocketlm.models.stream import SINGLE
-from tests.unit.models.families import build
-from tests.unit.models.test_families import streamed_logits, tokens
 
 
 def expected_logits(directory: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -25,7 +25,9 @@ def expected_logits(directory: Path, dtype: torch.dtype = torch.float32) -> torc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_checkpoints_compute_in_float32(saved: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_half_precision_checkpoints_compute_in_float32(
+    saved: Callable[..., Path], dtype: torch.dtype
+) -> None:
     directory = saved("llama", dtype)
     model = open_model(directory)
     assert model.dtype == dtype

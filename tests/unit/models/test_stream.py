@@ -49,7 +49,9 @@ def test_rows_and_chunks(directory: Path) -> None:
 
 def test_two_chunk_streams_do_not_share_a_buffer(directory: Path) -> None:
     source = SafetensorsSource(directory)
-    for first, second in zip(source.chunks("a.weight", 40), source.chunks("b.weight", 40), strict=False):
+    for first, second in zip(
+        source.chunks("a.weight", 40), source.chunks("b.weight", 40), strict=False
+    ):
         assert bytes(first) != bytes(second)
 
 
@@ -165,9 +167,11 @@ def test_file_that_shrinks_while_open(directory: Path) -> None:
     source = SafetensorsSource(directory)
     with (directory / SINGLE).open("r+b") as file:
         file.truncate(file.seek(0, 2) - 200)
+    last = max(
+        source.infos(), key=lambda name: source._places[name].offset * bool(name != "e.empty")
+    )
     with pytest.raises(SourceError, match="ends at byte"):
-        source.read("b.weight")
-        source.read("a.weight")
+        source.read(last)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
