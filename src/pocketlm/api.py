@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe
 from pocketlm.recipes import build_recipe, read_recipe
 
@@ -113,7 +114,7 @@ def plan(source: str | Path | PreTrainedModel, recipe: RecipeLike = "w4a16", **o
         ConfigError: If the recipe cannot work.
         UnsupportedLayer: If the target cannot load a layer.
     """
-    prepared = _prepare(source, recipe, Path("out"), **options)
+    prepared = _prepare(source, recipe, Path("out"), False, **options)
     return prepared.plan
 
 
@@ -153,7 +154,7 @@ def compress(
     output = Path(output).absolute()
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
-    prepared = _prepare(source, recipe, output, **options)
+    prepared = _prepare(source, recipe, output, resume, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
         prepared.model,
@@ -225,6 +226,7 @@ def _prepare(
     source: str | Path | PreTrainedModel,
     recipe: RecipeLike,
     output: Path,
+    resume: bool,
     *,
     calibration: str = "builtin",
     samples: int | None = None,
@@ -245,6 +247,7 @@ def _prepare(
     import torch
 
     from pocketlm import catalog
+    from pocketlm.engine.compress import earlier_samples
     from pocketlm.engine.grids import choose_grids
     from pocketlm.engine.machine import available_ram_bytes
     from pocketlm.engine.options import Job
@@ -273,11 +276,12 @@ def _prepare(
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
     )
-    count = samples or SAMPLES
+    settled = earlier_samples(output, job.work_dir) if resume else None
+    count = samples or settled or SAMPLES
     predicted = make_plan(model, job, grids, count, seq_len)
     fewer = None
     if samples is None and job.needs_data and model.device.type == "cpu":
-        while predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
+        while settled is None and predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
             count //= 2
             predicted = make_plan(model, job, grids, count, seq_len)
         if count < SAMPLES:
@@ -312,9 +316,16 @@ def _windows(
 def _device(name: str) -> str:
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use.",
+            where=f"--device {name}",
+            remedy="Give --device cpu; `pocketlm doctor` lists the devices.",
+        )
+    return name
 
 
 def _name(source: Any) -> str:

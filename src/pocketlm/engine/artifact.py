@@ -28,6 +28,7 @@ from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import assemble, sync_directory, write_file
 
 CHUNK_BYTES = 16 << 20
+CARD = "README.md"
 
 
 def partial_path(output: Path) -> Path:
@@ -61,7 +62,7 @@ def write_artifact(
         source=job.source,
         format=grids.format_name,
         fingerprint=job.fingerprint,
-        warnings=[f"{event.where}: {event.text}" if event.where else event.text for event in log.warnings],
+        warnings=list(job.warnings),
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
@@ -74,7 +75,10 @@ def write_artifact(
 
     ledger.files.update(assemble(growing, entries, on_progress=report))
     for name, data in sorted(model.side_files().items()):
-        ledger.files[name] = write_file(growing / name, data)
+        (growing / name).parent.mkdir(parents=True, exist_ok=True)
+        digest = write_file(growing / name, data)
+        if name != CARD:  # the report's card takes its place
+            ledger.files[name] = digest
     recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False).encode()
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
     config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"

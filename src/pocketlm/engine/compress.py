@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -34,6 +35,7 @@ def fingerprint(model: ModelView, job: Job, grids: Grids, windows: Windows | Non
         "grids": {name: spec.model_dump(mode="json") for name, spec in grids.specs.items()},
         "format": grids.format_name,
         "calibration": None if windows is None else windows.sha256,
+        "samples": None if windows is None else windows.tokens_NT.shape[0],
         "tokens_at_once": job.tokens_at_once,
         "dtype": None if job.dtype is None else str(job.dtype),
         "compute_dtype": str(model.compute_dtype),
@@ -41,6 +43,15 @@ def fingerprint(model: ModelView, job: Job, grids: Grids, windows: Windows | Non
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in VERSIONED},
     }
+
+
+def earlier_samples(output: Path, work_dir: Path) -> int | None:
+    """How many calibration windows an earlier attempt at this output settled on, if there is one."""
+    path = work_dir / "run.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))["samples"]
+    ledger = finished_ledger(output)
+    return None if ledger is None else ledger.fingerprint["samples"]
 
 
 def finished_ledger(output: Path) -> Ledger | None:
@@ -90,7 +101,11 @@ def run_job(
         ResumeError: If an unfinished run there had another fingerprint.
         ResourceError: If memory or disk ran out; the same command goes on from there.
     """
-    job = replace(job, fingerprint=fingerprint(model, job, grids, windows))
+    job = replace(
+        job,
+        fingerprint=fingerprint(model, job, grids, windows),
+        warnings=() if windows is None else windows.notes,
+    )
     ledger = finished_ledger(job.output)
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)
     try:
@@ -108,7 +123,7 @@ def run_job(
                  data={"plan": plan.model_dump(mode="json")})  # fmt: skip
         for name, note in grids.notes.items():
             log.emit("warning", note, where=name, data={"kind": "group_size"})
-        for note in windows.notes if windows is not None else ():
+        for note in job.warnings:
             log.emit("warning", note, where="calibration")
         if ledger is not None:
             shutil.rmtree(job.output)

@@ -59,13 +59,10 @@ class EventLog:
 
     def __init__(self, path: Path | None, listener: Listener | None = None) -> None:
         self._path, self._listener = path, listener
-        self.warnings: list[Event] = []
 
     def emit(self, kind: str, text: str, **fields: Any) -> None:
         """Records an event; `fields` are Event's."""
         event = Event.model_validate({"kind": kind, "text": text, **fields})
-        if event.kind in ("warning", "fallback"):
-            self.warnings.append(event)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event.model_dump(exclude_none=True)) + "\n")

@@ -26,7 +26,8 @@ class Job:
         tokens_at_once: Tokens of one batch of calibration.
         activation_bytes: Memory that calibration activations may take.
         dtype: Dtype of the tensors that are kept; None: as in the source.
-        fingerprint: What the bytes depend on, besides what the runner adds itself.
+        warnings: What the whole run has to tell; goes into the ledger.
+        fingerprint: What the bytes depend on.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Job:
     tokens_at_once: int
     activation_bytes: int
     dtype: torch.dtype | None = None
+    warnings: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     @property

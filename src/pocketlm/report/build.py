@@ -17,6 +17,7 @@ from pocketlm.core.views import ModelView, TensorInfo
 from pocketlm.engine.ledger import Ledger
 from pocketlm.engine.plan import Plan
 from pocketlm.evaluate.hardware import device_name
+from pocketlm.report.card import carried_front_matter, model_card
 from pocketlm.report.data import (
     FOLDER,
     Prediction,
@@ -121,13 +122,13 @@ def write_all(artifact: Path, data: ReportData) -> Path:
     Returns:
         The page.
     """
-    from pocketlm.report.card import model_card
-
     write_metrics(artifact, data)
-    page = write_report(artifact, data)
     config = json.loads((artifact / "config.json").read_text("utf-8"))
-    write_atomically(artifact / "README.md", model_card(config, read_ledger(artifact), data))
-    return page
+    card = artifact / "README.md"  # the source's own at first: its front matter is carried over
+    carried = carried_front_matter(card.read_text("utf-8") if card.exists() else "")
+    text = model_card(config, read_ledger(artifact), recipe_of(artifact), data, carried=carried)
+    write_atomically(card, text)
+    return write_report(artifact, data)  # last: where the page is, the rest is
 
 
 def render(artifact: Path) -> Path:
