@@ -76,7 +76,7 @@ def test_what_was_not_measured_is_said(bare: ReportData) -> None:
     assert "quality has not been measured yet" in text
     assert "Quality was not measured" in text
     assert "Speed was not measured" in text
-    assert "None" not in text.replace("None: no fallback", "")
+    assert "None" not in text.replace("None: the run had", "")
 
 
 def test_all_text_is_escaped(full: ReportData) -> None:
