@@ -15,7 +15,7 @@ from pocketlm.runtime.kernels.select import TABLE, announce, kernel_for
 from pocketlm.runtime.linear import PackedLinear
 
 CPU = torch.device("cpu")
-# Relative error of the whole product against float64. A half dtype rounds decoded weights (reference
+# Relative error of the product against float64. A half dtype rounds decoded weights (reference
 # only) and results; scales are exact in bfloat16 here.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SHAPES = [(64, 128, 32), (50, 96, 16), (208, 192, 64), (304, 576, None), (1000, 320, 64)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.tensors import PackedInt
-from pocketlm.runtime.kernels.base import Grid
+from pocketlm.runtime.kernels.base import Grid, rows_per_tile
 
 INT4_GROUPS = (256, 128, 64, 32)  # what the int4 ops take, on CPU and CUDA alike
 
@@ -84,28 +84,34 @@ class Int4Cpu:
         )
 
     def matmul_tiles(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """The product [M, O], blocks of rows decoded one at a time and multiplied in float32."""
+        """The product [M, O], some blocks of rows decoded at a time and multiplied in float32."""
         packed, scale_zero_GO2 = buffers["packed"].view(-1), buffers["scale_zero_GO2"]
         x = x_MI.float()
         y_MO = torch.empty(x_MI.shape[0], grid.rows)
-        block = block_rows()
-        for start in range(0, grid.rows, block):
-            stop = min(start + block, grid.rows)
-            data = packed[start * grid.columns // 2 : stop * grid.columns // 2]
-            tile_IR = _decode_block(data.view(grid.columns, -1), scale_zero_GO2[:, start:stop])
+        whole = grid.rows // block_rows() * block_rows()  # rows in blocks of full height
+        step = max(1, rows_per_tile(grid.columns * 4) // block_rows()) * block_rows()
+        for start in [*range(0, whole, step), whole]:
+            stop = min(start + step, whole) if start < whole else grid.rows
+            if start == stop:
+                continue
+            data_B = packed[start * grid.columns // 2 : stop * grid.columns // 2]
+            tile_IR = _decode(data_B, scale_zero_GO2[:, start:stop], grid.columns)
             torch.mm(x, tile_IR, out=y_MO[:, start:stop])
         return y_MO.to(x_MI.dtype)
 
 
-def _decode_block(data_IB: Tensor, scale_zero_GR2: Tensor) -> Tensor:
-    """One block of the op's layout, transposed: float32 [I, R]."""
-    columns, rows = data_IB.shape[0], scale_zero_GR2.shape[1]
-    # A byte of a whole block holds rows r and r + R / 2, one of the last short block 2r and 2r + 1.
-    whole = rows == block_rows()
+def _decode(data_B: Tensor, scale_zero_GR2: Tensor, columns: int) -> Tensor:
+    """Whole blocks of the op's layout, or the short last one, transposed: float32 [I, R]."""
+    rows, block = scale_zero_GR2.shape[1], block_rows()
     tile_IR = torch.empty(columns, rows)
-    halves = tile_IR.view(columns, 2, -1) if whole else tile_IR.view(columns, -1, 2).transpose(1, 2)
-    halves[:, 0] = data_IB & 15
-    halves[:, 1] = data_IB >> 4
+    if rows % block == 0:  # N blocks; a byte holds rows r and r + block / 2
+        data_INb = data_B.view(-1, columns, block // 2).transpose(0, 1)
+        low, high = tile_IR.view(columns, -1, 2, block // 2).unbind(2)
+    else:  # a byte holds rows 2r and 2r + 1
+        data_INb = data_B.view(columns, -1)
+        low, high = tile_IR.view(columns, -1, 2).unbind(2)
+    low.copy_(data_INb & 15)
+    high.copy_(data_INb >> 4)
     scale_G1R, zero_G1R = scale_zero_GR2[:, None].float().unbind(-1)
     tile_GgR = tile_IR.view(scale_zero_GR2.shape[0], -1, rows)
     tile_GgR.mul_(scale_G1R.contiguous()).add_(zero_G1R - 8.0 * scale_G1R)
