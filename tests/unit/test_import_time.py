@@ -40,6 +40,9 @@ def test_contradicting_flags_end_before_anything_heavy():
 
 
 def test_help_takes_little_processor_time():
-    code = "from pocketlm.cli.main import run\nrun(['--help'])\nimport time\nprint(time.process_time())"
+    code = (
+        "import time\nfrom pocketlm.cli.main import run\n"
+        "run(['--help'])\nprint(time.process_time())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout.splitlines()[-1]) < 0.5

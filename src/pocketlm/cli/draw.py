@@ -10,6 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 
+def printable(text: str) -> str:
+    """A model's text without control characters: some of them would steer the terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def facts(console: Console, title: str, pairs: Mapping[str, str]) -> None:
     """Draws ``name  value`` lines.
 

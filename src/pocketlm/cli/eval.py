@@ -93,7 +93,7 @@ def _draw(console: Console, found: Measurement) -> None:
     for answer in found.answers:
         console.print(f"\n[bold]{escape(answer.prompt)}[/bold]")
         said = {"before": answer.original, "after": answer.compressed}
-        draw.facts(console, "", {name: text for name, text in said.items() if text})
+        draw.facts(console, "", {who: draw.printable(text) for who, text in said.items()})
     if found.report is not None:
         console.print(f"\nThe whole report: {escape(str(found.report))}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def check_machine(device: str, dtype: str | None, target: str = "transformers") 
     Raises:
         ConfigError: On an unknown value.
     """
-    one_of(device.split(":")[0], ("auto", "cpu", "cuda", "mps"), "--device")
+    if re.fullmatch(r"cuda:\d+", device) is None:
+        one_of(device, ("auto", "cpu", "cuda"), "--device")
     if dtype is not None:
         one_of(dtype, DTYPES, "--dtype")
     one_of(target, TARGETS, "--target")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pocketlm.cli import flags
+from pocketlm.cli import draw, flags
 from pocketlm.cli.options import Device, Json, MaxNewTokens, Model, Seed, Temperature
 from pocketlm.cli.output import Answer
 from pocketlm.report.words import seconds_text
@@ -52,7 +52,7 @@ def run(
 
 def stream(text: str) -> None:
     """Writes a piece of an answer at once."""
-    sys.stdout.write(text)
+    sys.stdout.write(draw.printable(text))
     sys.stdout.flush()
 
 

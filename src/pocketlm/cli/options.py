@@ -104,7 +104,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the sampled windows.", ric
 # Machine and files
 Device = Annotated[
     str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:1 ….", rich_help_panel=_MACHINE),
+    typer.Option("--device", help="auto, cpu, cuda or cuda:1.", rich_help_panel=_MACHINE),
 ]
 Dtype = Annotated[
     str | None,

@@ -99,13 +99,15 @@ def steps(text: str, *, quiet: bool, log_file: Path | None) -> Iterator[Callable
     """
     from pocketlm.engine.events import Event
 
-    started = time.monotonic()
+    began: list[tuple[float, int]] = []  # when the first step was done: loading is no step
+
+    def on_progress(done: int, total: int) -> None:
+        began.append((time.monotonic(), done))
+        (first, before), (now, _) = began[0], began[-1]
+        left = None if done == before else (now - first) / (done - before) * (total - done)
+        listen(Event(kind="progress", text=text, done=done, total=total, seconds_left=left))
+
     with progress(quiet=quiet, log_file=log_file) as listen:
-
-        def on_progress(done: int, total: int) -> None:
-            left = (time.monotonic() - started) / done * (total - done) if done else None
-            listen(Event(kind="progress", text=text, done=done, total=total, seconds_left=left))
-
         yield on_progress
 
 

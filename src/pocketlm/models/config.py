@@ -29,7 +29,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         remedy = "Give the directory of a Hugging Face checkpoint."
         raise SourceError("holds no config.json.", where=str(directory), remedy=remedy) from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot be read ({error}).", where=str(path)) from error
+        what, remedy = f"cannot be read ({error}).", "Download or copy the model again."
+        raise SourceError(what, where=str(path), remedy=remedy) from error
     if not isinstance(config, dict):
         raise SourceError("is no JSON object.", where=str(path))
     return config

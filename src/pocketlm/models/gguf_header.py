@@ -154,7 +154,8 @@ def read_header(file: PositionalFile) -> GgufHeader:
         raise SourceError("is no GGUF file.", where=str(file.path), remedy=REMEDY)
     version = cursor.number("I")
     if version not in VERSIONS:
-        raise SourceError(f"is GGUF version {version}; read are 2 and 3.", where=str(file.path))
+        what = f"is GGUF version {version}; read are 2 and 3."
+        raise SourceError(what, where=str(file.path), remedy=REMEDY)
     tensor_count, key_count = cursor.count(24), cursor.count(12)
     metadata: dict[str, Any] = {}
     raw: dict[str, bytes] = {}

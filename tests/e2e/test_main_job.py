@@ -1,0 +1,193 @@
+"""The main job on a tiny model through the command line: each verb, drawn and as JSON; two runs at
+once, Ctrl-C, a full disk, a tampered artifact.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.e2e.conftest import QUICK, Done
+
+Cli = Callable[..., Done]
+Start = Callable[..., "subprocess.Popen[str]"]
+EVAL = ("--seq-len", "64", "--limit", "3", "--device", "cpu")
+
+
+def test_plan_and_outcome_agree_on_bytes(cli: Cli, source, tmp_path):
+    planned = cli("plan", source, "--json", *QUICK).json
+    made = cli("compress", source, "-o", tmp_path / "out", "--json", *QUICK).json
+    assert made["bits_per_weight"] == pytest.approx(planned["bits_per_weight"])
+    assert made["output_bytes"] == pytest.approx(planned["output_bytes"], rel=0.02)
+    assert not (tmp_path / "out.pocketlm-work").exists()
+
+
+def test_a_second_call_finds_it_done(cli: Cli, source, tmp_path):
+    output = tmp_path / "out"
+    assert cli("compress", source, "-o", output, "--json", *QUICK).json["already_done"] is False
+    assert cli("compress", source, "-o", output, "--json", *QUICK).json["already_done"] is True
+
+
+def test_a_person_reads_prediction_and_outcome(cli: Cli, source, tmp_path):
+    done = cli("compress", source, "-o", tmp_path / "out", *QUICK)
+    assert done.code == 0
+    for words in ("Wrote", "predicted", "came out", "bits per weight", "pocketlm verify"):
+        assert words in done.out
+    assert "2/2" in done.err
+
+
+def test_inspect(cli: Cli, source):
+    found = cli("inspect", source, "--json").json
+    assert found["blocks"] == 2
+    shown = cli("inspect", source).out
+    assert "self_attn.q_proj 64×64, self_attn.k_proj 32×64" in shown
+    assert "input_layernorm" in shown
+
+
+def test_verify_passes(cli: Cli, artifact, source):
+    done = cli("verify", artifact, "--against", source)
+    assert done.code == 0, done.out
+    assert "Verified" in done.out
+
+
+def test_verify_fails_loudly(cli: Cli, artifact, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(artifact, spoilt)
+    data = bytearray((spoilt / "model.safetensors").read_bytes())
+    data[-40] ^= 1
+    (spoilt / "model.safetensors").write_bytes(data)
+    done = cli("verify", spoilt)
+    assert done.code == 2
+    assert "✗" in done.out
+    assert "checks failed" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_eval_and_report(cli: Cli, artifact, source, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(artifact, mine)
+    done = cli("eval", mine, "--against", source, "--no-speed", "--prompt", "a", *EVAL)
+    assert done.code == 0, done.err
+    for words in ("before", "after", "Weights on disk", "Perplexity", "KL to", "Same top token"):
+        assert words in done.out
+    found = cli("report", mine, "--json").json
+    assert Path(found["page"]).read_text("utf-8").startswith("<!doctype html>")
+    assert found["metrics"]["quality"]["divergence"]["top1_agreement"]["value"] > 0.5
+    assert "Perplexity" in cli("report", mine).out
+
+
+def test_eval_of_an_original_alone(cli: Cli, source):
+    found = cli("eval", source, "--no-speed", "--json", *EVAL).json
+    assert found["quality"]["perplexity"] > 1
+    assert found["quality"]["divergence"] is None
+    assert "perplexity" in cli("eval", source, "--no-speed", *EVAL).out
+
+
+def test_compare(cli: Cli, artifact, source):
+    done = cli("compare", source, artifact, *EVAL)
+    assert done.code == 0, done.err
+    assert "loss over the original" in done.out
+    assert len(cli("compare", source, artifact, "--json", *EVAL).json) == 1
+
+
+def test_generate_is_greedy_and_streams_what_it_returns(cli: Cli, artifact):
+    arguments = ("generate", artifact, "-p", "Hello", "--max-new-tokens", "6", "--device", "cpu")
+    first, again = cli(*arguments, "--json").json, cli(*arguments, "--json").json
+    assert first["tokens"] == again["tokens"]
+    assert 1 <= len(first["tokens"]) <= 6
+    assert cli(*arguments).code == 0
+
+
+def test_chat_reads_lines(cli: Cli, artifact, monkeypatch, tmp_path):
+    (tmp_path / "lines").write_text("Hello\n\nAgain\n/quit\nNever\n", "utf-8")
+    with (tmp_path / "lines").open(encoding="utf-8") as lines:
+        monkeypatch.setattr("sys.stdin", lines)
+        said = cli("chat", artifact, "--json", "--max-new-tokens", "3", "--device", "cpu").json
+    assert [m["role"] for m in said["messages"]] == ["user", "assistant"] * 2
+    assert said["messages"][2]["content"] == "Again"
+
+
+def test_methods_and_doctor(cli: Cli):
+    methods = {m["name"]: m for m in cli("methods", "--json").json["methods"]}
+    assert methods["gptq"]["needs"] == ["Hessian"]
+    assert "damping" in methods["gptq"]["options"]
+    assert "gptq" in cli("methods").out
+    assert cli("doctor", "--json").json["kernels"]
+    assert "kernel" in cli("doctor").out
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(cli: Cli, source, tmp_path, monkeypatch):
+    real, count = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", full)
+    done = cli("compress", source, "-o", output, "--json", *QUICK)
+    assert done.code == 3
+    assert done.json["error"]["type"] == "ResourceError"
+    assert "disk" in done.json["error"]["what"]
+    assert not (output / "config.json").exists()
+    monkeypatch.setattr(os, "fsync", real)
+    assert cli("compress", source, "-o", output, *QUICK).code == 0
+    assert (output / "config.json").exists()
+
+
+def wait_for_block(process: subprocess.Popen[str], work: Path) -> None:
+    """Until the first block lies in the work directory."""
+    until = time.monotonic() + 60
+    while not list((work / "blocks").glob("*.json")) and time.monotonic() < until:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose compression takes some seconds."""
+    from tests.e2e.conftest import save_model
+
+    return save_model(tmp_path_factory.mktemp("many") / "model", num_hidden_layers=12)
+
+
+def test_ctrl_c_leaves_a_state_to_go_on_from(process: Start, cli: Cli, many_blocks, tmp_path):
+    output = tmp_path / "out"
+    running = process("compress", many_blocks, "-o", output, *QUICK)
+    wait_for_block(running, tmp_path / "out.pocketlm-work")
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, (out, err)
+    assert "run the same command to go on" in err
+    assert not (output / "config.json").exists()
+    done = cli("compress", many_blocks, "-o", output, *QUICK)
+    assert done.code == 0, done.err
+    assert (output / "config.json").exists()
+    assert "1/12" not in done.err  # it is not done again
+
+
+def test_two_runs_on_one_output(process: Start, cli: Cli, many_blocks, tmp_path):
+    output = tmp_path / "out"
+    running = process("compress", many_blocks, "-o", output, *QUICK)
+    try:
+        wait_for_block(running, tmp_path / "out.pocketlm-work")
+        running.send_signal(signal.SIGSTOP)
+        done = cli("compress", many_blocks, "-o", output, "--json", *QUICK)
+        assert done.code == 2
+        assert done.json["error"]["type"] == "OutputBusy"
+        assert "another run" in done.json["error"]["what"]
+    finally:
+        running.send_signal(signal.SIGCONT)
+        running.communicate(timeout=120)
+    assert running.returncode == 0
+    assert (output / "config.json").exists()
