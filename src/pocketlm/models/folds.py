@@ -12,6 +12,7 @@ Legend: I input columns, O output rows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class FoldProbe:
         verdicts: dict[Any, Fold | None] = {}
         found = []
         for index, group in enumerate(seen.groups):
-            pattern = tuple(re.sub(r"\.\d+\.", ".*.", path) for path in group)
+            pattern = tuple(_pattern(path) for path in group)
             known = verdicts.get(pattern)
             if pattern not in verdicts or (known is not None and known.error is None):
                 verdicts[pattern] = self._best(seen, index)
@@ -175,12 +176,18 @@ class FoldProbe:
         except (RuntimeError, TypeError, ValueError) as failure:
             return Fold(producer, form, False, None, f"the trial did not run ({failure})")
         error = self._difference(got)
+        if not math.isfinite(error):
+            return Fold(producer, form, False, None, "the block's output is zero or not finite")
         accepted = error < TOLERANCE
-        if accepted and self._difference(self._run(Trial(trial.columns, {}))) < TOLERANCE:
-            # An expert that no token reached: anything would be accepted.
+        of_expert = _pattern(producer) != producer
+        if accepted and of_expert and self._is_idle(trial):
             return Fold(producer, form, False, None, "no token of the trial reaches it")
         reason = None if accepted else "the block's output changes"
         return Fold(producer, form, accepted, error, reason)
+
+    def _is_idle(self, trial: Trial) -> bool:
+        """Whether half a fold changes nothing: else any trial would pass."""
+        return self._difference(self._run(Trial(trial.columns, {}))) < TOLERANCE
 
     def _difference(self, output: Tensor) -> float:
         assert self._expected is not None
@@ -249,9 +256,14 @@ def _wide_linear(
     return forward
 
 
+def _pattern(path: str) -> str:
+    """A path with the index of its expert left open."""
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
 def _like(fold: Fold | None, path: str) -> Fold | None:
     """The verdict on one expert, said of the expert that `path` is in."""
-    if fold is None or "*" not in re.sub(r"\.\d+\.", ".*.", path):
+    if fold is None or _pattern(path) == path:
         return fold
     index = re.search(r"\.\d+\.", path)
     assert index is not None

@@ -78,18 +78,22 @@ class GgufFile:
         """
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+        tokens = len(self.header.metadata.get("tokenizer.ggml.tokens", ()))
+        key = f"{self.architecture}.vocab_size"
         with tempfile.TemporaryDirectory() as directory:
             small = Path(directory) / "header.gguf"
-            write_small_header(self.header, small, LARGE_KEYS)
+            write_small_header(self.header, small, LARGE_KEYS, {key: tokens} if tokens else {})
             try:
                 parsed = load_gguf_checkpoint(str(small))["config"]
                 config = AutoConfig.from_pretrained(directory, gguf_file=small.name)
             except (ValueError, KeyError, NotImplementedError) as error:
                 what = f"transformers cannot read '{self.architecture}' from GGUF: {error}"
                 raise UnsupportedModel(what, where=str(self.path)) from error
-        tokens = self.header.metadata.get("tokenizer.ggml.tokens")
         if "vocab_size" not in parsed and tokens:
-            config.vocab_size = parsed["vocab_size"] = len(tokens)
+            config.vocab_size = parsed["vocab_size"] = tokens
+        inner = self.header.metadata.get(f"{self.architecture}.expert_feed_forward_length")
+        if inner and "moe_intermediate_size" in config.to_dict():  # transformers keeps its default
+            config.moe_intermediate_size = parsed["moe_intermediate_size"] = inner
         if any(tensor.name == "rope_freqs.weight" for tensor in self.header.tensors):
             raise UnsupportedModel(
                 "scales rotary frequencies by a table (rope_freqs), which transformers ignores.",
@@ -187,7 +191,7 @@ class GgufSource:
         self, tensor: GgufTensor, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         part = EXPERTS.get(tensor.name.split(".")[-2]) if tensor.name.count(".") >= 2 else None
-        name = names.get(tensor.name)
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         dtype = PLAIN.get(tensor.kind, torch.float16)
         if part is not None and name is not None:
             folder = name.partition(".experts.")[0]

@@ -33,7 +33,8 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-STRING, ARRAY, F32 = 8, 9, 0
+UINT32, STRING, ARRAY = 4, 8, 9
+F32 = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ def _table_entry(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape[::-1], cursor.number("I"), cursor.number("Q")
 
 
-def write_small_header(header: GgufHeader, path: Path, without: tuple[str, ...]) -> None:
+def write_small_header(
+    header: GgufHeader, path: Path, without: tuple[str, ...], more: Mapping[str, int]
+) -> None:
     """Writes a GGUF file with the same metadata and tensor names, but no weights.
 
     transformers turns metadata into a configuration; given this file it need not walk a vocabulary.
@@ -191,12 +194,19 @@ def write_small_header(header: GgufHeader, path: Path, without: tuple[str, ...])
         header: Of the real file.
         path: Where to write.
         without: Metadata keys to leave out.
+        more: Numbers to add where the file does not state them.
     """
     kept = [entry for key, entry in header.raw.items() if key not in without]
+    added = {key: value for key, value in more.items() if key not in header.metadata}
+    kept += [_string(key) + struct.pack("<II", UINT32, value) for key, value in added.items()]
     with path.open("wb") as out:
         out.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(header.tensors), len(kept)))
         out.writelines(kept)
         for tensor in header.tensors:
-            name = tensor.name.encode()
-            out.write(struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 0, F32, 0))
+            out.write(_string(tensor.name) + struct.pack("<IQIQ", 1, 0, F32, 0))
         out.write(bytes(64))  # padding up to where data would start
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -159,6 +159,68 @@ def test_unknown_pre_tokenizer(tmp_path: Path, pre: str | None) -> None:
         model.tokenizer()
 
 
+def write_experts(path: Path, inner: int) -> Path:
+    """A Qwen3-MoE file: experts of a layer lie in one 3-D tensor."""
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(inner)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words())
+    shapes = {
+        "token_embd.weight": (VOCABULARY, WIDTH),
+        "output.weight": (VOCABULARY, WIDTH),
+        "output_norm.weight": (WIDTH,),
+        "blk.0.attn_norm.weight": (WIDTH,),
+        "blk.0.attn_q.weight": (64, WIDTH),
+        "blk.0.attn_k.weight": (32, WIDTH),
+        "blk.0.attn_v.weight": (32, WIDTH),
+        "blk.0.attn_output.weight": (WIDTH, 64),
+        "blk.0.attn_q_norm.weight": (16,),
+        "blk.0.attn_k_norm.weight": (16,),
+        "blk.0.ffn_norm.weight": (WIDTH,),
+        "blk.0.ffn_gate_inp.weight": (4, WIDTH),
+        "blk.0.ffn_gate_exps.weight": (4, inner, WIDTH),
+        "blk.0.ffn_up_exps.weight": (4, inner, WIDTH),
+        "blk.0.ffn_down_exps.weight": (4, WIDTH, inner),
+    }
+    for name, shape in shapes.items():
+        kind = F32 if len(shape) == 1 or "inp" in name else F16
+        values = rng.standard_normal(shape).astype(np.float32) * 0.2 + (len(shape) == 1)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_fused_experts_become_linears(tmp_path: Path) -> None:
+    # transformers knows one width of experts only, Qwen3-30B's
+    path = write_experts(tmp_path / "experts.gguf", 768)
+    reference = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, experts_implementation="eager"
+    )
+    model = open_model(path)
+    assert model.linear_shapes()["model.layers.0.mlp.experts.3.gate_proj"] == (768, WIDTH)
+    with torch.no_grad():
+        expected = reference.eval()(tokens()).logits
+    torch.testing.assert_close(streamed_logits(model, tokens()), expected, rtol=1e-5, atol=1e-5)
+    other = open_model(write_experts(tmp_path / "other.gguf", 32))
+    assert other.linear_shapes()["model.layers.0.mlp.experts.3.gate_proj"] == (32, WIDTH)
+
+
 def cut(raw: bytes) -> bytes:
     return raw[:-100]
 
