@@ -12,10 +12,11 @@ them all as ``(code - zero).to(scale.dtype) * scale``. Scales of bfloat16, float
 exact in float32, so the weight is the product rounded once in float32:
 `PackedInt.dequantize(torch.float32)`. With ``dtype=bfloat16`` it is rounded once in bfloat16.
 
-Asymmetric grids load only with ``dequantize: true`` in the configuration, and with one grid for the
-whole model: that route decodes every layer with the first config group. It decodes in the dtype in
-which scales are stored and casts afterwards: with scales of 16 bits each weight carries a relative
-rounding of 2^-9 (bfloat16) or 2^-12 (float16) that decoding in float32 has not.
+Asymmetric grids load in these releases only with ``dequantize: true`` in the configuration, and with
+one grid for the whole model: that route decodes every layer with the first config group. It decodes
+in the dtype in which scales are stored and casts afterwards: with scales of 16 bits each weight
+carries a relative rounding of 2^-9 (bfloat16) or 2^-12 (float16) that decoding in float32 has not.
+(transformers 5.17 with 0.19 loads them on the ordinary route, bit-equal in float32.)
 """
 
 from __future__ import annotations

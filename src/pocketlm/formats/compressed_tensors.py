@@ -236,8 +236,9 @@ def config_section(specs: Mapping[str, QuantSpec], ignored: Sequence[str]) -> di
         "global_compression_ratio": None,
     }
     if not all(spec.symmetric for spec in specs.values()):
-        # transformers lays out zero points unpacked before loading and then finds the file's too
-        # small (seen with compressed-tensors 0.18 to 0.20), unless it is told to decode at once.
+        # transformers 5.23 with compressed-tensors 0.20 lays out zero points unpacked before it
+        # loads, and finds the file's too small, unless told to decode at once. 5.17 with 0.19
+        # loads them either way.
         section["dequantize"] = True
     return section
 
