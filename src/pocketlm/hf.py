@@ -12,7 +12,7 @@ them all as ``(code - zero).to(scale.dtype) * scale``. Scales of bfloat16, float
 exact in float32, so the weight is the product rounded once in float32:
 `PackedInt.dequantize(torch.float32)`. With ``dtype=bfloat16`` it is rounded once in bfloat16.
 
-Asymmetric grids load in these releases only with ``dequantize: true`` in the configuration, and with
+Asymmetric grids load in these releases only with ``dequantize: true`` in config.json, and with
 one grid for the whole model: that route decodes every layer with the first config group. It decodes
 in the dtype in which scales are stored and casts afterwards: with scales of 16 bits each weight
 carries a relative rounding of 2^-9 (bfloat16) or 2^-12 (float16) that decoding in float32 has not.
