@@ -279,6 +279,12 @@ class Model:
         """Module path → why it is left alone, of one block, without loading it."""
         return self._layouts[index].skipped
 
+    @property
+    def head_path(self) -> str:
+        """Module path of the head."""
+        modules = self.skeleton.model.named_modules()
+        return next(path for path, module in modules if module is self._ends.head)
+
     def tensor_kinds(self) -> Mapping[str, str]:
         """Every tensor → "linears", "embedding", "head", "norms", "other" or "extras"."""
         model = self.skeleton.model

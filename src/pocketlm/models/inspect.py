@@ -121,7 +121,8 @@ def inspect_model(model: Model, probe: bool = True) -> Inspection:
     Returns:
         What was found.
     """
-    left_out = {"lm_head": "the head is kept by default"}
+    why = "shares its tensor with the embedding" if model.tied else "the head is kept by default"
+    left_out = {model.head_path: why}
     layouts = []
     for indices in model.alike_blocks():
         first = indices[0]

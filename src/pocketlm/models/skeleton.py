@@ -25,15 +25,11 @@ class Skeleton:
 
     Attributes:
         model: The causal language model.
-        decoder: The module whose forward runs the blocks.
-        decoder_path: Its path in `model`.
         blocks: The decoder blocks, in order.
         block_paths: Their paths in `model`.
     """
 
     model: PreTrainedModel
-    decoder: nn.Module
-    decoder_path: str
     blocks: tuple[nn.Module, ...]
     block_paths: tuple[str, ...]
 
@@ -126,11 +122,8 @@ def find_blocks(model: PreTrainedModel) -> Skeleton:
         raise UnsupportedModel("no list of decoder blocks was found.", where=type(model).__name__)
     path = max(lists, key=lambda p: len(lists[p]))
     path_of = {id(module): path for path, module in model.named_modules()}
-    owner = decoder.get_submodule(path.rpartition(".")[0])
     return Skeleton(
         model=model,
-        decoder=owner,
-        decoder_path=path_of[id(owner)],
         blocks=tuple(lists[path]),
         block_paths=tuple(path_of[id(block)] for block in lists[path]),
     )
