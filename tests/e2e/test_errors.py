@@ -119,7 +119,7 @@ def test_calibration_text_that_is_absent(cli, source, tmp_path):
         (("--scheme", "W4A61"), "W4A16"),
         (("--target", "vlm"), "vllm"),
         (("--recipe", "w4a61"), "w4a16"),
-        (("--calibration", "biultin"), "builtin"),  # typos: ignore
+        (("--calibration", "biultin"), "builtin"),
     ],
 )
 def test_unknown_names_offer_the_nearest(cli, source, tmp_path, flags, nearest):
@@ -130,7 +130,7 @@ def test_unknown_names_offer_the_nearest(cli, source, tmp_path, flags, nearest):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ("steps: [gptq]\nweigths: {bits: 4}\n", "weights"),  # typos: ignore
+        ("steps: [gptq]\nweigths: {bits: 4}\n", "weights"),
         ("steps: [{method: gptq, dampening: 0.1}]\n", "damping"),
         ("steps: [gptq]\nweights: {bits: 40}\n", "bits"),
         ("steps: []\n", "steps"),
