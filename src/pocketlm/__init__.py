@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_API = ("inspect", "plan", "compress", "evaluate", "compare", "verify", "load", "generate")
-__all__ = ["__version__", *_API]
+__all__ = [
+    "__version__",
+    "compare",
+    "compress",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from pocketlm.api import compare, compress, evaluate, generate, inspect, load, plan, verify
 
 
 def __getattr__(name: str) -> Any:
-    if name in _API:
+    if name in __all__:
         return getattr(importlib.import_module("pocketlm.api"), name)
     raise AttributeError(f"module 'pocketlm' has no attribute '{name}'")

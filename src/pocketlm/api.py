@@ -99,7 +99,9 @@ def inspect(
     return inspect_model(model, probe=probe)
 
 
-def plan(source: str | Path | PreTrainedModel, recipe: RecipeLike = "w4a16", **options: Any) -> Plan:
+def plan(
+    source: str | Path | PreTrainedModel, recipe: RecipeLike = "w4a16", **options: Any
+) -> Plan:
     """Predicts a compression: output bytes, memory, disk and seconds.
 
     Args:
@@ -216,7 +218,9 @@ def _mean_error(ledger: Ledger) -> float | None:
 class _Prepared:
     """A job with everything it needs, before the first weight is read."""
 
-    def __init__(self, model: Model, job: Job, grids: Grids, windows: Windows | None, plan: Plan) -> None:
+    def __init__(
+        self, model: Model, job: Job, grids: Grids, windows: Windows | None, plan: Plan
+    ) -> None:
         self.model, self.job, self.grids = model, job, grids
         self.windows, self.plan = windows, plan
         self.seconds = 0.0
@@ -376,7 +380,9 @@ def evaluate(
     )  # fmt: skip
 
 
-def compare(*models: str | Path, against: str | Path | None = None, **options: Any) -> list[Measurement]:
+def compare(
+    *models: str | Path, against: str | Path | None = None, **options: Any
+) -> list[Measurement]:
     """Evaluates several models on the same windows; the first is the original unless named.
 
     Args:

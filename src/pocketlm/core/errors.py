@@ -1,4 +1,4 @@
-"""Typed errors. Each says what happened, where (a module path, file or flag) and what to do about it.
+"""Typed errors: what happened, where (a module path, file or flag), and what to do about it.
 
 The CLI prints the three parts and leaves with `exit_code`; nobody else catches these.
 """

@@ -100,7 +100,9 @@ def parse_scheme(name: str) -> QuantSpec:
     match = _SCHEME.fullmatch(name)
     if match is None:
         known = [f"W{bits}A16" for bits in range(2, 9)]
-        raise ConfigError(f"unknown scheme '{name}'.", where="--scheme", remedy=nearest(name, known))
+        raise ConfigError(
+            f"unknown scheme '{name}'.", where="--scheme", remedy=nearest(name, known)
+        )
     return QuantSpec(bits=int(match[1]), symmetric=True, group_size=128)
 
 
@@ -122,7 +124,7 @@ class Recipe(Strict):
     """
 
     steps: tuple[StepSpec, ...] = Field(min_length=1)
-    weights: QuantSpec = QuantSpec()
+    weights: QuantSpec = Field(default_factory=lambda: QuantSpec.parse({}))
     overrides: dict[str, QuantSpec] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
 
@@ -149,7 +151,10 @@ def _nested_step(step: Any) -> Any:
     if isinstance(step, str):
         return {"method": step}
     if isinstance(step, dict) and "method" in step and "options" not in step:
-        return {"method": step["method"], "options": {k: v for k, v in step.items() if k != "method"}}
+        return {
+            "method": step["method"],
+            "options": {k: v for k, v in step.items() if k != "method"},
+        }
     return step
 
 
@@ -157,7 +162,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern names a linear.
 
     Args:
-        pattern: An exact module path, ``Linear`` (all), ``re:…`` (matched from the start) or a glob.
+        pattern: An exact module path, ``Linear`` (all), ``re:…`` (from the start) or a glob.
         name: The module path, such as ``model.layers.0.mlp.up_proj``.
 
     Returns:

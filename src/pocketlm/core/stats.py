@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pocketlm.core.linalg import InverseFactor, inverse_factor
 
-PANEL = 192  # columns of one panel of the Gram matrix: only panels on or below the diagonal are computed
+PANEL = 192  # columns of a panel of the Gram matrix; those above the diagonal are not computed
 
 
 class Stat:
@@ -36,7 +36,7 @@ class Stat:
 
 
 class Hessian(Stat):
-    """H = (2 / T) XᵀX, the Hessian of a linear's squared output error (GPTQ, arXiv:2210.17323, eq. 3).
+    """H = (2 / T) XᵀX, Hessian of the squared output error (GPTQ, arXiv:2210.17323, eq. 3).
 
     float32 throughout; the sum is kept unscaled, lower panels only, until `matrix_II`.
     """

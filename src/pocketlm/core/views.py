@@ -1,4 +1,4 @@
-"""What methods and the engine see of a model: blocks, groups of linears, folds. Implemented by models/.
+"""What methods and the engine see of a model: blocks, groups, folds. Implemented by models/.
 
 Legend: B sequences, T tokens, D hidden width, V vocabulary, O output rows, I input columns.
 """
@@ -53,11 +53,11 @@ class TensorSource(Protocol):
         ...
 
     def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
-        """The tensor's raw little-endian bytes in `dtype`, in order; a chunk is valid until the next."""
+        """Raw little-endian bytes in `dtype`, in order; a chunk is valid until the next."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest of names, shapes, dtypes, sizes and a content sample; equal means same source."""
+        """Digest of names, shapes, dtypes, sizes and a content sample; equal means same source."""
         ...
 
 
@@ -150,7 +150,9 @@ class BlockView(Protocol):
     path: str  # "model.layers.0"
     linears: Mapping[str, LinearView]  # by module path, in order of execution
     groups: tuple[Group, ...]  # in order of execution; every linear is in exactly one
-    skipped: Mapping[str, str]  # module path → why it is no linear to compress (routers, 3-D parameters)
+    skipped: Mapping[
+        str, str
+    ]  # module path → why it is no linear to compress (routers, 3-D parameters)
 
     def start(self, hidden_BTD: Tensor, call: Any) -> BlockRun:
         """Begins a run on one batch; `call` is what ModelView.begin gave for it."""
@@ -169,6 +171,7 @@ class ModelView(Protocol):
     block_paths: tuple[str, ...]
     dtype: torch.dtype  # of most weights in the checkpoint
     tied: bool  # head and embedding share one tensor
+    repeated: tuple[str, ...]  # tensors that repeat the one they are tied to: not written again
     vocabulary: int
     context: int  # longest position the model was made for
     device: torch.device

@@ -1,4 +1,4 @@
-"""Puts an artifact together: compressed tensors from the work directory, all others from the source.
+"""Puts an artifact together: compressed tensors from the work directory, others from the source.
 
 It grows beside its place under a name that starts with a dot and takes its own name in one rename:
 a directory of that name is whole. config.json is the last file written before it.
@@ -71,7 +71,9 @@ def write_artifact(
     def report(done: int, total: int) -> None:
         if done == total or done - last[0] > total / 20:
             last[0] = done
-            log.emit("progress", "writing shards", done=done, total=total, data={"stage": "assemble"})
+            log.emit(
+                "progress", "writing shards", done=done, total=total, data={"stage": "assemble"}
+            )
 
     ledger.files.update(assemble(growing, entries, on_progress=report))
     for name, data in sorted(model.side_files().items()):
@@ -102,7 +104,9 @@ def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
     config = dict(model.config)
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
-        config["quantization_config"] = section.config_section(grids.specs, list(grids.kept), list(grids.specs))
+        config["quantization_config"] = section.config_section(
+            grids.specs, list(grids.kept), list(grids.specs)
+        )
     else:
         config["quantization_config"] = section.config_section(grids.specs, list(grids.kept))
     if job.dtype is not None:
@@ -125,6 +129,11 @@ def _shard_entries(
             for output in ledger.tensors[name].outputs:
                 path, place = stored[output]
                 yield ShardEntry(output, place.dtype, place.shape, _file_chunks(path, place))
+            continue
+        if name in model.repeated:
+            ledger.tensors[name] = Entry(
+                action="dropped", reason="repeats a tied tensor", shape=info.shape, bits=0
+            )
             continue
         kept = _kept_info(info, job.dtype)
         ledger.tensors[name] = Entry(
@@ -162,7 +171,9 @@ def _file_chunks(path: Path, place: StoredTensor) -> Callable[[], Iterator[bytes
     return chunks
 
 
-def _source_chunks(model: ModelView, info: TensorInfo, dtype: torch.dtype) -> Callable[[], Iterator[bytes | memoryview]]:
+def _source_chunks(
+    model: ModelView, info: TensorInfo, dtype: torch.dtype
+) -> Callable[[], Iterator[bytes | memoryview]]:
     def chunks() -> Iterator[bytes | memoryview]:
         for data in model.source.chunks(info.name, CHUNK_BYTES):
             if dtype == info.dtype:

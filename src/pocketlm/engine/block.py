@@ -3,8 +3,8 @@
 Every batch is a run that stops before each group of linears. A group's statistics are complete when
 all batches stand before it; it is then compressed, and the batches go on through the weights as
 decoded from what will be written. Calibration is thereby true-sequential (GPTQ, arXiv:2210.17323,
-section 4) at the price of one forward pass. Runs hold activations: those that the memory budget does
-not admit are dropped at each stop and run again from the block's input, with the same results.
+section 4) at the price of one forward pass. Runs hold activations: those that the memory budget
+does not admit are dropped at each stop and run again from the block's input, with the same results.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _compress(
         )
     decoded_OI = packed.dequantize()
     hessian = stats.get(Hessian)
-    error = relative_error(reference_OI, decoded_OI, None if hessian is None else hessian.matrix_II())
+    error = relative_error(
+        reference_OI, decoded_OI, None if hessian is None else hessian.matrix_II()
+    )
     view.set_weight_OI(decoded_OI)
     on_cpu = PackedInt(
         packed.codes_OI.cpu(),

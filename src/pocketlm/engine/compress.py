@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pocketlm import __version__
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import OutputBusy, ResourceError
 from pocketlm.core.views import ModelView
@@ -24,10 +25,12 @@ from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan
 from pocketlm.engine.runner import Outcome, Runner
 
-VERSIONED = ("pocketlm", "torch", "transformers", "safetensors")
+VERSIONED = ("torch", "transformers", "safetensors")
 
 
-def fingerprint(model: ModelView, job: Job, grids: Grids, windows: Windows | None) -> dict[str, Any]:
+def fingerprint(
+    model: ModelView, job: Job, grids: Grids, windows: Windows | None
+) -> dict[str, Any]:
     """Everything that the artifact's bytes depend on, as plain JSON."""
     return {
         "source": model.source.fingerprint(),
@@ -41,12 +44,12 @@ def fingerprint(model: ModelView, job: Job, grids: Grids, windows: Windows | Non
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": {"pocketlm": __version__, **{name: version(name) for name in VERSIONED}},
     }
 
 
 def earlier_samples(output: Path, work_dir: Path) -> int | None:
-    """How many calibration windows an earlier attempt at this output settled on, if there is one."""
+    """Calibration windows that an earlier attempt at this output settled on, if there was one."""
     path = work_dir / "run.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["samples"]

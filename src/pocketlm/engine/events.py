@@ -1,4 +1,4 @@
-"""What a run tells: typed events. The CLI draws them, the report stores them, nothing else prints."""
+"""What a run tells: typed events. The CLI draws them, the log keeps them, nothing else prints."""
 
 from __future__ import annotations
 

@@ -94,5 +94,3 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
     """The 16-bit dtype of a linear's scales: bfloat16 beside bfloat16 weights, else float16."""
     return torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float16
-
-

@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pocketlm.core.errors import OutputBusy, ResumeError
-from pocketlm.formats.shards import sync_directory, write_file
 from pocketlm.engine.ledger import Entry
+from pocketlm.formats.shards import sync_directory, write_file
 
 
 class Journal:
@@ -80,7 +80,9 @@ class Journal:
             write_file(path, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in {**earlier, **fingerprint} if earlier.get(key) != fingerprint.get(key)]
+        changed = [
+            key for key in {**earlier, **fingerprint} if earlier.get(key) != fingerprint.get(key)
+        ]
         if changed:
             key = sorted(changed)[0]
             raise ResumeError(
@@ -106,7 +108,9 @@ class Journal:
                 return index
         return total
 
-    def write_block(self, index: int, tensors: dict[str, Tensor], entries: dict[str, Entry]) -> None:
+    def write_block(
+        self, index: int, tensors: dict[str, Tensor], entries: dict[str, Entry]
+    ) -> None:
         """Keeps a finished block; the small file that is written last makes it count."""
         data = save(tensors)
         write_file(self._block_path(index), data)
@@ -123,7 +127,9 @@ class Journal:
             ResumeError: If the file is not what was written.
         """
         data = self._block_path(index).read_bytes()
-        record = json.loads(self._block_path(index).with_suffix(".json").read_text(encoding="utf-8"))
+        record = json.loads(
+            self._block_path(index).with_suffix(".json").read_text(encoding="utf-8")
+        )
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
             raise ResumeError(
                 "a finished block is damaged.",

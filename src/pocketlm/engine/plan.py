@@ -123,7 +123,8 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         activations="memory" if in_memory else "disk",
         peak_ram_bytes=host if on_gpu else host + working,
         peak_vram_bytes=working if on_gpu else 0,
-        disk_transient_bytes=sizes["blocks"] + (0 if in_memory else 2 * hidden_bytes(model, tokens)),
+        disk_transient_bytes=sizes["blocks"]
+        + (0 if in_memory else 2 * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
         seconds=seconds,
         kept=dict(grids.kept),
@@ -169,6 +170,8 @@ def _sizes(model: ModelView, job: Job, grids: Grids) -> dict[str, int]:
     totals = {"source": 0, "output": 0, "blocks": 0}
     for name, info in model.source.infos().items():
         totals["source"] += info.bytes_stored
+        if name in model.repeated:
+            continue
         module = name.removesuffix(".weight")
         if module in grids.specs and module in shapes:
             scale = scale_dtype_for(info.dtype)
@@ -235,7 +238,7 @@ def _working_bytes(
     steps: Sequence[LinearStep] = job.steps
     widest = max(
         9 * rows * columns
-        + sum(4 * columns * columns for kind in {k for s in steps for k in s.needs})
+        + 4 * columns * columns * len({kind for step in steps for kind in step.needs})
         + max(step.cost(rows, columns).bytes_held for step in steps)
         for rows, columns in shapes.values()
     )

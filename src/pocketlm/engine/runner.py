@@ -103,7 +103,9 @@ class Runner:
         """Fills the store with every batch at the boundary before block `first`."""
         assert self._windows is not None
         batches = self._batches(self._windows.tokens_NT)
-        on_disk = hidden_bytes(self._model, self._windows.tokens_NT.numel()) > self._job.activation_bytes
+        on_disk = (
+            hidden_bytes(self._model, self._windows.tokens_NT.numel()) > self._job.activation_bytes
+        )
         disk = DiskStore(self._journal.directory / "activations") if on_disk else None
         store: ActivationStore = disk or MemoryStore()
         recovered = disk is not None and first > 0 and disk.recover(first, len(batches))
@@ -146,7 +148,11 @@ class Runner:
         self._log.emit("block_started", f"block {index + 1} of {total}", where=path, block=index)
         with self._model.block(index) as block:
             results = compress_block(
-                block, self._job.steps, self._grids.specs, self._block_batches(block), self._model.device
+                block,
+                self._job.steps,
+                self._grids.specs,
+                self._block_batches(block),
+                self._model.device,
             )
             tensors: dict[str, Tensor] = {}
             entries: dict[str, Entry] = {}

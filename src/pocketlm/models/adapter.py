@@ -78,7 +78,7 @@ class Model:
             for block, path in zip(skeleton.blocks, skeleton.block_paths, strict=True)
         )
         self.block_paths = tuple(layout.path for layout in self._layouts)
-        self.extras = names.extras
+        self.extras, self.repeated = names.extras, names.repeated
         self._share = TensorShare()
         self._returned: int | None = None  # how many things a block returns; 0: the bare tensor
         self._probe: tuple[Tensor, Call] | None = None
@@ -286,7 +286,10 @@ class Model:
         return next(path for path, module in modules if module is self._ends.head)
 
     def tensor_kinds(self) -> Mapping[str, str]:
-        """Every tensor → "linears", "embedding", "head", "norms", "other" or "extras"."""
+        """Every tensor → "linears", "embedding", "head", "norms", "other" or "extras".
+
+        A tensor that repeats a tied one counts as "other".
+        """
         model = self.skeleton.model
         in_blocks = {t for layout in self._layouts for t in layout.tensors.values()}
         kinds = dict.fromkeys(self.source.infos(), "other")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pocketlm.core.views import Group
+from pocketlm.core.views import Group, LinearView
 from pocketlm.models.call import BlockCall, Call, first_tensor
 from pocketlm.models.linear import Linear
 from pocketlm.models.run import Run
@@ -41,7 +41,8 @@ class Block:
     ) -> None:
         self._probe = probe
         self.index, self.path, self.module = index, path, module
-        self.linears, self.groups, self.skipped = linears, groups, skipped
+        self.linears: Mapping[str, LinearView] = linears
+        self.groups, self.skipped = groups, skipped
 
     def probe_folds(self) -> tuple[Group, ...]:
         """The groups with the best fold of each, tried in float64; seconds for a large block."""

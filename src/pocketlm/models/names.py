@@ -83,10 +83,12 @@ class NameMap:
     Attributes:
         bindings: Parameter (or saved buffer) → how it is made.
         extras: Tensors that belong to no parameter, such as draft layers.
+        repeated: Tensors that say again what the tensor they are tied to says.
     """
 
     bindings: Mapping[str, Binding]
     extras: tuple[str, ...]
+    repeated: tuple[str, ...] = ()
 
 
 def map_names(model: PreTrainedModel, infos: Mapping[str, TensorInfo], where: str) -> NameMap:
@@ -189,9 +191,9 @@ def settle_ties(model: PreTrainedModel, names: NameMap, source: TensorSource) ->
         source: Read only where there is something to decide.
 
     Returns:
-        The names, with each tie on one tensor; the other equal tensors are extras.
+        The names, with each tie on one tensor; the other equal tensors are `repeated`.
     """
-    bindings, extras = dict(names.bindings), set(names.extras)
+    bindings, repeated = dict(names.bindings), set(names.repeated)
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -202,12 +204,12 @@ def settle_ties(model: PreTrainedModel, names: NameMap, source: TensorSource) ->
                 continue
             if _equal_bytes(source, kept.tensors[0], doubted.tensors[0]):
                 bindings[other] = kept
-                extras.add(doubted.tensors[0])
+                repeated.add(doubted.tensors[0])
                 continue
             owner, _, leaf = other.rpartition(".")
             apart = nn.Parameter(torch.empty_like(model.get_parameter(other)), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, apart)
-    return NameMap(bindings, tuple(sorted(extras)))
+    return NameMap(bindings, names.extras, tuple(sorted(repeated)))
 
 
 def _equal_bytes(source: TensorSource, one: str, other: str) -> bool:

@@ -30,7 +30,7 @@ from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.experts import split_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.load import Loader
-from pocketlm.models.names import NameMap, map_names
+from pocketlm.models.names import NameMap, map_names, settle_ties
 from pocketlm.models.opening import open_model
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
@@ -70,7 +70,7 @@ def runtime_model(
     # Built again without the split of experts that views need: fused ones run faster.
     config = view.skeleton.model.config
     model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code).model
-    names = map_names(model, view.source.infos(), str(path))
+    names = settle_ties(model, map_names(model, view.source.infos(), str(path)), view.source)
     _finish(model, view.source, names, device, dtype, view.side_files())
     return model, view.tokenizer()
 
@@ -98,6 +98,7 @@ def _packed_model(
     hf_config.__dict__.pop("quantization_config", None)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
     names = map_names(skeleton.model, source.infos(), where)
+    names = settle_ties(skeleton.model, names, source)
     names, fused = split_experts(skeleton, names)
     for path, reason in fused.items():
         _require_uncompressed(path, reason, names, index)

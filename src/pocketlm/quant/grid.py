@@ -80,7 +80,9 @@ def searched_grid(
         _search_rows(weight_OI[start : start + at_once], spec, dtype, importance_I, smallest, steps)
         for start in range(0, rows, at_once)
     ]
-    zero_OG = None if spec.symmetric else torch.cat([p.zero_OG for p in parts if p.zero_OG is not None])
+    zero_OG = (
+        None if spec.symmetric else torch.cat([p.zero_OG for p in parts if p.zero_OG is not None])
+    )
     return Grid(torch.cat([p.scale_OG for p in parts]), zero_OG)
 
 

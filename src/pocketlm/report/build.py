@@ -1,4 +1,4 @@
-"""Gathers what a run and its evaluations measured into the artifact's metrics, page and model card."""
+"""What a run and its evaluations measured becomes the artifact's metrics, page and card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pocketlm.core.views import ModelView, TensorInfo
 from pocketlm.engine.ledger import Ledger
 from pocketlm.engine.plan import Plan
 from pocketlm.evaluate.hardware import device_name
+from pocketlm.formats.shards import write_file
 from pocketlm.report.card import carried_front_matter, model_card
 from pocketlm.report.data import (
     FOLDER,
@@ -24,7 +25,6 @@ from pocketlm.report.data import (
     ReportData,
     Timing,
     read_metrics,
-    write_atomically,
     write_metrics,
 )
 from pocketlm.report.html import write_report
@@ -127,7 +127,7 @@ def write_all(artifact: Path, data: ReportData) -> Path:
     card = artifact / "README.md"  # the source's own at first: its front matter is carried over
     carried = carried_front_matter(card.read_text("utf-8") if card.exists() else "")
     text = model_card(config, read_ledger(artifact), recipe_of(artifact), data, carried=carried)
-    write_atomically(card, text)
+    write_file(card, text.encode())
     return write_report(artifact, data)  # last: where the page is, the rest is
 
 

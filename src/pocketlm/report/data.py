@@ -5,14 +5,13 @@ Parts that were not measured are None or empty and the page says so: nothing is 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.evaluate.results import QualityReport, Result, SpeedReport
+from pocketlm.formats.shards import write_file
 
 FOLDER = "pocketlm"  # beside the weights
 METRICS = "metrics.json"
@@ -170,7 +169,8 @@ def write_metrics(artifact_dir: str | Path, data: ReportData) -> Path:
         The file.
     """
     path = Path(artifact_dir) / FOLDER / METRICS
-    write_atomically(path, data.model_dump_json(indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (data.model_dump_json(indent=1) + "\n").encode())
     return path
 
 
@@ -195,19 +195,3 @@ def read_metrics(artifact_dir: str | Path) -> ReportData:
         raise ArtifactError(
             f"'{key}': {first['msg']}.", where=str(path), remedy="Evaluate the artifact again."
         ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file under another name, flushes it to disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's own mode shuts everybody else out
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pocketlm.formats.shards import write_file
 from pocketlm.report import charts, summary, words
-from pocketlm.report.data import FOLDER, Remark, ReportData, write_atomically
+from pocketlm.report.data import FOLDER, Remark, ReportData
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -66,7 +67,8 @@ def write_report(artifact_dir: str | Path, data: ReportData) -> Path:
         The file.
     """
     path = Path(artifact_dir) / FOLDER / PAGE
-    write_atomically(path, render(data))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, render(data).encode())
     return path
 
 

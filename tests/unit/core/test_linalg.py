@@ -31,7 +31,9 @@ def test_rank_deficient_holds_by_damping() -> None:
 
 def test_indefinite_climbs_and_says_so() -> None:
     hessian_II = gram(200)
-    hessian_II.diagonal().sub_(0.05 * hessian_II.diagonal().mean() + torch.linalg.eigvalsh(hessian_II)[0])
+    hessian_II.diagonal().sub_(
+        0.05 * hessian_II.diagonal().mean() + torch.linalg.eigvalsh(hessian_II)[0]
+    )
     factor = inverse_factor(hessian_II, 0.01)
     assert factor.rung == "damping x10"
     assert factor.damping == pytest.approx(0.1)

@@ -21,9 +21,18 @@ def test_bits_out_of_range(bits: int) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "columns", "fitted"),
-    [(128, 4096, 128), (128, 576, 64), (128, 96, 32), (64, 1536, 64), (128, 50, None), (None, 50, None)],
+    [
+        (128, 4096, 128),
+        (128, 576, 64),
+        (128, 96, 32),
+        (64, 1536, 64),
+        (128, 50, None),
+        (None, 50, None),
+    ],
 )
-def test_group_size_that_does_not_divide(asked: int | None, columns: int, fitted: int | None) -> None:
+def test_group_size_that_does_not_divide(
+    asked: int | None, columns: int, fitted: int | None
+) -> None:
     assert QuantSpec(group_size=asked).fit(columns).group_size == fitted
 
 

@@ -52,7 +52,11 @@ class Compress:
         seed: int = 0,
     ) -> Outcome | None:
         recipe = Recipe.parse(
-            {"steps": list(steps), "weights": {"bits": bits, "group_size": 32}, "ignore": ["lm_head"]}
+            {
+                "steps": list(steps),
+                "weights": {"bits": bits, "group_size": 32},
+                "ignore": ["lm_head"],
+            }
         )
         model = open_model(self.source)
         grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, "transformers")
@@ -79,5 +83,3 @@ class Compress:
 @pytest.fixture(scope="session")
 def compress(tiny: Path) -> Compress:
     return Compress(tiny)
-
-

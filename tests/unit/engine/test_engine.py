@@ -38,7 +38,9 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, compress, tiny: Path) -> 
     assert sum(entry.bits for entry in ledger.tensors.values()) == stored_bits - shapes_bits
 
 
-def test_next_block_sees_what_was_written(tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_block_sees_what_was_written(
+    tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Hessian of the last block's first group equals that of the written model's own run."""
     gathered: list[Hessian] = []
     original = Gptq.compress

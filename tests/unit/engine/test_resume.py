@@ -49,7 +49,9 @@ def test_stopped_at_every_block(tmp_path: Path, compress, activation_bytes: int,
     assert not (tmp_path / "parts.work").exists()
 
 
-def test_stopped_while_assembling(tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_while_assembling(
+    tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compress(tmp_path / "whole")
     for place in ("assemble", "_take_place"):
         with monkeypatch.context() as patch:
@@ -125,7 +127,9 @@ def test_two_runs_on_one_output(tmp_path: Path, compress) -> None:
     journal.release()
 
 
-def test_a_damaged_block_is_noticed(tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_block_is_noticed(
+    tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(runner, "write_artifact", _raise)
         with pytest.raises(Killed):

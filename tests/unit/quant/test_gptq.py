@@ -34,8 +34,10 @@ def weight_OI() -> Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
 
 
-def eliminated(weight_OI: Tensor, damped_II: Tensor, grid: Grid, spec: QuantSpec, order_I: Tensor) -> Tensor:
-    """Optimal brain quantization, literally: after each column the inverse of the rest is updated."""
+def eliminated(
+    weight_OI: Tensor, damped_II: Tensor, grid: Grid, spec: QuantSpec, order_I: Tensor
+) -> Tensor:
+    """Optimal brain quantization, literally: each column updates the inverse."""
     rest_OI = weight_OI.double().clone()
     inverse_II = torch.linalg.inv(damped_II.double())
     codes_OI = torch.empty_like(rest_OI)
@@ -48,7 +50,9 @@ def eliminated(weight_OI: Tensor, damped_II: Tensor, grid: Grid, spec: QuantSpec
         codes_OI[:, i] = code_O
         error_O = (rest_OI[:, i] - (code_O - zero_O) * scale_O) / inverse_II[i, i]
         rest_OI -= error_O[:, None] * inverse_II[i][None, :]
-        inverse_II = inverse_II - inverse_II[:, i : i + 1] @ inverse_II[i : i + 1] / inverse_II[i, i]
+        inverse_II = (
+            inverse_II - inverse_II[:, i : i + 1] @ inverse_II[i : i + 1] / inverse_II[i, i]
+        )
     return codes_OI.to(torch.int8)
 
 
@@ -85,7 +89,9 @@ def test_beats_rounding_to_nearest(weight_OI: Tensor, hessian: Hessian) -> None:
     state = LinearState("x", weight_OI, QuantSpec(bits=3, group_size=GROUP), torch.float16)
     hessian_II = hessian.matrix_II()
     errors = [
-        relative_error(weight_OI, step.compress(state, Statistics(hessian)).current.dequantize(), hessian_II)
+        relative_error(
+            weight_OI, step.compress(state, Statistics(hessian)).current.dequantize(), hessian_II
+        )
         for step in (Gptq(), Rtn())
     ]
     assert errors[0] < 0.6 * errors[1]
@@ -107,7 +113,9 @@ def test_scales_follow_their_columns() -> None:
     stat.add(torch.randn(400, COLUMNS, generator=torch.Generator().manual_seed(3)))
     grid = minmax_grid(weight_OI, spec, torch.float32)
     order_I = column_order(stat, "activation")
-    codes_OI = sweep(weight_OI, inverse_factor(stat.matrix_II()[order_I][:, order_I], 0.01), grid, spec, order_I)
+    codes_OI = sweep(
+        weight_OI, inverse_factor(stat.matrix_II()[order_I][:, order_I], 0.01), grid, spec, order_I
+    )
     decoded_OI = PackedInt(codes_OI, grid.scale_OG, None, 4).dequantize()
     step_OG = grid.scale_OG.abs()
     off_OGi = grouped((decoded_OI - weight_OI).abs(), spec) / step_OG[:, :, None]

@@ -67,7 +67,9 @@ def test_constant_and_tiny_groups_stay_finite(dtype: torch.dtype) -> None:
     weight_OI[2] = 0.5
     for symmetric in (True, False):
         spec = QuantSpec(bits=4, symmetric=symmetric, group_size=32)
-        decoded_OI = round_to_grid(weight_OI, searched_grid(weight_OI, spec, dtype), spec).dequantize()
+        decoded_OI = round_to_grid(
+            weight_OI, searched_grid(weight_OI, spec, dtype), spec
+        ).dequantize()
         assert torch.isfinite(decoded_OI).all()
         assert (decoded_OI[:2].abs() < 1e-6).all()
         assert torch.allclose(decoded_OI[2], weight_OI[2], rtol=0.01)

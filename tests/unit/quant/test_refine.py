@@ -35,7 +35,9 @@ def test_error_falls(symmetric: bool, first: Rtn | Gptq) -> None:
     state = LinearState("x", weight_OI, spec, torch.float16)
     before = first.compress(state, Statistics(stat))
     after = Refine(rounds=2).compress(before, Statistics(stat))
-    errors = [relative_error(weight_OI, s.current.dequantize(), stat.matrix_II()) for s in (before, after)]
+    errors = [
+        relative_error(weight_OI, s.current.dequantize(), stat.matrix_II()) for s in (before, after)
+    ]
     assert errors[1] < 0.98 * errors[0]
 
 
@@ -48,7 +50,9 @@ def test_scales_solve_the_least_squares_problem() -> None:
     lower_II = torch.linalg.cholesky(stat.matrix_II().double())
     for row in range(5):
         codes_GI = torch.block_diag(*packed.codes_OI[row].view(4, 16).double())
-        best_G = torch.linalg.lstsq((codes_GI @ lower_II).T, (weight_OI[row].double() @ lower_II)[:, None])
+        best_G = torch.linalg.lstsq(
+            (codes_GI @ lower_II).T, (weight_OI[row].double() @ lower_II)[:, None]
+        )
         assert torch.allclose(new.scale_OG[row].double(), best_G.solution[:, 0], rtol=2e-3)
 
 
@@ -82,4 +86,6 @@ def test_needs_a_quantized_weight() -> None:
 def test_all_zero_codes_keep_their_scale() -> None:
     weight_OI = torch.zeros(2, 32)
     packed = PackedInt(torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1), None, 4)
-    assert torch.equal(renewed_scales(weight_OI, packed, hessian(32).matrix_II()).scale_OG, packed.scale_OG)
+    assert torch.equal(
+        renewed_scales(weight_OI, packed, hessian(32).matrix_II()).scale_OG, packed.scale_OG
+    )
