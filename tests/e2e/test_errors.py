@@ -162,6 +162,7 @@ def test_an_output_directory_of_somebody_else(cli, source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work", "utf-8")
     refuses(cli, source, tmp_path / "out", "OutputBusy", "out", "-o")
+    assert cli("compress", source, "-o", tmp_path / "out", "--restart", *QUICK).code == 2
     assert (tmp_path / "out" / "thesis.txt").read_text("utf-8") == "years of work"
 
 

@@ -1,7 +1,7 @@
 """Draws a run's events on stderr: a bar on a terminal, plain lines in a log; and a log file.
 
-Of fallbacks the first few are shown and the rest counted: one and the same fallback may befall
-every layer. All of them are in the log file, the ledger and the report.
+The same warning may befall every layer: it is shown once, the rest are counted. All of them are in
+the log file, the ledger and the report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pocketlm.report.words import seconds_text
 if TYPE_CHECKING:
     from pocketlm.engine.events import Event, Listener
 
-FALLBACKS_SHOWN = 3
+DIFFERENT_SHOWN = 12
 SECONDS_BETWEEN_LINES = 10.0  # of steps smaller than a block, where there is no terminal
 
 
@@ -127,27 +127,27 @@ class Show:
     """
 
     def __init__(self, drawer: Drawer) -> None:
-        self._drawer, self._fallbacks = drawer, 0
+        self._drawer, self._more = drawer, 0
+        self._said: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""
         place = "" if event.where is None else f"{event.where}: "
         if event.kind in ("progress", "block_done"):
             self._drawer.advance(event)
-        elif event.kind == "fallback":
-            self._fallbacks += 1
-            if self._fallbacks <= FALLBACKS_SHOWN:
+        elif event.kind in ("fallback", "warning"):
+            if event.text in self._said or len(self._said) >= DIFFERENT_SHOWN:
+                self._more += 1
+            else:
+                self._said.add(event.text)
                 self._drawer.say(place + event.text, "yellow")
-        elif event.kind == "warning":
-            self._drawer.say(place + event.text, "yellow")
         elif event.kind != "block_started":
             self._drawer.say(event.text, "bold" if event.kind == "stage" else "")
 
     def finish(self) -> None:
-        """Counts the fallbacks that were not drawn."""
-        more = self._fallbacks - FALLBACKS_SHOWN
-        if more > 0:
-            self._drawer.say(f"… and {more} more such lines in the ledger.", "yellow")
+        """Counts the warnings that were not drawn."""
+        if self._more:
+            self._drawer.say(f"… and {self._more} more like these; the ledger has all.", "yellow")
 
 
 class Lines:

@@ -43,16 +43,18 @@ def test_small_steps_are_drawn_seldom(monkeypatch):
     assert len(drawn.file.getvalue().splitlines()) == 3
 
 
-def test_many_fallbacks_are_counted():
+def test_a_warning_of_every_layer_is_drawn_once_and_counted():
     drawn = console(terminal=False)
     show = Show(Lines(drawn))
     for layer in range(7):
-        show(Event(kind="fallback", text="group 64", where=f"layer {layer}"))
+        show(Event(kind="warning", text="group 64", where=f"layer {layer}"))
+    show(Event(kind="fallback", text="more damping", where="layer 3"))
     show.finish()
-    lines = drawn.file.getvalue().splitlines()
-    assert lines[0] == "layer 0: group 64"
-    assert lines[-1] == "… and 4 more such lines in the ledger."
-    assert len(lines) == 4
+    assert drawn.file.getvalue().splitlines() == [
+        "layer 0: group 64",
+        "layer 3: more damping",
+        "… and 6 more like these; the ledger has all.",
+    ]
 
 
 def test_the_bar_shows_count_and_time_left():
