@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     return parser.parse_args()
 
@@ -78,7 +79,9 @@ def main() -> int:
     from pocketlm.models import open_model
 
     torch.set_num_threads(arguments.threads)
-    original = open_model(inputs.original, compute_dtype=torch.float32)
+    original = open_model(
+        inputs.original, device=arguments.device, compute_dtype=torch.float32
+    )
     text = load_text(inputs.test, part="evaluation")
     windows = eval_windows(
         original.tokenizer(), text, arguments.seq_len, arguments.windows, original.context
@@ -86,7 +89,9 @@ def main() -> int:
     base = score_original(original, windows)
     reports = {}
     for path in (ours, peer, *arguments.more):
-        model = open_model(path, compute_dtype=torch.float32, allow_compressed=True)
+        model = open_model(
+            path, device=arguments.device, compute_dtype=torch.float32, allow_compressed=True
+        )
         reports[path] = evaluate_model(model, windows, base)
         print(f"{path}: {reports[path].seconds:.0f} s", file=sys.stderr)
     base.close()

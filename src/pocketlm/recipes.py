@@ -17,7 +17,7 @@ IGNORED = ("lm_head",)
 # A method's name stands for the steps that make the best of it.
 CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "gptq": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine")),
-    "clip": (StepSpec(method="clip", options={"weighting": "diagonal"}), StepSpec(method="rtn")),
+    "clip": tuple(StepSpec(method=name) for name in ("clip", "rtn")),
 }
 
 

@@ -2,9 +2,10 @@
 
 minimise over the shrink p:  sum_i m_i (w_i - Q_p(w_i))²
 
-Before GPTQ an error in column i costs what later columns cannot make up, m_i = 1 / U_ii² with
-H⁻¹ = UᵀU: the term that GPTQ's own error feedback leaves (arXiv:2210.17323, eq. 2). Before plain
-rounding it costs m_i = H_ii. This choice of m is ours; docs/experiments.md has the comparison.
+m_i = H_ii, the input's energy (AWQ's clipping, arXiv:2306.00978, section 3.2, weighs each output by
+its inputs likewise), or m_i = 1 / U_ii² with H⁻¹ = UᵀU, the part of an error in column i that GPTQ's
+feedback leaves (arXiv:2210.17323, eq. 2). The second gives the smaller error of each layer on the
+calibration text, the first the better model: docs/experiments.md has both.
 
 A grid step: what follows (gptq, rtn) keeps its scales and zero points. Cost: `steps` passes over
 the weight, twice that where symmetric (each sign of the scale).
@@ -31,7 +32,7 @@ class Clip(Strict):
     """Searches the clipping of every group.
 
     Attributes:
-        weighting: "feedback": for gptq; "diagonal": for rtn; "none": all columns alike.
+        weighting: "diagonal": H_ii; "feedback": 1 / U_ii²; "none": all columns alike.
         smallest: The strongest shrink of the min-max range that is tried.
         steps: How many shrinks are tried.
         damping: Of the Hessian, where the weighting is "feedback"; best the same as gptq's.
@@ -42,7 +43,7 @@ class Clip(Strict):
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
 
-    weighting: Literal["feedback", "diagonal", "none"] = "feedback"
+    weighting: Literal["diagonal", "feedback", "none"] = "diagonal"
     smallest: float = Field(0.5, gt=0, lt=1)
     steps: int = Field(40, ge=1, le=1000)
     damping: float = Field(0.01, gt=0, le=1)
