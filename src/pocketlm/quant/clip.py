@@ -2,9 +2,9 @@
 
 minimise over the shrink p:  sum_i m_i (w_i - Q_p(w_i))²
 
-m_i = H_ii, the input's energy (AWQ's clipping, arXiv:2306.00978, section 3.2, weighs each output by
-its inputs likewise), or m_i = 1 / U_ii² with H⁻¹ = UᵀU, the part of an error in column i that GPTQ's
-feedback leaves (arXiv:2210.17323, eq. 2). The second gives the smaller error of each layer on the
+m_i = H_ii, the input's energy (AWQ's clipping, arXiv:2306.00978, weighs outputs by their inputs
+likewise), or m_i = 1 / U_ii² with H⁻¹ = UᵀU, the part of an error in column i that GPTQ's feedback
+leaves (arXiv:2210.17323, eq. 2). The second gives the smaller error of each layer on the
 calibration text, the first the better model: docs/experiments.md has both.
 
 A grid step: what follows (gptq, rtn) keeps its scales and zero points. Cost: `steps` passes over
