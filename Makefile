@@ -51,7 +51,7 @@ setup: $(VENV)/.stamp-dev ## make .venv with everything for development
 
 demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show before and after
 	$(BIN)/pocketlm compress smollm2-135m --scheme W4A16 --output $(DEMO) --restart \
-	  --samples 32 --seq-len 512
+	  --samples 16 --seq-len 512
 	$(BIN)/pocketlm verify $(DEMO) --against smollm2-135m
 	$(BIN)/pocketlm eval $(DEMO) --against smollm2-135m --prompt "What is gravity?" \
 	  --seq-len 1024 --limit 8
