@@ -54,7 +54,7 @@ demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show befo
 	  --samples 16 --seq-len 512
 	$(BIN)/pocketlm verify $(DEMO) --against smollm2-135m
 	$(BIN)/pocketlm eval $(DEMO) --against smollm2-135m --prompt "What is gravity?" \
-	  --seq-len 1024 --limit 8
+	  --seq-len 512 --limit 8
 
 test: lint ## style, types, import rules and the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

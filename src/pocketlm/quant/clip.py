@@ -45,7 +45,7 @@ class Clip(Strict):
 
     weighting: Literal["diagonal", "feedback", "none"] = "diagonal"
     smallest: float = Field(0.5, gt=0, lt=1)
-    steps: int = Field(40, ge=1, le=1000)
+    steps: int = Field(20, ge=1, le=1000)
     damping: float = Field(0.01, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
