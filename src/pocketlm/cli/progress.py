@@ -183,7 +183,8 @@ class Lines:
         self._last = now
         count = "" if event.done is None else f"{event.done}/{event.total}  "
         took = "" if event.seconds is None else f"  {seconds_text(event.seconds)}"
-        self._console.print(f"{count}{event.text}{took}{_left(event)}", markup=False, soft_wrap=True)
+        line = f"{count}{event.text}{took}{_left(event)}"
+        self._console.print(line, markup=False, soft_wrap=True)
 
 
 class Bar:
