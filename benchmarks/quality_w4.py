@@ -79,9 +79,7 @@ def main() -> int:
     from pocketlm.models import open_model
 
     torch.set_num_threads(arguments.threads)
-    original = open_model(
-        inputs.original, device=arguments.device, compute_dtype=torch.float32
-    )
+    original = open_model(inputs.original, device=arguments.device, compute_dtype=torch.float32)
     text = load_text(inputs.test, part="evaluation")
     windows = eval_windows(
         original.tokenizer(), text, arguments.seq_len, arguments.windows, original.context
