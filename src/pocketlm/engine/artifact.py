@@ -94,10 +94,14 @@ def write_artifact(
 
 
 def _take_place(growing: Path, output: Path) -> None:
-    if output.exists():  # an empty directory, or one that --restart has cleared
-        output.rmdir()
+    """Renames; an artifact that is being replaced stands aside until the new one is in place."""
+    aside = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if output.exists():
+        output.replace(aside)
     growing.replace(output)
     sync_directory(output.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:

@@ -113,14 +113,16 @@ def run_job(
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)
     try:
         if ledger is not None and not restart:
-            if ledger.fingerprint != job.fingerprint:
+            if ledger.fingerprint == job.fingerprint:
+                journal.clear()
+                return None
+            if not journal.resumed:  # else an interrupted --restart goes on
+                journal.clear()
                 raise OutputBusy(
                     "holds an artifact made in another way.",
                     where=str(job.output),
                     remedy="Give another -o, or add --restart to replace it.",
                 )
-            journal.clear()
-            return None
         log = EventLog(journal.events_path, listener)
         log.emit("run_started", f"compressing {job.source} to {job.output}",
                  data={"plan": plan.model_dump(mode="json")})  # fmt: skip
@@ -128,8 +130,6 @@ def run_job(
             log.emit("warning", note, where=name, data={"kind": "group_size"})
         for note in job.warnings:
             log.emit("warning", note, where="calibration")
-        if ledger is not None:
-            shutil.rmtree(job.output)
         started = time.monotonic()
         outcome = Runner(model, job, grids, windows, journal, log).run()
         log.emit("run_done", f"wrote {job.output}", seconds=time.monotonic() - started)

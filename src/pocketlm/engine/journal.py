@@ -27,7 +27,7 @@ from pocketlm.formats.shards import sync_directory, write_file
 
 
 class Journal:
-    """The record of one run in its work directory.
+    """The record of one run in its work directory; `resumed` where an earlier attempt lies there.
 
     Args:
         directory: The work directory; made if absent.
@@ -40,7 +40,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any], *, restart: bool) -> None:
-        self.directory = directory
+        self.directory, self.resumed = directory, False
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / "lock")
         try:
@@ -79,6 +79,7 @@ class Journal:
                 )
             write_file(path, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
             return
+        self.resumed = True
         earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             key for key in {**earlier, **fingerprint} if earlier.get(key) != fingerprint.get(key)

@@ -111,6 +111,24 @@ def test_a_finished_artifact_is_replaced_only_on_demand(tmp_path: Path, compress
     assert section["config_groups"]["group_0"]["weights"]["num_bits"] == 3
 
 
+def test_an_interrupted_restart_keeps_the_old_artifact(tmp_path: Path, compress) -> None:
+    compress(tmp_path / "out")
+    before = digests(tmp_path / "out")
+
+    def stop(event: Event) -> None:
+        if event.kind == "block_done":
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(tmp_path / "out", bits=3, restart=True, listener=stop)
+    assert digests(tmp_path / "out") == before
+    outcome = compress(tmp_path / "out", bits=3)
+    assert outcome is not None
+    assert outcome.blocks_resumed == 1
+    assert digests(tmp_path / "out") != before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_a_strangers_directory_is_left_alone(tmp_path: Path, compress) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
