@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--timed", type=int, default=15, help="kills at random moments")
     parser.add_argument("--earlier", type=int, default=5, help="aimed kills before the last block")
-    parser.add_argument("--removals", type=int, default=6, help="aimed kills at unlink and rmdir")
+    parser.add_argument("--removals", type=int, default=4, help="aimed kills at unlink and rmdir")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -290,8 +290,9 @@ def main() -> int:
     planned, rounds = len(queue), []
     while queue:
         rounds.append(one_round(arguments, model, place / f"round-{len(rounds)}", queue, whole))
-        print(f"round {len(rounds)}: {len(rounds[-1].kills)} kills, {len(queue)} to come",
-              file=sys.stderr)  # fmt: skip
+        now = rounds[-1]
+        wrong = ", ".join([*now.differing, *now.left_over]) or "nothing wrong"
+        print(f"{len(now.kills)} kills, {wrong}; {len(queue)} to come", file=sys.stderr)
     return show(arguments, model, blocks, planned, rounds)
 
 
