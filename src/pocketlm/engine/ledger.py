@@ -1,4 +1,4 @@
-"""Every tensor of the source accounted for: quantized, kept or dropped, and why. Holds no times."""
+"""Every tensor of the source accounted for: quantized, folded, kept or dropped; no times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["quantized", "kept", "dropped"]
+    action: Literal["quantized", "folded", "kept", "dropped"]
     reason: str
     shape: tuple[int, ...]
     bits: int

@@ -9,13 +9,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from pocketlm.core.errors import BudgetError
-from pocketlm.core.state import LinearStep
+from pocketlm.core.state import BlockStep, Step
 from pocketlm.core.views import ModelView
 from pocketlm.engine.grids import Grids, scale_dtype_for
 from pocketlm.engine.machine import (
@@ -100,11 +100,11 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     shapes = {name: shape for name, shape in model.linear_shapes().items() if name in grids.specs}
     tokens = samples * seq_len if job.needs_data else 0
     sizes = _sizes(model, job, grids)
-    seconds, forward = _seconds(model, job, shapes, tokens, sizes["source"])
-    in_memory = hidden_bytes(model, tokens) <= job.activation_bytes
+    seconds, forward = _seconds(model, job, shapes, samples, tokens, sizes["source"])
+    in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
-    host_hidden = hidden_bytes(model, tokens) if in_memory else 0
+    host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
     linear_bits = sum(_bits(grids, name, shape) for name, shape in shapes.items())
     return Plan(
@@ -124,12 +124,17 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         peak_ram_bytes=host if on_gpu else host + working,
         peak_vram_bytes=working if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
-        + (0 if in_memory else 2 * hidden_bytes(model, tokens)),
+        + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
         seconds=seconds,
         kept=dict(grids.kept),
         notes=dict(grids.notes),
     )
+
+
+def boundary_bytes(model: ModelView, job: Job, tokens: int) -> int:
+    """Bytes of what waits at a block's boundary: one stream, or also the original's two sides."""
+    return (3 if job.needs_original else 1) * hidden_bytes(model, tokens)
 
 
 def refuse_impossible(plan: Plan, output: Path, device: torch.device) -> None:
@@ -193,6 +198,7 @@ def _seconds(
     model: ModelView,
     job: Job,
     shapes: Mapping[str, tuple[int, int]],
+    samples: int,
     tokens: int,
     source_bytes: int,
 ) -> tuple[float, float]:
@@ -211,6 +217,15 @@ def _seconds(
         for step in job.steps:
             cost = step.cost(rows, columns)
             seconds += cost.flops / single + cost.calls * each_call
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    for step in job.steps:
+        if step.kind == "block":
+            block_step = cast(BlockStep, step)
+            seconds += weights * block_step.flops_per_weight(samples, tokens // samples) / rate
+        elif step.kind == "fold":
+            seconds += forward
+    if job.needs_original:
+        seconds += forward
     return seconds, forward
 
 
@@ -235,7 +250,7 @@ def _working_bytes(
         if path is not None:
             blocks[path] += math.prod(info.shape)
     weights = max(blocks.values()) * width
-    steps: Sequence[LinearStep] = job.steps
+    steps: Sequence[Step] = job.steps
     widest = max(
         9 * rows * columns
         + 4 * columns * columns * len({kind for step in steps for kind in step.needs})

@@ -251,7 +251,8 @@ def check_accounts(artifact: Artifact) -> str:
             raise ArtifactError(f"is {module.spec!r}, in the ledger {entry.spec!r}.", where=name)
         if entry.action == "dropped" and entry.outputs:
             raise ArtifactError("was dropped, yet has outputs.", where=name)
-        if entry.action == "kept" and artifact.tensors[entry.outputs[0]][1].shape != entry.shape:
+        same = entry.action in ("kept", "folded")
+        if same and artifact.tensors[entry.outputs[0]][1].shape != entry.shape:
             raise ArtifactError("has another shape than in the source.", where=name)
     kinds = Counter(entry.action for entry in entries.values())
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + "."

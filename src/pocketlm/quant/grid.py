@@ -34,20 +34,31 @@ def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
     return weight_OI.reshape(rows, columns // (spec.group_size or columns), -1)
 
 
-def minmax_grid(weight_OI: Float[Tensor, "o i"], spec: QuantSpec, dtype: torch.dtype) -> Grid:
+def minmax_grid(
+    weight_OI: Float[Tensor, "o i"], spec: QuantSpec, dtype: torch.dtype, *, flip: bool = False
+) -> Grid:
     """The grid that reaches every weight: no clipping.
 
     Args:
         weight_OI: The weight.
         spec: The grid's bits, symmetry and group size, which divides I.
         dtype: Of the stored scales.
+        flip: Symmetric grids only: the largest weight takes the largest code, not the smallest.
 
     Returns:
         Scales and zero points [O, G].
     """
     weight_OGi = grouped(weight_OI, spec)
     low_OG, high_OG = weight_OGi.amin(-1), weight_OGi.amax(-1)
-    return _grid(low_OG, high_OG, spec, dtype)
+    return _grid(low_OG, high_OG, spec, dtype, flip=flip)
+
+
+def better_of(one: Grid, other: Grid, other_OG: Tensor) -> Grid:
+    """The other grid in the groups where `other_OG` is true, the one elsewhere."""
+    scale_OG, zero_OG = torch.where(other_OG, other.scale_OG, one.scale_OG), one.zero_OG
+    if zero_OG is not None and other.zero_OG is not None:
+        zero_OG = torch.where(other_OG, other.zero_OG, zero_OG)
+    return Grid(scale_OG, zero_OG)
 
 
 def searched_grid(
@@ -108,11 +119,7 @@ def _search_rows(
             error_OG = _error(weight_OGi, trial, spec, importance_Gi)
             better_OG = error_OG < best_error_OG
             best_error_OG = torch.where(better_OG, error_OG, best_error_OG)
-            scale_OG = torch.where(better_OG, trial.scale_OG, best.scale_OG)
-            zero_OG = best.zero_OG
-            if zero_OG is not None and trial.zero_OG is not None:
-                zero_OG = torch.where(better_OG, trial.zero_OG, zero_OG)
-            best = Grid(scale_OG, zero_OG)
+            best = better_of(best, trial, better_OG)
     return best
 
 
