@@ -279,6 +279,7 @@ def _prepare(
         tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
+        seed=seed,
     )
     settled = earlier_samples(output, job.work_dir) if resume else None
     count = samples or settled or SAMPLES

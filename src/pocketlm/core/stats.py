@@ -46,7 +46,7 @@ class Hessian(Stat):
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         super().__init__(columns, device)
         self._sum_II = torch.zeros(columns, columns, device=self.device)
-        self._factors: dict[tuple[float, bool], InverseFactor] = {}
+        self._factors: dict[tuple[float, float, bool], InverseFactor] = {}
 
     def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
         """Takes the inputs of some tokens, [..., I]."""
@@ -80,19 +80,23 @@ class Hessian(Stat):
         """The Hessian's diagonal [I]: how much each input weighs."""
         return self._sum_II.diagonal() * (2.0 / max(self.tokens, 1))
 
-    def inverse_factor(self, damping: float, order_I: Tensor | None) -> InverseFactor:
+    def inverse_factor(
+        self, damping: float, order_I: Tensor | None, shrinkage: float = 0.0
+    ) -> InverseFactor:
         """U with (H + damping)⁻¹ = UᵀU, factorised once for all linears that share this input.
 
         Args:
             damping: Share of the mean diagonal to add.
             order_I: The order of the columns by falling diagonal, or None as stored.
+            shrinkage: Share of each column's own diagonal to add.
 
         Returns:
             The factor of the reordered Hessian.
         """
-        key = (damping, order_I is not None)
+        key = (damping, shrinkage, order_I is not None)
         if key not in self._factors:
             hessian_II = self.matrix_II()
+            hessian_II.diagonal().mul_(1 + shrinkage)
             if order_I is not None:
                 hessian_II = hessian_II[order_I][:, order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)

@@ -40,6 +40,7 @@ def fingerprint(
         "calibration": None if windows is None else windows.sha256,
         "samples": None if windows is None else windows.tokens_NT.shape[0],
         "tokens_at_once": job.tokens_at_once,
+        "seed": job.seed,
         "dtype": None if job.dtype is None else str(job.dtype),
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,

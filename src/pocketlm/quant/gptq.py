@@ -32,6 +32,8 @@ class Gptq(Strict):
 
     Attributes:
         damping: Share of the Hessian's mean diagonal that is added before it is inverted.
+        shrinkage: Share of each column's own diagonal that is added: less trust in how inputs go
+            together, as much in how large they are.
         block_columns: Columns between two updates of the whole rest of the weight.
         order: "activation": columns by falling Hessian diagonal; "stored": as they lie.
     """
@@ -42,6 +44,7 @@ class Gptq(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
 
     damping: float = Field(0.01, gt=0, le=1)
+    shrinkage: float = Field(0.0, ge=0, le=10)
     block_columns: int = Field(128, ge=1)
     order: Literal["activation", "stored"] = "activation"
 
@@ -57,7 +60,7 @@ class Gptq(Strict):
             note = Note("no_tokens", "no calibration token reached it: rounded to nearest.")
             return state.with_current(round_to_grid(state.reference_OI, grid, state.spec), note)
         order_I = column_order(hessian, self.order)
-        factor = hessian.inverse_factor(self.damping, order_I)
+        factor = hessian.inverse_factor(self.damping, order_I, self.shrinkage)
         codes_OI = sweep(state.reference_OI, factor, grid, state.spec, order_I, self.block_columns)
         packed = PackedInt(codes_OI, grid.scale_OG, grid.zero_OG, state.spec.bits)
         return state.with_current(packed, *_ladder_notes(factor))

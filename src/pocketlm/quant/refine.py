@@ -39,6 +39,7 @@ class Refine(Strict):
     Attributes:
         rounds: How often both are renewed.
         damping: Share of the Hessian's mean diagonal that is added, as in GPTQ.
+        shrinkage: Share of each column's own diagonal that is added, as in GPTQ.
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
@@ -48,6 +49,7 @@ class Refine(Strict):
 
     rounds: int = Field(1, ge=1, le=100)
     damping: float = Field(0.01, gt=0, le=1)
+    shrinkage: float = Field(0.0, ge=0, le=10)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear with renewed scales and codes.
@@ -66,6 +68,7 @@ class Refine(Strict):
         if not bool((hessian.diagonal_I() > 0).any()):
             return state.with_current(packed, Note("no_tokens", "refine had no calibration token."))
         hessian_II = hessian.matrix_II()
+        hessian_II.diagonal().mul_(1 + self.shrinkage)
         hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
         weight_OI = state.reference_OI
         for _ in range(self.rounds):
