@@ -20,7 +20,10 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "clip": tuple(StepSpec(method=name) for name in ("clip", "rtn")),
     "awq": tuple(StepSpec(method=name) for name in ("awq", "clip", "rtn")),
     "smoothquant": tuple(StepSpec(method=name) for name in ("smoothquant", "clip", "gptq")),
-    "correct": tuple(StepSpec(method=name) for name in ("correct", "clip", "gptq", "refine")),
+    "correct": (
+        *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
+        StepSpec(method="refine", options={"rounds": 3}),
+    ),
 }
 
 

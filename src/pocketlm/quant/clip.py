@@ -44,8 +44,8 @@ class Clip(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
 
     weighting: Literal["diagonal", "feedback", "none"] = "diagonal"
-    smallest: float = Field(0.5, gt=0, lt=1)
-    steps: int = Field(20, ge=1, le=1000)
+    smallest: float = Field(0.3, gt=0, lt=1)
+    steps: int = Field(24, ge=1, le=1000)
     damping: float = Field(0.01, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:

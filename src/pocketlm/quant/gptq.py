@@ -3,6 +3,10 @@
 With H = UᵀU inverse-factored (arXiv:2210.17323, eq. 2-3 and algorithm 1), for each column i:
     e = (w_i - Q(w_i)) / U_ii,   w_j -= e U_ij  for all j > i.
 
+The Hessian's diagonal is raised in proportion, H + a diag(H): columns with massive inputs stay
+exact, and what inputs of the calibration text happen to share is trusted less (`shrinkage`; with
+a = 0 and damping this is the paper's method; docs/experiments.md has what it gains).
+
 Columns go in order of falling Hessian diagonal; groups are static, so that a column keeps the scale
 of the place where it is stored and no engine needs an index (`g_idx`).
 Cost: O(rows · columns²) for the sweep, O(columns³) once for linears that share an input.
@@ -44,7 +48,7 @@ class Gptq(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
 
     damping: float = Field(0.01, gt=0, le=1)
-    shrinkage: float = Field(0.0, ge=0, le=10)
+    shrinkage: float = Field(0.15, ge=0, le=10)
     block_columns: int = Field(128, ge=1)
     order: Literal["activation", "stored"] = "activation"
 

@@ -49,7 +49,7 @@ class Refine(Strict):
 
     rounds: int = Field(1, ge=1, le=100)
     damping: float = Field(0.01, gt=0, le=1)
-    shrinkage: float = Field(0.0, ge=0, le=10)
+    shrinkage: float = Field(0.15, ge=0, le=10)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear with renewed scales and codes.
