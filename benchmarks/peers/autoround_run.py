@@ -1,9 +1,9 @@
 """What auto-round makes of the same model, tokens and grid, and how long it takes.
 
-Runs in auto-round's own environment, never in ours. Calibration comes as ready token windows (.npy,
-int64 [N, T]). Settings are the tool's defaults: 200 iterations of 8 windows for each block, learning
-rate 1 / iterations, both range ends tuned. The result is saved with its weights rounded and decoded
-(the tool's format "fake"), which any evaluator reads.
+Runs in auto-round's own environment, never in ours. Calibration comes as ready token windows
+(.npy, int64 [N, T]). Settings are the tool's defaults: 200 iterations of 8 windows for each block,
+learning rate 1 / iterations, both range ends tuned. The result is saved with its weights rounded
+and decoded (the tool's format "fake"), which any evaluator reads.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ def main() -> int:
     )  # fmt: skip
     tool.quantize_and_save(str(arguments.output), format="fake")
     seconds = time.perf_counter() - started
+    (made,) = (path for path in arguments.output.iterdir() if path.is_dir())
+    for file in made.iterdir():  # the tool adds a folder of its own
+        file.replace(arguments.output / file.name)
+    made.rmdir()
+    config = json.loads((arguments.output / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # the weights are decoded: an ordinary dense model
+    (arguments.output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     result = {"tool": f"auto-round {auto_round.__version__}", "bits": arguments.bits}
     print(json.dumps({**result, "iters": arguments.iters, "compress_seconds": round(seconds, 1)}))
     return 0
