@@ -191,23 +191,12 @@ def compress(
             prepared.plan,
             seconds,
             result.peak_ram_bytes,
-            _calibration_text(prepared.windows),
         )
     return result
 
 
 def _output_bytes(ledger: Ledger) -> int:
     return sum(entry.bits for entry in ledger.tensors.values()) // 8
-
-
-def _calibration_text(windows: Windows | None) -> str:
-    if windows is None:
-        return "none: no step needs data"
-    samples, seq_len = windows.tokens_NT.shape
-    return (
-        f"{samples} windows of {seq_len} tokens of {windows.text_name} "
-        f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
-    )
 
 
 def _mean_error(ledger: Ledger) -> float | None:

@@ -83,6 +83,25 @@ def test_eval_and_report(cli: Cli, artifact, source, tmp_path):
     assert "Perplexity" in cli("report", mine).out
 
 
+def test_eval_on_the_calibration_text_is_told(cli: Cli, source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} says {i * 7919 % 1009}.\n" for i in range(400)), "utf-8")
+    part = tmp_path / "part.txt"
+    part.write_text(text.read_text("utf-8")[300:], "utf-8")
+    output = tmp_path / "out"
+    flags = ("--calibration", text, *QUICK, "--samples", "100", "--seq-len", "128")
+    assert cli("compress", source, "-o", output, *flags).code == 0
+    for file, said in ((text, "is the calibration text"), (part, "the figures flatter")):
+        arguments = ("eval", output, "--against", source, "--no-speed", "--text", file, *EVAL)
+        found = cli(*arguments, "--json").json
+        assert said in " ".join(found["quality"]["notes"])
+        assert said in cli(*arguments).out.replace("\n", " ")
+        assert said in Path(found["report"]).read_text("utf-8")
+        assert said in (output / "README.md").read_text("utf-8")
+    found = cli("eval", output, "--no-speed", "--json", *EVAL).json
+    assert not found["quality"]["notes"]
+
+
 def test_eval_of_an_original_alone(cli: Cli, source):
     found = cli("eval", source, "--no-speed", "--json", *EVAL).json
     assert found["quality"]["perplexity"] > 1

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 
+from pocketlm.calibration.record import account_of, hashes_file
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.views import ModelView, TensorInfo
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
@@ -29,6 +31,7 @@ from pocketlm.formats.shards import assemble, sync_directory, write_file
 
 CHUNK_BYTES = 16 << 20
 CARD = "README.md"
+HASHES = "pocketlm/calibration.npy"
 
 
 def partial_path(output: Path) -> Path:
@@ -37,7 +40,12 @@ def partial_path(output: Path) -> Path:
 
 
 def write_artifact(
-    model: ModelView, job: Job, grids: Grids, journal: Journal, log: EventLog
+    model: ModelView,
+    job: Job,
+    grids: Grids,
+    windows: Windows | None,
+    journal: Journal,
+    log: EventLog,
 ) -> Ledger:
     """Writes the artifact's files and renames the directory into place.
 
@@ -45,6 +53,7 @@ def write_artifact(
         model: The source.
         job: What was done.
         grids: The grids.
+        windows: What was calibrated on; None where no step needed data.
         journal: Holds every block.
         log: Where events go.
 
@@ -62,6 +71,7 @@ def write_artifact(
         source=job.source,
         format=grids.format_name,
         fingerprint=job.fingerprint,
+        calibration=None if windows is None else account_of(windows),
         warnings=list(job.warnings),
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
@@ -83,6 +93,8 @@ def write_artifact(
             ledger.files[name] = digest
     recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False).encode()
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
+    if windows is not None:
+        ledger.files[HASHES] = write_file(growing / HASHES, hashes_file(windows))
     config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"
     ledger.files["config.json"] = hashlib.sha256(config).hexdigest()
     text = ledger.model_dump_json(indent=1).encode() + b"\n"

@@ -92,7 +92,9 @@ class Runner:
             self._compress(index, first, total, calibrated)
         compressed = time.monotonic()
         self._log.emit("stage", "assembling the artifact", data={"stage": "assemble"})
-        ledger = write_artifact(self._model, self._job, self._grids, self._journal, self._log)
+        ledger = write_artifact(
+            self._model, self._job, self._grids, self._windows, self._journal, self._log
+        )
         seconds = {
             "calibrate": calibrated - started,
             "compress": compressed - calibrated,

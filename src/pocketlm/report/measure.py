@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from pocketlm.calibration.overlap import overlap_warning
+from pocketlm.calibration.record import read_hashes
 from pocketlm.calibration.texts import load_text
-from pocketlm.calibration.windows import eval_windows
+from pocketlm.calibration.windows import Windows, eval_windows
+from pocketlm.engine.artifact import HASHES
 from pocketlm.evaluate.quality import OnProgress, evaluate_model
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
 from pocketlm.models import open_model
-from pocketlm.report.build import write_all
+from pocketlm.report.build import LEDGER, read_ledger, write_all
 from pocketlm.report.data import FOLDER, METRICS, Answer, read_metrics
 from pocketlm.runtime.generate import generate
 from pocketlm.runtime.load import load
@@ -69,6 +73,7 @@ def measure(
     tokenizer = measured.tokenizer()
     source = load_text(text or "builtin", "evaluation", tokenizer)
     windows = eval_windows(tokenizer, source, seq_len, limit, measured.context)
+    windows = _with_overlap(Path(model), windows)
     quality = evaluate_model(
         measured, windows, original, tokenizer=tokenizer, on_progress=on_progress
     )
@@ -88,6 +93,18 @@ def measure(
         report=None,
     )
     return _keep(found, Path(model))
+
+
+def _with_overlap(artifact: Path, windows: Windows) -> Windows:
+    """The windows, with a warning where the artifact was calibrated on what they hold."""
+    if not (artifact / HASHES).is_file() or not (artifact / FOLDER / LEDGER).is_file():
+        return windows
+    account = read_ledger(artifact).calibration
+    if account is None:
+        return windows
+    known = read_hashes((artifact / HASHES).read_bytes())
+    found = overlap_warning(account.text_name, account.text_sha256, known, windows)
+    return windows if found is None else replace(windows, notes=(*windows.notes, found))
 
 
 def _answers(model: str | Path, against: str | Path | None, prompt: str, device: str) -> Answer:
