@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -360,19 +360,19 @@ def evaluate(
     Raises:
         PocketLMError: If something cannot be read or measured.
     """
-    from pocketlm.report.measure import measure
-
-    return measure(
-        model, against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
-        device=_device(device), threads=threads, trust_remote_code=trust_remote_code,
+    return _measure(
+        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
+        device=device, threads=threads, trust_remote_code=trust_remote_code,
         on_progress=on_progress,
-    )  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def compare(
     *models: str | Path, against: str | Path | None = None, **options: Any
 ) -> list[Measurement]:
     """Evaluates several models on the same windows; the first is the original unless named.
+
+    The original is run once.
 
     Args:
         *models: Artifacts or sources, two or more.
@@ -384,7 +384,21 @@ def compare(
     """
     original = models[0] if against is None else against
     rest = models[1:] if against is None else models
-    return [evaluate(model, original, **options) for model in rest]
+    return _measure(rest, original, **options)
+
+
+def _measure(
+    models: Sequence[str | Path],
+    against: str | Path | None,
+    *,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> list[Measurement]:
+    from pocketlm.report.measure import Settings, measure
+
+    chosen = Settings(device=_device(device), **settings)
+    return measure(models, against, chosen, on_progress)
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:

@@ -5,6 +5,7 @@ once, Ctrl-C, a full disk, a tampered artifact.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import QUICK, Done
+from tests.e2e.conftest import QUICK, Done, save_model
 
 Cli = Callable[..., Done]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -116,6 +117,40 @@ def test_compare(cli: Cli, artifact, source):
     assert len(cli("compare", source, artifact, "--json", *EVAL).json) == 1
 
 
+def test_compare_runs_the_original_once(cli: Cli, artifact, source, monkeypatch):
+    from pocketlm.evaluate import hidden
+
+    streamed = []
+    real = hidden.stream
+
+    def spy(model, *arguments):
+        streamed.append(model)
+        return real(model, *arguments)
+
+    monkeypatch.setattr(hidden, "stream", spy)
+    one = cli("eval", artifact, "--against", source, "--no-speed", "--json", *EVAL).json
+    streamed.clear()
+    two = cli("compare", source, artifact, artifact, "--json", *EVAL).json
+    assert len(streamed) == 3
+    for found in two:
+        assert found["quality"]["divergence"] == one["quality"]["divergence"]
+
+
+def test_compare_refuses_models_of_different_tokens(cli: Cli, source, tmp_path):
+    other = save_model(tmp_path / "other", vocab_size=320)
+    done = cli("compare", source, other, "--json", *EVAL)
+    assert (done.code, done.json["error"]["type"]) == (2, "ConfigError")
+    assert "320 tokens" in done.json["error"]["what"]
+    reordered = save_model(tmp_path / "reordered")
+    path = reordered / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer), "utf-8")
+    done = cli("compare", source, source, reordered, "--json", *EVAL)
+    assert "other tokens" in done.json["error"]["what"]
+
+
 def test_generate_is_greedy_and_streams_what_it_returns(cli: Cli, artifact):
     arguments = ("generate", artifact, "-p", "Hello", "--max-new-tokens", "6", "--device", "cpu")
     first, again = cli(*arguments, "--json").json, cli(*arguments, "--json").json
@@ -175,8 +210,6 @@ def wait_for_block(process: subprocess.Popen[str], work: Path) -> None:
 @pytest.fixture(scope="module")
 def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose compression takes some seconds."""
-    from tests.e2e.conftest import save_model
-
     return save_model(tmp_path_factory.mktemp("many") / "model", num_hidden_layers=12)
 
 
