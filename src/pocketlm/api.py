@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,7 @@ def compress(
         PocketLMError: Any of its kinds; nothing half-written looks whole.
     """
     from pocketlm.engine.compress import finished_ledger, run_job
+    from pocketlm.engine.events import EventLog
     from pocketlm.engine.plan import refuse_impossible
     from pocketlm.evaluate.memory import peak_memory_bytes
     from pocketlm.models.stream import SafetensorsSource
@@ -156,6 +157,7 @@ def compress(
     output = Path(output).absolute()
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
+    EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
     prepared = _prepare(source, recipe, output, resume, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
@@ -337,7 +339,7 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_event: Listener | None = None,
 ) -> Measurement:
     """Measures a model, and its distance from the original; an artifact keeps the figures.
 
@@ -352,7 +354,7 @@ def evaluate(
         device: Where to run.
         threads: CPU threads.
         trust_remote_code: Whether code from the checkpoint may run.
-        on_progress: Called with steps done and steps in all.
+        on_event: Called with each event.
 
     Returns:
         What was found; for an artifact also written to its metrics, page and card.
@@ -363,7 +365,7 @@ def evaluate(
     return _measure(
         [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
         device=device, threads=threads, trust_remote_code=trust_remote_code,
-        on_progress=on_progress,
+        on_event=on_event,
     )[0]  # fmt: skip
 
 
@@ -392,13 +394,13 @@ def _measure(
     against: str | Path | None,
     *,
     device: str = "auto",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_event: Listener | None = None,
     **settings: Any,
 ) -> list[Measurement]:
     from pocketlm.report.measure import Settings, measure
 
     chosen = Settings(device=_device(device), **settings)
-    return measure(models, against, chosen, on_progress)
+    return measure(models, against, chosen, on_event)
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:

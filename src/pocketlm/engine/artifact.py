@@ -19,7 +19,6 @@ import yaml
 from pocketlm.calibration.record import account_of, hashes_file
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.views import ModelView, TensorInfo
-from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
@@ -45,7 +44,7 @@ def write_artifact(
     grids: Grids,
     windows: Windows | None,
     journal: Journal,
-    log: EventLog,
+    on_progress: Callable[[int, int], None],
 ) -> Ledger:
     """Writes the artifact's files and renames the directory into place.
 
@@ -55,7 +54,7 @@ def write_artifact(
         grids: The grids.
         windows: What was calibrated on; None where no step needed data.
         journal: Holds every block.
-        log: Where events go.
+        on_progress: Called with bytes written and bytes in all.
 
     Returns:
         The ledger, as written.
@@ -76,16 +75,7 @@ def write_artifact(
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        if done == total or done - last[0] > total / 20:
-            last[0] = done
-            log.emit(
-                "progress", "writing shards", done=done, total=total, data={"stage": "assemble"}
-            )
-
-    ledger.files.update(assemble(growing, entries, on_progress=report))
+    ledger.files.update(assemble(growing, entries, on_progress=on_progress))
     for name, data in sorted(model.side_files().items()):
         (growing / name).parent.mkdir(parents=True, exist_ok=True)
         digest = write_file(growing / name, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,9 @@ from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import Windows, eval_windows
 from pocketlm.core.errors import ConfigError
 from pocketlm.engine.artifact import HASHES
+from pocketlm.engine.events import EventLog, Listener
 from pocketlm.evaluate import hidden
-from pocketlm.evaluate.quality import (
-    OnProgress,
-    evaluate_model,
-    require_same_vocabulary,
-    score_original,
-)
+from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
 from pocketlm.models import open_model
@@ -74,7 +71,7 @@ def measure(
     models: Sequence[Source],
     against: Source | None,
     settings: Settings,
-    on_progress: OnProgress | None = None,
+    on_event: Listener | None = None,
 ) -> list[Measurement]:
     """Measures models on the same windows; the original is run once, however many there are.
 
@@ -82,7 +79,7 @@ def measure(
         models: Artifacts or sources, at least one.
         against: The original.
         settings: Text, windows, machine.
-        on_progress: Called with steps done and steps in all.
+        on_event: Called with each event.
 
     Returns:
         What was found of each; also kept in its metrics, page and card, if it is an artifact.
@@ -92,20 +89,21 @@ def measure(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    qualities = _qualities(models, against, settings, on_progress)
-    original_speed = None if against is None else _speed(against, settings)
-    original_said = "" if against is None else _say(against, settings)
+    log = EventLog(None, on_event)
+    qualities = _qualities(models, against, settings, log)
+    original_speed = None if against is None else _speed(against, settings, log)
+    original_said = "" if against is None else _say(against, settings, log)
     found: list[Measurement] = []
     for model, quality in zip(models, qualities, strict=True):
         answers: tuple[Answer, ...] = ()
         if settings.prompt is not None:
-            said = _say(model, settings)
+            said = _say(model, settings, log)
             answers = (Answer(prompt=settings.prompt, original=original_said, compressed=said),)
         measurement = Measurement(
             model=str(model),
             against=None if against is None else str(against),
             quality=quality,
-            speed=_speed(model, settings),
+            speed=_speed(model, settings, log),
             original_speed=original_speed,
             answers=answers,
             report=None,
@@ -118,41 +116,60 @@ def _qualities(
     models: Sequence[Source],
     against: Source | None,
     settings: Settings,
-    on_progress: OnProgress | None,
+    log: EventLog,
 ) -> list[QualityReport]:
+    log.emit("stage", "reading the text", data={"stage": "evaluate"})
     views = [_open(model, settings) for model in models]
     original = None if against is None else _open(against, settings)
     windows = _windows(models, views, settings)
     count, seq_len = windows.tokens_NT.shape
     streamed = [view for view in (original, *views) if view is not None]
     total = sum(hidden.steps(view, count, seq_len) for view in streamed) + len(views) * count
-    finished = 0
-
-    def part(done: int, of: int) -> None:
-        nonlocal finished
-        if on_progress is not None:
-            on_progress(finished + done, total)
-        finished += of if done == of else 0
-
+    steps = _Steps(log, total)
     base = None
     if original is not None:
         for view in views:
             require_same_vocabulary(view, original)
-        base = score_original(original, windows, part)
+        steps.begin(f"running the original on {count} windows")
+        base = score_original(original, windows, steps)
     try:
-        return [
-            evaluate_model(
-                view,
-                _with_overlap(Path(model), windows),
-                base,
-                tokenizer=view.tokenizer(),
-                on_progress=part,
+        found: list[QualityReport] = []
+        for model, view in zip(models, views, strict=True):
+            told = _with_overlap(Path(model), windows)
+            for note in told.notes:
+                log.emit("warning", note, where=str(model))
+            steps.begin(f"running {Path(model).name} on {count} windows")
+            found.append(
+                evaluate_model(view, told, base, tokenizer=view.tokenizer(), on_progress=steps)
             )
-            for model, view in zip(models, views, strict=True)
-        ]
+        return found
     finally:
         if base is not None:
             base.close()
+
+
+class _Steps:
+    """Counts the steps of several runs as one, and tells of them as events."""
+
+    def __init__(self, log: EventLog, total: int) -> None:
+        self._log, self._total, self._finished = log, total, 0
+        self._text, self._began = "", time.monotonic()
+
+    def begin(self, text: str) -> None:
+        """The next run; the first one begins when all is loaded."""
+        if not self._finished:
+            self._began = time.monotonic()
+        self._text = text
+        self._log.emit("stage", text, share=self._finished / self._total)
+
+    def __call__(self, done: int, of: int) -> None:
+        """A step of the present run."""
+        so_far = self._finished + done
+        left = (time.monotonic() - self._began) / so_far * (self._total - so_far)
+        share = so_far / self._total
+        self._log.emit("progress", self._text, done=done, total=of, share=share, seconds_left=left)
+        if done == of:
+            self._finished = so_far
 
 
 def _open(source: Source, settings: Settings) -> Model:
@@ -194,16 +211,18 @@ def _with_overlap(artifact: Path, windows: Windows) -> Windows:
     return windows if found is None else replace(windows, notes=(*windows.notes, found))
 
 
-def _speed(source: Source, settings: Settings) -> SpeedReport | None:
+def _speed(source: Source, settings: Settings, log: EventLog) -> SpeedReport | None:
     if not settings.speed:
         return None
+    log.emit("stage", f"measuring the speed of {Path(source).name}")
     return measure_speed(source, device=settings.device, threads=settings.threads)
 
 
-def _say(source: Source, settings: Settings) -> str:
+def _say(source: Source, settings: Settings, log: EventLog) -> str:
     """What a model answers to the prompt; nothing where there is none."""
     if settings.prompt is None:
         return ""
+    log.emit("stage", f"{Path(source).name} answers the prompt")
     model, tokenizer = load(source, device=settings.device)
     return generate(model, tokenizer, settings.prompt, max_new_tokens=ANSWER_TOKENS).text
 
