@@ -112,7 +112,7 @@ def compress_block(
     *,
     kept_dtype: torch.dtype | None = None,
     seed: int = 0,
-    report: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    report: Callable[[float, float | None], None] = lambda share, loss: None,
 ) -> BlockResult:
     """Compresses the linears of a block that have a grid; their weights in the block follow.
 
@@ -124,7 +124,7 @@ def compress_block(
         device: Where statistics are gathered.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
         seed: Of block steps.
-        report: Told how far a block step has come: steps done, in all, loss.
+        report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
 
     Returns:
         What is to be written.
@@ -133,18 +133,19 @@ def compress_block(
     notes: dict[str, tuple[Note, ...]] = {}
     results: dict[str, Compressed] = {}
     todo = passes(steps)
-    for one in todo:
+    for place, one in enumerate(todo):
+        tell = _within(report, place, len(todo))
         if one.kind == "fold":
             fold_steps: tuple[FoldStep, ...] = one.steps
             tensors, remarks = fold_groups(block, fold_steps, specs, batches, device, kept_dtype)
             folded.update(tensors)
             notes.update(remarks)
         elif one.kind == "linear":
-            results = _linear_pass(block, one.steps, specs, batches, device, results, notes)
+            results = _linear_pass(block, one.steps, specs, batches, device, results, notes, tell)
         else:
             assert batches is not None
             states = {v.name: _state(v, specs, results, notes) for v in _chosen(block, specs)}
-            task = Task(block, states, batches, device, seed, report)
+            task = Task(block, states, batches, device, seed, tell)
             step: BlockStep = one.steps[0]
             after = step.compress(task)
             results = {name: _finish(block.linears[name], after[name], None) for name in states}
@@ -152,6 +153,13 @@ def compress_block(
         for batch, call in enumerate(batches.calls):
             batches.store.put(batch, block.forward(batches.store.get(batch).to(device), call))
     return BlockResult(list(results.values()), folded)
+
+
+def _within(
+    report: Callable[[float, float | None], None], place: int, total: int
+) -> Callable[[int, int, float | None], None]:
+    """Tells of one pass as a part of all."""
+    return lambda done, steps, loss=None: report((place + done / steps) / total, loss)
 
 
 def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[LinearView]:
@@ -168,7 +176,9 @@ def _linear_pass(
     device: torch.device,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
+    tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
+    total = len(_chosen(block, specs))
     results: dict[str, Compressed] = {}
     sweep = None if batches is None else batches.sweep()
 
@@ -187,6 +197,7 @@ def _linear_pass(
             for step in steps:
                 state = step.compress(state, stats)
             results[view.name] = _finish(view, state, stats.get(Hessian))
+            tell(len(results), total, None)
     if sweep is not None:
         sweep.finish()
     return results

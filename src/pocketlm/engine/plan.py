@@ -9,19 +9,18 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from pocketlm.core.errors import BudgetError
-from pocketlm.core.state import BlockStep, Step
+from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
+from pocketlm.engine.duration import stage_seconds
 from pocketlm.engine.grids import Grids, scale_dtype_for
 from pocketlm.engine.machine import (
     available_ram_bytes,
-    call_seconds,
-    matmul_flops,
     resident_bytes,
     total_vram_bytes,
 )
@@ -30,7 +29,6 @@ from pocketlm.engine.options import Job
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
 
-READ_BYTES_PER_SECOND = 400e6  # a slow NVMe disk; read, hashed, packed and written again
 FIXED_BYTES = 250 << 20  # allocator slack, thread stacks, buffers of the readers and writers
 
 
@@ -56,6 +54,7 @@ class Plan(BaseModel):
         disk_transient_bytes: Needed beside the output while the run lives.
         resume_seconds: What recomputing activations costs at worst after a kill.
         seconds: Of the whole run.
+        stages: Of its stages, in order.
         kept: Linears that keep their precision, and why.
         notes: What was changed about the grids.
     """
@@ -80,6 +79,7 @@ class Plan(BaseModel):
     disk_transient_bytes: int
     resume_seconds: float
     seconds: float
+    stages: dict[str, float]
     kept: dict[str, str]
     notes: dict[str, str]
 
@@ -100,7 +100,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     shapes = {name: shape for name, shape in model.linear_shapes().items() if name in grids.specs}
     tokens = samples * seq_len if job.needs_data else 0
     sizes = _sizes(model, job, grids)
-    seconds, forward = _seconds(model, job, shapes, samples, tokens, sizes["source"])
+    stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes["source"])
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
@@ -126,7 +126,8 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         disk_transient_bytes=sizes["blocks"]
         + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
-        seconds=seconds,
+        seconds=sum(stages.values()),
+        stages=stages,
         kept=dict(grids.kept),
         notes=dict(grids.notes),
     )
@@ -192,47 +193,6 @@ def _sizes(model: ModelView, job: Job, grids: Grids) -> dict[str, int]:
 
 def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> float:
     return grids.specs[name].bits_per_weight(shape[1]) * math.prod(shape)
-
-
-def _seconds(
-    model: ModelView,
-    job: Job,
-    shapes: Mapping[str, tuple[int, int]],
-    samples: int,
-    tokens: int,
-    source_bytes: int,
-) -> tuple[float, float]:
-    """Seconds of the whole run, and of one forward pass over the calibration data."""
-    rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
-    # Statistics and sweeps run in float32 whatever the blocks compute in.
-    single = matmul_flops(model.device, torch.float32, job.tokens_at_once, hidden_width(model))
-    each_call = call_seconds(model.device)
-    all_shapes = model.linear_shapes().values()
-    forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
-    seconds = source_bytes / READ_BYTES_PER_SECOND
-    if tokens:
-        seconds += forward
-        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / single
-    for rows, columns in shapes.values():
-        for step in job.steps:
-            cost = step.cost(rows, columns)
-            seconds += cost.flops / single + cost.calls * each_call
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    for step in job.steps:
-        if step.kind == "block":
-            block_step = cast(BlockStep, step)
-            seconds += weights * block_step.flops_per_weight(samples, tokens // samples) / rate
-        elif step.kind == "fold":
-            seconds += forward
-    if job.needs_original:
-        seconds += forward
-    return seconds, forward
-
-
-def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:
-    """Widths of the distinct inputs: linears of one parent and width are taken to share theirs."""
-    shared = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
-    return [columns for _, columns in shared]
 
 
 def _working_bytes(

@@ -28,7 +28,8 @@ from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.engine.memory import held_runs
 from pocketlm.engine.options import Job
-from pocketlm.engine.plan import boundary_bytes
+from pocketlm.engine.plan import Plan, boundary_bytes
+from pocketlm.engine.progress import Progress
 from pocketlm.formats import format_for
 
 
@@ -59,6 +60,7 @@ class Runner:
         windows: Calibration tokens; None where no step needs any.
         journal: The record of what is done.
         log: Where events go.
+        plan: What was predicted.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Runner:
         windows: Windows | None,
         journal: Journal,
         log: EventLog,
+        plan: Plan,
     ) -> None:
         self._model, self._job, self._grids = model, job, grids
         self._windows, self._journal, self._log = windows, journal, log
+        self._plan, self._progress = plan, Progress(log, plan.stages)
         self._format = format_for(grids.format_name)
         self._calls: list[Any] = []
         self._store: ActivationStore | None = None
@@ -88,11 +92,17 @@ class Runner:
         if self._windows is not None and first < total:
             self._prepare_activations(first)
         calibrated = time.monotonic()
+        left = (total - first) / total
+        self._progress.stage(
+            "compress", f"compressing {total - first} blocks", left * self._plan.stages["compress"]
+        )
         for index in range(first, total):
-            self._compress(index, first, total, calibrated)
+            self._compress(index, first, total)
         compressed = time.monotonic()
-        self._log.emit("stage", "assembling the artifact", data={"stage": "assemble"})
-        ledger = write_artifact(self._model, self._job, self._grids, self._journal, self._log)
+        self._progress.stage("assemble", "assembling the artifact")
+        ledger = write_artifact(
+            self._model, self._job, self._grids, self._windows, self._journal, self._wrote
+        )
         seconds = {
             "calibrate": calibrated - started,
             "compress": compressed - calibrated,
@@ -106,8 +116,10 @@ class Runner:
         """Fills the stores with every batch at the boundary before block `first`."""
         assert self._windows is not None
         batches = self._batches(self._windows.tokens_NT)
-        self._log.emit("stage", "embedding the calibration text", data={"stage": "calibrate"})
-        embedded = [self._model.begin(tokens_BT) for tokens_BT in batches]
+        again = first / len(self._model.block_paths) * self._plan.resume_seconds
+        planned = self._plan.stages["calibrate"] + again
+        self._progress.stage("calibrate", "embedding the calibration text", planned)
+        embedded = [self._begin(batch, batches, first) for batch in range(len(batches))]
         self._calls = [call for _, call in embedded]
         hidden = [hidden_BTD for hidden_BTD, _ in embedded]
         self._store = self._filled("activations", hidden, first, original=False)
@@ -129,17 +141,22 @@ class Runner:
             store.put(batch, hidden_BTD)
         store.advance(0)
         for index in range(first):
-            self._replay(index, store, original=original)
+            self._replay(index, first, store, original=original)
         return store
+
+    def _begin(self, batch: int, batches: list[Tensor], first: int) -> tuple[Tensor, Any]:
+        embedded = self._model.begin(batches[batch])
+        done, total = batch + 1, len(batches)
+        share = done / total / (1 + first)
+        self._progress.step(share, "embedding the calibration text", done=done, total=total)
+        return embedded
 
     def _batches(self, tokens_NT: Tensor) -> list[Tensor]:
         sequences = max(1, self._job.tokens_at_once // tokens_NT.shape[1])
         return list(tokens_NT.split(sequences))
 
-    def _replay(self, index: int, store: ActivationStore, *, original: bool) -> None:
+    def _replay(self, index: int, first: int, store: ActivationStore, *, original: bool) -> None:
         """Runs the batches through a block that an earlier attempt has finished."""
-        text = f"recomputing activations through finished block {index}"
-        self._log.emit("progress", text, block=index, data={"stage": "calibrate"})
         with self._model.block(index) as block:
             if not original:
                 self._take_over(index, block)
@@ -147,6 +164,9 @@ class Runner:
                 hidden_BTD = store.get(batch).to(self._model.device)
                 store.put(batch, block.forward(hidden_BTD, call))
         store.advance(index + 1)
+        done = index + 1
+        text = "recomputing activations through finished blocks"
+        self._progress.step((1 + done) / (1 + first), text, block=index, done=done, total=first)
 
     def _take_over(self, index: int, block: BlockView) -> None:
         """Gives a block the weights that were written of it."""
@@ -161,10 +181,11 @@ class Runner:
 
     # --- blocks ---
 
-    def _compress(self, index: int, first: int, total: int, started: float) -> None:
+    def _compress(self, index: int, first: int, total: int) -> None:
         before = time.monotonic()
         path = self._model.block_paths[index]
-        self._log.emit("block_started", f"block {index + 1} of {total}", where=path, block=index)
+        text = f"compressing block {index + 1} of {total}"
+        self._log.emit("block_started", text, where=path, block=index)
         with self._model.block(index) as block:
             compressed = compress_block(
                 block,
@@ -174,7 +195,7 @@ class Runner:
                 self._model.device,
                 kept_dtype=self._job.dtype,
                 seed=self._job.seed,
-                report=self._inside(index, total),
+                report=self._inside(index, first, total),
             )
             tensors: dict[str, Tensor] = dict(compressed.folded)
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
@@ -186,19 +207,17 @@ class Runner:
         for store in (self._store, self._original):
             if store is not None:
                 store.advance(index + 1)
-        seconds = time.monotonic() - before
-        each = (time.monotonic() - started) / (index + 1 - first)
         errors = [entry.error for entry in entries.values() if entry.error is not None]
-        self._log.emit(
-            "block_done",
+        self._progress.step(
+            (index + 1 - first) / (total - first),
             f"block {index + 1} of {total}",
+            kind="block_done",
             where=path,
             block=index,
             done=index + 1,
             total=total,
-            seconds=seconds,
-            seconds_left=each * (total - index - 1),
-            data={"stage": "compress", "mean_error": sum(errors) / max(len(errors), 1)},
+            seconds=time.monotonic() - before,
+            data={"mean_error": sum(errors) / max(len(errors), 1)},
         )
 
     def _block_batches(self, block: BlockView) -> Batches | None:
@@ -211,14 +230,19 @@ class Runner:
         assert self._windows is not None
         return max(batch.numel() for batch in self._batches(self._windows.tokens_NT))
 
-    def _inside(self, index: int, total: int) -> Callable[[int, int, float], None]:
-        """Tells how far a step inside a block has come, a few times a block."""
+    def _inside(self, index: int, first: int, total: int) -> Callable[[float, float | None], None]:
+        """Tells how far a block has come, and a few times the loss of a step that has one."""
+        tenths = 0
 
-        def report(done: int, steps: int, loss: float) -> None:
-            if done == steps or done % max(1, steps // 10) == 0:
-                text = f"block {index + 1} of {total}: step {done} of {steps}, loss {loss:.3g}"
-                data = {"stage": "compress", "loss": loss, "step": done, "steps": steps}
-                self._log.emit("progress", text, block=index, data=data)
+        def report(share: float, loss: float | None) -> None:
+            nonlocal tenths
+            text = f"compressing block {index + 1} of {total}"
+            done = (index - first + share) / (total - first)
+            self._progress.step(done, text, block=index)
+            if loss is not None and int(10 * share) > tenths:
+                tenths = int(10 * share)
+                data = {"stage": "compress", "loss": loss, "share": share}
+                self._log.emit("loss", f"{text}: loss {loss:.3g}", block=index, data=data)
 
         return report
 
@@ -256,3 +280,6 @@ class Runner:
         for note in result.notes:
             self._log.emit("fallback", note.text, where=name, data={"kind": note.kind})
             yield note.text
+
+    def _wrote(self, done: int, total: int) -> None:
+        self._progress.step(done / total if total else 1.0, "assembling the artifact")

@@ -217,6 +217,7 @@ def _quality(metrics: ReportData | None) -> str:
             ("same likeliest token", percent_text(found.top1_agreement.value)),
         ]
     parts = [_table(("", "value (95 % interval)"), rows), quality.protocol.sentence()]
+    parts += [f"Note: {note}" for note in quality.notes]
     if metrics.speed is not None:
         speed = metrics.speed
         parts.append(
