@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from pocketlm.core.errors import BudgetError, NumericError
 
 GAP = 1e-6  # of the damage; far below what any measurement of it can tell
+ROOM = 1e6  # what the budget leaves to decide on, as the solver sees it
 ATTEMPTS = 8
 
 
@@ -53,7 +54,8 @@ def allocate(
         over = sum(row[c] for row, c in zip(prices, chosen, strict=True)) - budget
         if over <= 0:
             return chosen
-        allowed -= over  # the solver took its tolerance; leave that much out
+        # The solver took its tolerance; leave that much out.
+        allowed = max(allowed - over, smallest(prices))
     raise NumericError("the solver did not keep to the budget.", remedy="Try another budget.")
 
 
@@ -62,19 +64,20 @@ def _solve(
 ) -> list[int]:
     counts = [len(row) for row in damages]
     damage = np.concatenate([np.asarray(row, dtype=float) for row in damages])
-    price = np.concatenate([np.asarray(row, dtype=float) for row in prices])
-    # What every choice costs at least is no decision; without it the solver's tolerance is small.
-    floor = np.repeat([min(row) for row in prices], counts)
-    unit_of = np.repeat(np.arange(len(counts)), counts)
-    columns = np.arange(len(damage))
-    one_each = csr_array((np.ones(len(damage)), (unit_of, columns)))
+    # What every choice costs at least is no decision; nor is one dearer than all that is left.
+    extra = np.concatenate([np.asarray(row, dtype=float) - min(row) for row in prices])
     room = budget - smallest(prices)
-    within = LinearConstraint(((price - floor) / max(room, 1))[None], ub=min(room, 1))
+    possible = extra <= room
+    unit_of, columns = np.repeat(np.arange(len(counts)), counts), np.arange(len(damage))
+    one_each = csr_array((np.ones(len(damage)), (unit_of, columns)))
+    # The solver's tolerance is 1e-6, absolute: a room of a million keeps it below one whole price.
+    scale = ROOM / max(room, 1)
+    within = LinearConstraint((scale * extra * possible)[None], ub=scale * room)
     found = milp(
         damage / max(damage.max(), 1e-30),
         constraints=[LinearConstraint(one_each, 1, 1), within],
         integrality=np.ones(len(damage)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, possible.astype(float)),
         options={"mip_rel_gap": GAP},
     )
     if found.x is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,11 +65,17 @@ class Work:
 
     def seconds(self, variants: Sequence[Variant]) -> float:
         """What measuring them takes on this machine, roughly."""
-        model = self._model
-        rate = matmul_flops(model.device, model.compute_dtype, self._tokens, hidden_width(model))
-        blocks = sum(len(self.blocks) - variant.unit.block for variant in variants)
         products = sum(self.of(variant) for variant in variants)
-        return OVERHEAD * 2 * products / rate + blocks * CALLS * call_seconds(model.device)
+        blocks = sum(len(self.blocks) - variant.unit.block for variant in variants)
+        rate, each_call = self._rates
+        return OVERHEAD * 2 * products / rate + blocks * CALLS * each_call
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """Measured: floating-point operations a second, seconds of a small operation."""
+        device, dtype = self._model.device, self._model.compute_dtype
+        rate = matmul_flops(device, dtype, self._tokens, hidden_width(self._model))
+        return rate, call_seconds(device)
 
 
 def passes(

@@ -8,6 +8,7 @@ Legend: T tokens, O output rows, I input columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pocketlm import catalog
 from pocketlm.core.spec import QuantSpec, StepSpec
-from pocketlm.core.state import LinearState, Statistics
+from pocketlm.core.state import LinearState, LinearStep, Statistics
 from pocketlm.core.stats import Hessian
 from pocketlm.core.views import BlockView, LinearView
 from pocketlm.engine.grids import scale_dtype_for
@@ -24,6 +25,11 @@ STEPS = (
     StepSpec(method="clip", options={"steps": 8}),
     StepSpec(method="rtn"),
 )
+
+
+@cache
+def _steps() -> tuple[LinearStep, ...]:
+    return tuple(catalog.build_step(step.method, step.options) for step in STEPS)
 
 
 def quantized(view: LinearView, weight_OI: Tensor, spec: QuantSpec, hessian: Hessian) -> Tensor:
@@ -37,8 +43,8 @@ def quantized(view: LinearView, weight_OI: Tensor, spec: QuantSpec, hessian: Hes
     """
     state = LinearState(view.name, weight_OI, spec, scale_dtype_for(view.dtype))
     stats = Statistics(hessian)
-    for step in STEPS:
-        state = catalog.build_step(step.method, step.options).compress(state, stats)
+    for step in _steps():
+        state = step.compress(state, stats)
     assert state.current is not None
     return state.current.dequantize()
 
