@@ -6,6 +6,8 @@ The names below are imported on first use: `import pocketlm` loads neither torch
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -19,11 +21,34 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "search",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from pocketlm.api import compare, compress, evaluate, generate, inspect, load, plan, verify
+    from pocketlm.api import (
+        compare,
+        compress,
+        evaluate,
+        generate,
+        inspect,
+        load,
+        plan,
+        search,
+        verify,
+    )
+
+
+class _Package(ModuleType):
+    """Lets a function of `__all__` stay where a folder of the same name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets it, unless it is such a folder."""
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

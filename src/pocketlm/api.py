@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Recipe
+from pocketlm.core.spec import QuantSpec, Recipe
 from pocketlm.recipes import build_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from pocketlm.models.adapter import Model
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
+    from pocketlm.search.budget import Budget
+    from pocketlm.search.results import SearchResult
 
 __all__ = [
     "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
-    "load", "plan", "read_recipe", "report", "verify",
+    "load", "plan", "read_recipe", "report", "search", "verify",
 ]  # fmt: skip
 
 SAMPLES, SEQ_LEN = 128, 2048
 CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
 BATCH_TOKENS = 4096
+SEARCH_MINUTES = 30.0
 RecipeLike = str | Path | dict[str, Any] | Recipe
 
 
@@ -120,6 +123,96 @@ def plan(
     return prepared.plan
 
 
+def search(
+    source: str | Path | PreTrainedModel,
+    recipe: RecipeLike = "w4a16",
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    candidates: Sequence[QuantSpec] | None = None,
+    ignore: tuple[str, ...] = (),
+    target: str = "transformers",
+    calibration: str = "builtin",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+    threads: int | None = None,
+    search_minutes: float = SEARCH_MINUTES,
+    search_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    on_event: Listener | None = None,
+) -> SearchResult:
+    """Finds where bits matter: the best grid for each layer within a budget, and the frontier.
+
+    Args:
+        source: As for `compress`.
+        recipe: Gives the steps, the group size and symmetry, and overrides, which are kept.
+        bits: Budget: average real bits of the compressed linears, a float (3.5, 4.0).
+        size: Budget: bytes of the weight files. Without either, the frontier alone.
+        candidates: Grids to choose from; None for the recipe's at 2, 3, 4, 5, 6 and 8 bits.
+        ignore: Further patterns of linears to keep.
+        target: Engine that must load the result.
+        calibration: The text that damage is measured on, as for `compress`.
+        seed: Of its windows.
+        device: Where to run.
+        dtype: Of the tensors that are kept.
+        threads: CPU threads.
+        search_minutes: What measuring may take; less measures less and fills in more.
+        search_dir: Where findings are kept for every later budget; None: the user's cache.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+        on_event: Called with each event.
+
+    Returns:
+        The sensitivity table, the frontier and, with a budget, an ordinary recipe.
+
+    Raises:
+        BudgetError: If the budget is below what is possible; says the smallest that is.
+        PocketLMError: If something cannot be read or measured.
+    """
+    import torch
+
+    from pocketlm.search.run import Question
+    from pocketlm.search.source import search_source
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    question = Question(
+        recipe=build_recipe(recipe, ignore=tuple(ignore)),
+        target=target,
+        budget=_budget(bits, size),
+        candidates=None if candidates is None else tuple(candidates),
+        dtype=None if dtype is None else getattr(torch, dtype),
+        limit_seconds=60.0 * search_minutes,
+    )
+    return search_source(
+        source,
+        question,
+        calibration=calibration,
+        seed=seed,
+        device=_device(device),
+        directory=None if search_dir is None else Path(search_dir),
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        listener=on_event,
+    )
+
+
+def _budget(bits: float | None, size: int | None) -> Budget | None:
+    from pocketlm.search.budget import Budget
+
+    if bits is None and size is None:
+        return None
+    if isinstance(bits, int):
+        raise ConfigError(
+            f"bits={bits} is no budget: a whole number is the width of every code.",
+            where="bits",
+            remedy=f"Give {float(bits)} for an average, or build_recipe(bits={bits}).",
+        )
+    return Budget(bits, size)
+
+
 def compress(
     source: str | Path | PreTrainedModel,
     recipe: RecipeLike = "w4a16",
@@ -139,7 +232,8 @@ def compress(
         on_event: Called with each event.
         **options: `calibration` (builtin, a file, hf:org/name), `samples`, `seq_len`, `seed`,
             `ignore`, `target`, `device`, `dtype`, `threads`, `work_dir`,
-            `activation_budget_bytes`, `trust_remote_code`, `revision`.
+            `activation_budget_bytes`, `trust_remote_code`, `revision`; a budget, `bits` (a float)
+            or `size`, with `candidates`, `search_minutes` and `search_dir` as for `search`.
 
     Returns:
         What was made, with the prediction.
@@ -158,7 +252,7 @@ def compress(
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
     EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
-    prepared = _prepare(source, recipe, output, resume, **options)
+    prepared = _prepare(source, recipe, output, resume, on_event=on_event, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
         prepared.model,
@@ -236,6 +330,12 @@ def _prepare(
     activation_budget_bytes: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    bits: float | None = None,
+    size: int | None = None,
+    candidates: Sequence[QuantSpec] | None = None,
+    search_minutes: float = SEARCH_MINUTES,
+    search_dir: str | Path | None = None,
+    on_event: Listener | None = None,
 ) -> _Prepared:
     import time
 
@@ -251,6 +351,16 @@ def _prepare(
 
     started = time.monotonic()
     wanted = build_recipe(recipe, ignore=tuple(ignore))
+    searched: list[str] = []
+    if bits is not None or size is not None:
+        found = search(
+            source, wanted, bits=bits, size=size, candidates=candidates, target=target,
+            calibration=calibration, seed=seed, device=device, dtype=dtype, threads=threads,
+            search_minutes=search_minutes, search_dir=search_dir,
+            trust_remote_code=trust_remote_code, revision=revision, on_event=on_event,
+        )  # fmt: skip
+        assert found.recipe is not None
+        wanted, searched = found.recipe, found.notes
     steps = tuple(catalog.build_step(step.method, step.options) for step in wanted.steps)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -271,6 +381,7 @@ def _prepare(
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,
+        warnings=tuple(searched),
     )
     settled = earlier_samples(output, job.work_dir) if resume else None
     count = samples or settled or SAMPLES

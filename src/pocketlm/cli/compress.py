@@ -29,8 +29,11 @@ from pocketlm.cli.options import (
     Revision,
     Samples,
     Scheme,
+    SearchDir,
+    SearchMinutes,
     Seed,
     SeqLen,
+    Size,
     Source,
     Sym,
     Target,
@@ -53,6 +56,7 @@ def run(
     method: Method = None,
     scheme: Scheme = None,
     bits: Bits = None,
+    size: Size = None,
     group_size: GroupSize = None,
     sym: Sym = False,
     asym: Asym = False,
@@ -67,6 +71,8 @@ def run(
     threads: Threads = None,
     work_dir: WorkDir = None,
     activation_budget: ActivationBudget = None,
+    search_minutes: SearchMinutes = None,
+    search_dir: SearchDir = None,
     resume: Resume = False,
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -79,17 +85,26 @@ def run(
     """Compress a model to OUTPUT, an ordinary Hugging Face directory.
 
     Without further flags: W4A16, symmetric, group 128, GPTQ.
+    With --bits 3.5 or --size 90MB: the best grid for each layer within that budget.
     Interrupted? The same command goes on from the last finished block.
 
     Example: [bold]pocketlm compress Qwen/Qwen3-8B -o out[/bold]
     """
     flags.check_machine(device, dtype, target)
     flags.check_resume(resume, restart)
+    width = flags.parse_bits(bits)
+    budget = flags.budget_flags(
+        bits=width,
+        size=size,
+        scheme=scheme,
+        search_minutes=search_minutes,
+        search_dir=search_dir,
+    )
     wanted = flags.recipe_flags(
         recipe=recipe,
         method=method,
         scheme=scheme,
-        bits=bits,
+        bits=width,
         group_size=group_size,
         sym=sym,
         asym=asym,
@@ -107,14 +122,15 @@ def run(
         "activation_budget_bytes": parse_bytes(activation_budget, "--activation-budget"),
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        **budget,
     }
     from pocketlm import api
 
     built = api.build_recipe(**wanted)
     if dry_run:
-        from pocketlm.cli.plan import draw_plan
+        from pocketlm.cli.plan import draw_plan, planned
 
-        plan = api.plan(source, built, **settings)
+        plan = planned(source, built, settings, quiet=quiet, log_file=log_file)
         return Answer(plan, lambda console: draw_plan(console, plan))
 
     from pocketlm.cli.progress import progress

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pocketlm.cli.units import parse_bytes
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import parse_scheme
 
@@ -65,12 +66,84 @@ def check_resume(resume: bool, restart: bool) -> None:
         raise ConfigError("they contradict each other.", where="--resume and --restart")
 
 
+def parse_bits(text: str | None) -> int | float | None:
+    """What ``--bits`` says: a whole number is a code's width, a decimal an average to keep to.
+
+    Args:
+        text: Of ``--bits``.
+
+    Returns:
+        An int, or a float where there is a decimal point.
+
+    Raises:
+        ConfigError: If it is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ConfigError(
+            f"'{text}' is no number.", where="--bits", remedy="Write 4, or 3.5 for an average."
+        ) from None
+
+
+def budget_flags(
+    *,
+    bits: int | float | None,
+    size: str | None,
+    scheme: str | None,
+    search_minutes: float | None,
+    search_dir: Path | None,
+) -> dict[str, Any]:
+    """The arguments of the API that the flags of a budget stand for.
+
+    Args:
+        bits: What `parse_bits` gave; a whole number is no budget.
+        size: Of ``--size``.
+        scheme: Of ``--scheme``.
+        search_minutes: Of ``--search-minutes``.
+        search_dir: Of ``--search-dir``.
+
+    Returns:
+        Keyword arguments; none where no budget is given.
+
+    Raises:
+        ConfigError: If two flags contradict each other.
+    """
+    average = bits if isinstance(bits, float) else None
+    if size is not None and bits is not None:
+        what = "are two budgets" if average else "contradict each other: --size chooses the bits"
+        raise ConfigError(f"they {what}.", where="--bits and --size", remedy="Give one of them.")
+    if average is None and size is None:
+        if search_minutes is not None or search_dir is not None:
+            raise ConfigError(
+                "nothing is searched without a budget.",
+                where="--search-minutes and --search-dir",
+                remedy="Give --size, or --bits with a decimal point.",
+            )
+        return {}
+    if scheme is not None:
+        flag = "--size" if average is None else "--bits"
+        raise ConfigError(
+            f"the scheme {scheme} sets the bits of every linear, {flag} chooses them.",
+            where=f"--scheme and {flag}",
+            remedy="Give one of them.",
+        )
+    return {
+        "bits": average,
+        "size": parse_bytes(size, "--size"),
+        **({} if search_minutes is None else {"search_minutes": search_minutes}),
+        **({} if search_dir is None else {"search_dir": search_dir}),
+    }
+
+
 def recipe_flags(
     *,
     recipe: str | None,
     method: str | None,
     scheme: str | None,
-    bits: int | None,
+    bits: int | float | None,
     group_size: int | None,
     sym: bool,
     asym: bool,
@@ -81,7 +154,7 @@ def recipe_flags(
         recipe: Of ``--recipe``.
         method: Of ``--method``.
         scheme: Of ``--scheme``.
-        bits: Of ``--bits``.
+        bits: What `parse_bits` gave; an average is no part of a recipe.
         group_size: Of ``--group-size``; -1 is the whole row.
         sym: Of ``--sym``.
         asym: Of ``--asym``.
@@ -94,6 +167,7 @@ def recipe_flags(
     """
     if sym and asym:
         raise ConfigError("they contradict each other.", where="--sym and --asym")
+    bits = bits if isinstance(bits, int) else None
     if bits is not None and not 2 <= bits <= 8:
         raise ConfigError(f"{bits} is not from 2 to 8.", where="--bits")
     if scheme is not None and bits is not None and parse_scheme(scheme).bits != bits:

@@ -47,7 +47,27 @@ Scheme = Annotated[
     typer.Option("--scheme", help="W2A16 … W8A16.", rich_help_panel=_RECIPE),
 ]
 Bits = Annotated[
-    int | None, typer.Option("--bits", help="Bits of a weight, 2 to 8.", rich_help_panel=_RECIPE)
+    str | None,
+    typer.Option(
+        "--bits",
+        help="4: bits of every code, 2 to 8. 3.5 or 4.0: budget of real bits a weight, scales "
+        "counted, spent where they matter.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+BudgetBits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits", help="Budget: average real bits of the linears, such as 3.5, scales counted."
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        help="Budget: bytes of the weight files, such as 90MB, spent where they matter.",
+        rich_help_panel=_RECIPE,
+    ),
 ]
 GroupSize = Annotated[
     int | None,
@@ -131,6 +151,23 @@ ActivationBudget = Annotated[
     typer.Option(
         "--activation-budget",
         help="Memory for calibration activations, such as 4GiB; the rest goes to disk.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+SearchMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--search-minutes",
+        min=0,
+        help="What measuring where bits matter may take; default: 30.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+SearchDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--search-dir",
+        help="Where its findings are kept for every later budget; default: the user's cache.",
         rich_help_panel=_MACHINE,
     ),
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,8 +23,11 @@ from pocketlm.cli.options import (
     Revision,
     Samples,
     Scheme,
+    SearchDir,
+    SearchMinutes,
     Seed,
     SeqLen,
+    Size,
     Source,
     Sym,
     Target,
@@ -35,6 +39,7 @@ from pocketlm.cli.units import parse_bytes
 from pocketlm.report.words import bytes_text, seconds_text
 
 if TYPE_CHECKING:
+    from pocketlm.core.spec import Recipe
     from pocketlm.engine.plan import Plan
 
 
@@ -44,6 +49,7 @@ def run(
     method: Method = None,
     scheme: Scheme = None,
     bits: Bits = None,
+    size: Size = None,
     group_size: GroupSize = None,
     sym: Sym = False,
     asym: Asym = False,
@@ -57,43 +63,77 @@ def run(
     dtype: Dtype = None,
     threads: Threads = None,
     activation_budget: ActivationBudget = None,
+    search_minutes: SearchMinutes = None,
+    search_dir: SearchDir = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
     """Predict bytes, memory, disk and time, and refuse what cannot work.
 
+    With --bits 3.5 or --size 90MB it searches first, unless an earlier search is kept.
+
     Example: [bold]pocketlm plan Qwen/Qwen3-8B --scheme W4A16[/bold]
     """
     flags.check_machine(device, dtype, target)
+    width = flags.parse_bits(bits)
+    budget = flags.budget_flags(
+        bits=width,
+        size=size,
+        scheme=scheme,
+        search_minutes=search_minutes,
+        search_dir=search_dir,
+    )
     wanted = flags.recipe_flags(
         recipe=recipe,
         method=method,
         scheme=scheme,
-        bits=bits,
+        bits=width,
         group_size=group_size,
         sym=sym,
         asym=asym,
     )
     from pocketlm import api
 
-    plan = api.plan(
-        source,
-        api.build_recipe(**wanted),
-        ignore=tuple(ignore or ()),
-        target=target,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        activation_budget_bytes=parse_bytes(activation_budget, "--activation-budget"),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    settings: dict[str, Any] = {
+        "ignore": tuple(ignore or ()),
+        "target": target,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "activation_budget_bytes": parse_bytes(activation_budget, "--activation-budget"),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        **budget,
+    }
+    plan = planned(source, api.build_recipe(**wanted), settings, quiet=False, log_file=None)
     return Answer(plan, lambda console: draw_plan(console, plan))
+
+
+def planned(
+    source: str, recipe: Recipe, settings: dict[str, Any], *, quiet: bool, log_file: Path | None
+) -> Plan:
+    """A plan; with a budget it draws the progress of the search that the plan needs.
+
+    Args:
+        source: A model.
+        recipe: What is asked for.
+        settings: Keyword arguments of `api.plan`.
+        quiet: Draw nothing.
+        log_file: Each event is appended here.
+    """
+    from pocketlm import api
+
+    if settings.get("bits") is None and settings.get("size") is None:
+        return api.plan(source, recipe, **settings)
+    from pocketlm.cli.progress import progress
+
+    with progress(quiet=quiet, log_file=log_file) as on_event:
+        return api.plan(source, recipe, on_event=on_event, **settings)
 
 
 def draw_plan(console: Console, plan: Plan) -> None:
@@ -110,6 +150,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             "output": f"{bytes_text(plan.output_bytes)}, from {bytes_text(plan.source_bytes)}",
             "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
             f"{plan.blocks} blocks",
+            "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
             "calibration": _calibration(plan),
             "peak RAM": bytes_text(plan.peak_ram_bytes),
             "peak VRAM": bytes_text(plan.peak_vram_bytes) if plan.peak_vram_bytes else "none",

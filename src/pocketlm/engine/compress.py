@@ -108,7 +108,7 @@ def run_job(
     job = replace(
         job,
         fingerprint=fingerprint(model, job, grids, windows),
-        warnings=() if windows is None else windows.notes,
+        warnings=(*job.warnings, *(() if windows is None else windows.notes)),
     )
     ledger = finished_ledger(job.output)
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)

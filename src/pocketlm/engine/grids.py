@@ -91,6 +91,13 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
         )
 
 
+def grid_text(spec: QuantSpec) -> str:
+    """A grid in words, such as ``4 bits, symmetric, groups of 64``."""
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    groups = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
+    return f"{spec.bits} bits, {kind}, {groups}"
+
+
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
     """The 16-bit dtype of a linear's scales: bfloat16 beside bfloat16 weights, else float16."""
     return torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float16

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pocketlm.core.errors import BudgetError
 from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
 from pocketlm.engine.duration import stage_seconds
-from pocketlm.engine.grids import Grids, scale_dtype_for
+from pocketlm.engine.grids import Grids, grid_text, scale_dtype_for
 from pocketlm.engine.machine import (
     available_ram_bytes,
     resident_bytes,
@@ -43,6 +44,7 @@ class Plan(BaseModel):
         device: Where blocks compute.
         blocks: Decoder blocks.
         linears: Linears that are compressed.
+        grids: Grid in words → how many of them have it.
         source_bytes: Of the source's tensors.
         output_bytes: Of the artifact's tensors.
         bits_per_weight: Real bits of the compressed linears.
@@ -68,6 +70,7 @@ class Plan(BaseModel):
     device: str
     blocks: int
     linears: int
+    grids: dict[str, int]
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
@@ -99,7 +102,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     """
     shapes = {name: shape for name, shape in model.linear_shapes().items() if name in grids.specs}
     tokens = samples * seq_len if job.needs_data else 0
-    sizes = _sizes(model, job, grids)
+    sizes = stored_sizes(model, grids, job.dtype)
     stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes["source"])
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
@@ -115,6 +118,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         device=str(model.device),
         blocks=len(model.block_paths),
         linears=len(shapes),
+        grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
         bits_per_weight=linear_bits / sum(math.prod(shape) for shape in shapes.values()),
@@ -169,8 +173,17 @@ def refuse_impossible(plan: Plan, output: Path, device: torch.device) -> None:
         )
 
 
-def _sizes(model: ModelView, job: Job, grids: Grids) -> dict[str, int]:
-    """Bytes of the source, of the artifact and of the compressed blocks in it."""
+def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> dict[str, int]:
+    """Bytes of tensors, everything counted.
+
+    Args:
+        model: The source.
+        grids: The fitted grids.
+        dtype: Of the tensors that are kept; None: as in the source.
+
+    Returns:
+        "source", "output" (the artifact) and "blocks" (the compressed linears in it).
+    """
     section = format_for(grids.format_name)
     shapes = model.linear_shapes()
     totals = {"source": 0, "output": 0, "blocks": 0}
@@ -184,8 +197,8 @@ def _sizes(model: ModelView, job: Job, grids: Grids) -> dict[str, int]:
             stored = section.stored_bytes(grids.specs[module], shapes[module], scale)
             totals["blocks"] += stored
             totals["output"] += stored
-        elif job.dtype is not None and info.dtype.is_floating_point:
-            totals["output"] += math.prod(info.shape) * element_bytes(job.dtype)
+        elif dtype is not None and info.dtype.is_floating_point:
+            totals["output"] += math.prod(info.shape) * element_bytes(dtype)
         else:
             totals["output"] += info.bytes_stored
     return totals

@@ -18,6 +18,7 @@ from pocketlm.core.spec import QuantSpec, Strict
 
 # Linears that vLLM runs as one: they need one grid. By the last part of the module path.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERT = re.compile(r"(.*?\bexperts)\.\d+\.")
 
 
 class Capability(Strict):
@@ -80,6 +81,30 @@ def capability(target: str) -> Capability:
             f"unknown target '{target}'.", where="--target", remedy=nearest(target, known)
         )
     return known[target]
+
+
+def unit_of(module: str, target: str) -> str:
+    """The name of what a linear shares its grid with: linears of one unit must have one grid.
+
+    Args:
+        module: Module path of a linear.
+        target: Name of the engine.
+
+    Returns:
+        The path of the layer's experts, of the layer that the target fuses, or its own.
+
+    Raises:
+        ConfigError: If the target is unknown.
+    """
+    expert = _EXPERT.match(module)
+    if expert:
+        return expert[1]
+    parent, _, leaf = module.rpartition(".")
+    if capability(target).fused_share_one_grid:
+        for fused in FUSED:
+            if leaf in fused:
+                return f"{parent}.{'+'.join(fused)}"
+    return module
 
 
 def check_layer(
@@ -169,7 +194,7 @@ def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: 
                 )
     experts: dict[str, list[str]] = defaultdict(list)
     for module in grids:
-        found = re.match(r"(.*?\bexperts)\.\d+\.", module)
+        found = _EXPERT.match(module)
         if found:
             experts[found[1]].append(module)
     for members in experts.values():

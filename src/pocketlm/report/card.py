@@ -16,6 +16,7 @@ import yaml
 
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.engine.grids import grid_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData
@@ -109,13 +110,6 @@ def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
         for name, entry in ledger.tensors.items()
         if entry.spec is not None
     }
-
-
-def grid_text(spec: QuantSpec) -> str:
-    """A grid in words, such as ``4 bits, symmetric, groups of 64``."""
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    groups = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
-    return f"{spec.bits} bits, {kind}, {groups}"
 
 
 def _scheme(ledger: Ledger) -> str:

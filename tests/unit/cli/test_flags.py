@@ -66,6 +66,13 @@ def test_a_dry_run_only_plans(api, cli, capsys, tmp_path):
         (("--scheme", "W4A16", "--bits", "3"), "--scheme and --bits"),
         (("--scheme", "W4A17"), "--scheme"),
         (("--bits", "9"), "--bits"),
+        (("--bits", "four"), "--bits"),
+        (("--bits", "3.5", "--size", "90MB"), "--bits and --size"),
+        (("--bits", "4", "--size", "90MB"), "--bits and --size"),
+        (("--scheme", "W4A16", "--bits", "3.5"), "--scheme and --bits"),
+        (("--scheme", "W4A16", "--size", "90MB"), "--scheme and --size"),
+        (("--size", "small"), "--size"),
+        (("--search-minutes", "5"), "--search-minutes and --search-dir"),
         (("--group-size", "3"), "--group-size"),
         (("--device", "gpu"), "--device"),
         (("--dtype", "bf16"), "--dtype"),
@@ -79,6 +86,29 @@ def test_contradictions_and_unknown_values(api, cli, capsys, tmp_path, flags, pl
     assert f"error: {place}: " in capsys.readouterr().err
     assert api.calls == {}
     assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_number_of_bits_is_a_width_and_a_decimal_a_budget(api, cli, tmp_path):
+    cli("compress", "model", "-o", tmp_path / "out", "--bits", "3")
+    assert api.calls["build_recipe"][1]["bits"] == 3
+    assert "bits" not in api.calls["compress"][1]
+    cli("compress", "model", "-o", tmp_path / "out", "--bits", "4.0", "--search-minutes", "5")
+    assert api.calls["build_recipe"][1]["bits"] is None
+    options = api.calls["compress"][1]
+    assert (options["bits"], options["size"], options["search_minutes"]) == (4.0, None, 5)
+    cli("plan", "model", "--size", "90MB", "--search-dir", tmp_path)
+    options = api.calls["plan"][1]
+    assert (options["bits"], options["size"]) == (None, 90_000_000)
+    assert options["search_dir"] == tmp_path
+    assert callable(options["on_event"])
+
+
+def test_a_search_takes_a_whole_number_as_a_budget(api, cli):
+    cli("search", "model", "--bits", "4")
+    assert api.calls["search"][1]["bits"] == 4.0
+    cli("search", "model", "--search-minutes", "5")
+    assert api.calls["search"][1]["search_minutes"] == 5
+    assert "bits" not in api.calls["search"][1]
 
 
 def test_an_unknown_value_offers_the_nearest(cli, capsys, tmp_path):

@@ -1,0 +1,162 @@
+"""The whole of one search: units, errors, divergences, the table, the choice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketlm.calibration.windows import Windows
+from pocketlm.core.errors import UnsupportedLayer
+from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.core.views import ModelView
+from pocketlm.engine.events import EventLog, Listener
+from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.search.allocate import allocate
+from pocketlm.search.budget import Budget, room, spent
+from pocketlm.search.choices import Choices, findings
+from pocketlm.search.measure import Measurer
+from pocketlm.search.quick import STEPS
+from pocketlm.search.results import SearchResult
+from pocketlm.search.rewrite import with_grids
+from pocketlm.search.store import Store
+from pocketlm.search.table import filled, undominated
+from pocketlm.search.units import Unit, choice_units, default_candidates
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is searched for.
+
+    Attributes:
+        recipe: Its steps, group size and overrides are taken over.
+        target: Engine that must load the result.
+        budget: None for the frontier alone.
+        candidates: Grids to choose from; None for the recipe's at 2, 3, 4, 5, 6 and 8 bits.
+        dtype: Of the tensors that are kept; None: as in the source.
+        limit_seconds: What measuring KL may take.
+    """
+
+    recipe: Recipe
+    target: str
+    budget: Budget | None
+    candidates: tuple[QuantSpec, ...] | None
+    dtype: torch.dtype | None
+    limit_seconds: float
+
+
+def run_search(
+    model: ModelView,
+    windows: Windows,
+    question: Question,
+    root: Path,
+    listener: Listener | None = None,
+) -> SearchResult:
+    """Measures what is not known yet, and chooses.
+
+    Args:
+        model: The original; best in float32, so that rounding does not hide small damages.
+        windows: One batch of text.
+        question: What is searched for.
+        root: Where findings are kept.
+        listener: Called with each event.
+
+    Returns:
+        What was found, with the recipe where there is a budget.
+
+    Raises:
+        BudgetError: If the budget is below what is possible; before anything is measured.
+        UnsupportedLayer: If the target can load none of the candidates.
+        ConfigError: If the recipe leaves nothing to choose.
+        NumericError: If the model's logits are not finite.
+    """
+    started = time.monotonic()
+    log = EventLog(None, listener)
+    candidates = question.candidates or default_candidates(question.recipe)
+    grids = _any_grids(model, question, candidates)
+    units = choice_units(model, question.recipe, grids, candidates, question.target)
+    before = spent(model, grids, units, question.dtype)
+    if question.budget is not None:
+        room(question.budget, units, before)
+    store = Store(root, _context(model, windows))
+    measurer = Measurer(model, windows, store, log)
+    errors = measurer.errors(units)
+    kept = [undominated(unit, row) for unit, row in zip(units, errors, strict=True)]
+    errors = [[row[c] for c in some] for row, some in zip(errors, kept, strict=True)]
+    units = [
+        replace(unit, candidates=tuple(unit.candidates[c] for c in some))
+        for unit, some in zip(units, kept, strict=True)
+    ]
+    measured = measurer.damages(units, errors, question.limit_seconds)
+    damages = filled(units, errors, measured)
+    choices = Choices(grids, units, damages, before)
+    chosen = None
+    if question.budget is not None:
+        chosen = allocate(damages, *room(question.budget, units, before))
+    notes = [*windows.notes, *measurer.notes]
+    for note in notes:
+        log.emit("warning", note, where="search")
+    return SearchResult(
+        recipe=None if chosen is None else _recipe(model, question.recipe, grids, units, chosen),
+        chosen=None if chosen is None else choices.point("allocated", chosen),
+        frontier=choices.frontier(),
+        uniform=choices.uniform(),
+        units=findings(units, errors, damages, measured, chosen),
+        notes=notes,
+        calibration=_text(windows),
+        table=str(store.directory),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantSpec]) -> Grids:
+    """What is compressed and in which format, by the first candidate that the target takes."""
+    refusal: UnsupportedLayer | None = None
+    for spec in candidates:
+        recipe = question.recipe.model_copy(update={"weights": spec})
+        try:
+            return choose_grids(
+                model.linear_shapes(), model.stores_transposed, recipe, question.target
+            )
+        except UnsupportedLayer as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
+    return {
+        "source": model.source.fingerprint(),
+        "windows": windows.sha256,
+        "quick": [step.model_dump(mode="json") for step in STEPS],
+        "compute_dtype": str(model.compute_dtype),
+        "device": model.device.type,
+    }
+
+
+def _text(windows: Windows) -> str:
+    samples, seq_len = windows.tokens_NT.shape
+    return (
+        f"{samples} windows of {seq_len} tokens of {windows.text_name} "
+        f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
+    )
+
+
+def _recipe(
+    model: ModelView, recipe: Recipe, grids: Grids, units: Sequence[Unit], chosen: Sequence[int]
+) -> Recipe:
+    asked: Mapping[str, QuantSpec] = {
+        name: unit.candidates[c].spec
+        for unit, c in zip(units, chosen, strict=True)
+        for name in unit.linears
+    }
+    wanted: dict[str, QuantSpec] = {}
+    for name in grids.specs:
+        spec = asked.get(name) or recipe.spec_for(name)
+        assert spec is not None
+        wanted[name] = spec
+    return with_grids(recipe, wanted, model.linear_shapes(), model.block_paths)
