@@ -61,6 +61,13 @@ class PackedInt:
         return self.codes_OI.shape[1] // self.scale_OG.shape[1]
 
     @property
+    def spec(self) -> QuantSpec:
+        """The grid."""
+        group_size = None if self.scale_OG.shape[1] == 1 else self.group_size
+        symmetric = self.zero_OG is None
+        return QuantSpec(bits=self.bits, symmetric=symmetric, group_size=group_size)
+
+    @property
     def is_finite(self) -> bool:
         """Whether every scale is a number."""
         return bool(torch.isfinite(self.scale_OG).all())
@@ -125,8 +132,8 @@ class PackedFloat:
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows of the weight, [stop - start, I], without decoding the others."""
-        stop = min(stop, self.codes_OI.shape[0])
-        return decode_rows(self.codes_OI[start:stop], start, self.scale, self.spec, dtype)
+        codes_oI = self.codes_OI[start:stop]
+        return decode_rows(codes_oI, start, self.scale, self.spec, dtype, self.shape[0])
 
     def to(self, device: torch.device | str) -> PackedFloat:
         """The same weight on a device."""
@@ -140,7 +147,12 @@ class PackedFloat:
 
 
 def decode_rows(
-    codes_oI: Tensor, start: int, scale: Scale, spec: QuantSpec, dtype: torch.dtype
+    codes_oI: Tensor,
+    start: int,
+    scale: Scale,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    rows_in_all: int,
 ) -> Tensor:
     """Rows of a weight from their codes.
 
@@ -150,13 +162,14 @@ def decode_rows(
         scale: The scales of the whole weight.
         spec: Number format and tiles.
         dtype: Of the result.
+        rows_in_all: O.
 
     Returns:
         The rows [o, I].
     """
     work = torch.promote_types(dtype, torch.float32)
     rows, columns = codes_oI.shape
-    height = spec.group_rows or max(1, start + rows)
+    height = spec.group_rows or rows_in_all
     first, last = start // height, -(-(start + rows) // height)
     scale_oG = scale.rows(first, last).to(work)
     if height > 1:

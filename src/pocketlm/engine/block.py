@@ -22,7 +22,7 @@ from pocketlm.core.measure import relative_error
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import LinearState, LinearStep, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
 from pocketlm.core.views import BlockRun, BlockView, Group, LinearView, Pause
 from pocketlm.engine.grids import scale_dtype_for
 
@@ -40,7 +40,7 @@ class Compressed:
     """
 
     view: LinearView
-    packed: PackedInt
+    packed: Packed
     spec: QuantSpec
     error: float
     notes: tuple[tuple[str, str], ...]
@@ -121,8 +121,9 @@ def compress_block(
         if not chosen:
             continue
         stats = _gather(group, chosen[0].in_features, steps, batches, device)
+        shared = _shared_absmax(chosen, specs)
         for view in chosen:
-            results.append(_compress(view, steps, specs[view.name], stats))
+            results.append(_compress(view, steps, specs[view.name], stats, shared))
     if batches is not None:
         batches.finish()
     return results
@@ -147,15 +148,26 @@ def _gather(
     return Statistics(*stats)
 
 
+def _shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -> float | None:
+    """The largest weight of linears that share a constant of the tensor (NVFP4), if any do."""
+    sharing = [view for view in views if specs[view.name].scale == "e4m3"]
+    return max((float(view.weight_OI().abs().amax()) for view in sharing), default=None)
+
+
 def _compress(
-    view: LinearView, steps: Sequence[LinearStep], spec: QuantSpec, stats: Statistics
+    view: LinearView,
+    steps: Sequence[LinearStep],
+    spec: QuantSpec,
+    stats: Statistics,
+    shared_absmax: float | None,
 ) -> Compressed:
     reference_OI = view.weight_OI()
-    state = LinearState(view.name, reference_OI, spec, scale_dtype_for(view.dtype))
+    scale_dtype = scale_dtype_for(view.dtype)
+    state = LinearState(view.name, reference_OI, spec, scale_dtype, shared_absmax=shared_absmax)
     for step in steps:
         state = step.compress(state, stats)
     packed = state.current
-    if not isinstance(packed, PackedInt):
+    if not isinstance(packed, PackedInt | PackedFloat):
         raise UnsupportedLayer(
             "the recipe's last step left no quantized weight.",
             where=view.name,
@@ -167,10 +179,5 @@ def _compress(
         reference_OI, decoded_OI, None if hessian is None else hessian.matrix_II()
     )
     view.set_weight_OI(decoded_OI)
-    on_cpu = PackedInt(
-        packed.codes_OI.cpu(),
-        packed.scale_OG.cpu(),
-        None if packed.zero_OG is None else packed.zero_OG.cpu(),
-        packed.bits,
-    )
-    return Compressed(view, on_cpu, spec, error, tuple((n.kind, n.text) for n in state.notes))
+    notes = tuple((n.kind, n.text) for n in state.notes)
+    return Compressed(view, packed.to("cpu"), spec, error, notes)

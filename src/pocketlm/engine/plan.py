@@ -185,8 +185,8 @@ def _sizes(model: ModelView, job: Job, grids: Grids) -> dict[str, int]:
     return totals
 
 
-def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> float:
-    return grids.specs[name].bits_per_weight(shape[1]) * math.prod(shape)
+def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
+    return grids.specs[name].stored_bits(shape)
 
 
 def _seconds(

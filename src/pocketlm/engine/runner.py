@@ -133,7 +133,7 @@ class Runner:
         with self._model.block(index) as block:
             for name, view in block.linears.items():
                 if name in self._grids.specs:
-                    packed = self._format.decode(tensors, name, self._grids.specs[name].bits)
+                    packed = self._format.decode(tensors, name, self._grids.specs[name])
                     view.set_weight_OI(packed.dequantize().to(self._model.device))
             for batch, call in enumerate(self._calls):
                 hidden_BTD = store.get(batch).to(self._model.device)
