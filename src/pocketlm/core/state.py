@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.stats import Stat
-from pocketlm.core.tensors import PackedInt, WeightTensor
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
 S = TypeVar("S", bound=Stat)
 
@@ -38,10 +38,12 @@ class LinearState:
     Attributes:
         name: Module path.
         reference_OI: What every step approximates, float32 [O, I]: the original, after folds.
-        spec: The grid the recipe asks for, fitted to these columns.
-        scale_dtype: The dtype in which scales are stored.
+        spec: The number format the recipe asks for, its groups fitted to these columns.
+        scale_dtype: The dtype in which scales are stored, where they are plain floats.
         current: The compressed weight so far; None before the first step.
         notes: What the steps have to tell, oldest first.
+        shared_absmax: The largest magnitude among the linears that share one constant of the
+            tensor (NVFP4: engines fuse those that read one value); None: this one's own.
     """
 
     name: str
@@ -50,14 +52,19 @@ class LinearState:
     scale_dtype: torch.dtype
     current: WeightTensor | None = None
     notes: tuple[Note, ...] = ()
+    shared_absmax: float | None = None
 
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""
         return replace(self, current=current, notes=(*self.notes, *notes))
 
-    def grid(self) -> PackedInt | None:
+    def grid(self) -> Packed | None:
         """The grid an earlier step chose, if it is of the asked spec; its codes are advisory."""
         current = self.current
+        if isinstance(current, PackedFloat):
+            return current if current.spec == self.spec else None
+        if self.spec.type != "int":
+            return None
         if not isinstance(current, PackedInt) or current.bits != self.spec.bits:
             return None
         same_group = current.group_size == (self.spec.group_size or self.reference_OI.shape[1])

@@ -29,7 +29,7 @@ from pocketlm.core.state import (
     Step,
 )
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
 from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
 from pocketlm.engine.folding import fold_groups
@@ -50,7 +50,7 @@ class Compressed:
     """
 
     view: LinearView
-    packed: PackedInt
+    packed: Packed
     spec: QuantSpec
     error: float
     notes: tuple[Note, ...]
@@ -144,7 +144,12 @@ def compress_block(
             results = _linear_pass(block, one.steps, specs, batches, device, results, notes, tell)
         else:
             assert batches is not None
-            states = {v.name: _state(v, specs, results, notes) for v in _chosen(block, specs)}
+            states = {
+                view.name: _state(view, specs, results, notes, shared)
+                for views in _chosen(block, specs)
+                for shared in (shared_absmax(views, specs),)
+                for view in views
+            }
             task = Task(block, states, batches, device, seed, tell)
             step: BlockStep = one.steps[0]
             after = step.compress(task)
@@ -162,9 +167,10 @@ def _within(
     return lambda done, steps, loss=None: report((place + done / steps) / total, loss)
 
 
-def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[LinearView]:
+def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[list[LinearView]]:
+    """The linears that have a grid, by group."""
     return [
-        block.linears[name] for group in block.groups for name in group.linears if name in specs
+        [block.linears[name] for name in group.linears if name in specs] for group in block.groups
     ]
 
 
@@ -192,8 +198,9 @@ def _linear_pass(
         if not chosen:
             continue
         stats = _gather(group, chosen[0].in_features, steps, sweep, exchange, device)
+        shared = shared_absmax(chosen, specs)
         for view in chosen:
-            state = _state(view, specs, earlier, notes)
+            state = _state(view, specs, earlier, notes, shared)
             for step in steps:
                 state = step.compress(state, stats)
             results[view.name] = _finish(view, state, stats.get(Hessian))
@@ -228,11 +235,18 @@ def _gather(
     return Statistics(*stats)
 
 
+def shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -> float | None:
+    """The largest weight of linears that share a constant of the tensor (NVFP4), if any do."""
+    sharing = [view for view in views if specs[view.name].scale == "e4m3"]
+    return max((float(view.weight_OI().abs().amax()) for view in sharing), default=None)
+
+
 def _state(
     view: LinearView,
     specs: Mapping[str, QuantSpec],
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
+    shared: float | None,
 ) -> LinearState:
     """A linear before a pass: its original weight after folds, and what earlier passes made."""
     reference_OI, spec = view.weight_OI(), specs[view.name]
@@ -240,15 +254,15 @@ def _state(
     done = earlier.get(view.name)
     if done is None:
         told = notes.get(view.name, ())
-        return LinearState(view.name, reference_OI, spec, scale_dtype, notes=told)
-    packed = _moved(done.packed, reference_OI.device)
-    return LinearState(view.name, reference_OI, spec, scale_dtype, packed, done.notes)
+        return LinearState(view.name, reference_OI, spec, scale_dtype, None, told, shared)
+    packed = done.packed.to(reference_OI.device)
+    return LinearState(view.name, reference_OI, spec, scale_dtype, packed, done.notes, shared)
 
 
 def _finish(view: LinearView, state: LinearState, hessian: Hessian | None) -> Compressed:
     """What a pass leaves of a linear; the block goes on with the weight as decoded from it."""
     packed = state.current
-    if not isinstance(packed, PackedInt):
+    if not isinstance(packed, PackedInt | PackedFloat):
         raise UnsupportedLayer(
             "the recipe's last step left no quantized weight.",
             where=view.name,
@@ -260,14 +274,4 @@ def _finish(view: LinearView, state: LinearState, hessian: Hessian | None) -> Co
         view.weight_OI(), decoded_OI, None if hessian is None else hessian.matrix_II()
     )
     view.set_weight_OI(decoded_OI)
-    on_cpu = _moved(packed, torch.device("cpu"))
-    return Compressed(view, on_cpu, state.spec, error, state.notes)
-
-
-def _moved(packed: PackedInt, device: torch.device) -> PackedInt:
-    return PackedInt(
-        packed.codes_OI.to(device),
-        packed.scale_OG.to(device),
-        None if packed.zero_OG is None else packed.zero_OG.to(device),
-        packed.bits,
-    )
+    return Compressed(view, packed.to("cpu"), state.spec, error, state.notes)

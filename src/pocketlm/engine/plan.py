@@ -204,8 +204,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
     return totals
 
 
-def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> float:
-    return grids.specs[name].bits_per_weight(shape[1]) * math.prod(shape)
+def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
+    return grids.specs[name].stored_bits(shape)
 
 
 def _working_bytes(

@@ -176,7 +176,7 @@ class Runner:
                 block.set_tensor(name, tensors[name])
         for name, view in block.linears.items():
             if name in self._grids.specs:
-                packed = self._format.decode(tensors, name, self._grids.specs[name].bits)
+                packed = self._format.decode(tensors, name, self._grids.specs[name])
                 view.set_weight_OI(packed.dequantize().to(self._model.device))
 
     # --- blocks ---

@@ -24,7 +24,7 @@ from torch import Tensor
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.quant.grid import grouped, minmax_grid, round_to_grid, searched_grid
+from pocketlm.quant.grid import grouped, minmax_grid, round_to_grid, searched_grid, ungrouped
 
 
 class Awq(Strict):
@@ -91,9 +91,10 @@ def _column_size(linears: Sequence[LinearState]) -> Tensor:
     """The mean over rows of |w| over its group's largest |w| [I]; never zero."""
     sizes = []
     for state in linears:
-        weight_OGi = grouped(state.reference_OI, state.spec).abs()
-        largest_OG1 = weight_OGi.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        sizes.append((weight_OGi / largest_OG1).view_as(state.reference_OI))
+        weight_RGn = grouped(state.reference_OI, state.spec).abs()
+        largest_RG1 = weight_RGn.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        shape = (state.reference_OI.shape[0], state.reference_OI.shape[1])
+        sizes.append(ungrouped(weight_RGn / largest_RG1, shape, state.spec))
     mean_I = torch.cat(sizes).mean(0)
     return mean_I.clamp(min=1e-4 * float(mean_I.max()) + torch.finfo(torch.float32).tiny)
 

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Stat
@@ -29,8 +30,8 @@ from pocketlm.quant.grid import (
     better_of,
     grouped,
     minmax_grid,
+    renewed,
     round_to_grid,
-    smallest_scale,
 )
 
 
@@ -55,8 +56,18 @@ class Hqq(Strict):
     growth: float = Field(1.01, ge=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear, rounded to the nearest code of the grid found."""
+        """The linear, rounded to the nearest code of the grid found.
+
+        Raises:
+            UnsupportedLayer: If the number format is no integer: others have scales by rule.
+        """
         weight_OI, spec = state.reference_OI, state.spec
+        if spec.type != "int":
+            raise UnsupportedLayer(
+                "hqq finds grids of integers only.",
+                where=state.name,
+                remedy="Use rtn, clip or gptq for this number format.",
+            )
         best = minmax_grid(weight_OI, spec, state.scale_dtype)
         best_OG = self._error(weight_OI, best, state)
         for flip in (False, True) if spec.symmetric else (False,):
@@ -88,9 +99,7 @@ class Hqq(Strict):
             zero_OG = moved_OG.clamp(spec.code_min, spec.code_max).to(zero_OG.dtype)
         power_OG = codes_OGi.square().sum(-1)
         ratio_OG = (target_OGi * codes_OGi).sum(-1) / power_OG
-        scale_OG = (scale_OG1[:, :, 0] * ratio_OG).to(state.scale_dtype)
-        good_OG = torch.isfinite(scale_OG) & (scale_OG.abs() >= smallest_scale(state.scale_dtype))
-        return Grid(torch.where(good_OG, scale_OG, grid.scale_OG), zero_OG)
+        return renewed(Grid(grid.scale_OG, zero_OG), scale_OG1[:, :, 0] * ratio_OG, spec)
 
     def cost(self, rows: int, columns: int) -> Cost:
         """Passes over the weight, three of them a turn."""
