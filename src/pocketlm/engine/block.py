@@ -184,7 +184,7 @@ def _linear_pass(
     notes: Mapping[str, tuple[Note, ...]],
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
-    total = len(_chosen(block, specs))
+    total = sum(map(len, _chosen(block, specs)))
     results: dict[str, Compressed] = {}
     sweep = None if batches is None else batches.sweep()
 
