@@ -80,6 +80,37 @@ class Hessian(Stat):
         """The Hessian's diagonal [I]: how much each input weighs."""
         return self._sum_II.diagonal() * (2.0 / max(self.tokens, 1))
 
+    def shrunk_II(self, shrinkage: float = 0.0) -> Tensor:
+        """The Hessian with its diagonal raised in proportion: H + (a + I / T) diag(H), [I, I].
+
+        The share I / T makes up for few tokens. It is, up to a factor, the posterior mean of the
+        inputs' second moments after T tokens if I others had been seen before, of the same energies
+        and uncorrelated (shrinkage towards the diagonal: Ledoit and Wolf 2004; Schäfer and Strimmer
+        2005, target D). With T of about I the sample alone is worse than no sample at all.
+
+        Args:
+            shrinkage: a.
+        """
+        shrunk_II = self.matrix_II()
+        shrunk_II.diagonal().mul_(1 + shrinkage + self.columns / max(self.tokens, 1))
+        return shrunk_II
+
+    def effective_rank(self) -> float:
+        """In how many directions the inputs vary: I² / Σ_ij c_ij², c the inputs' correlations.
+
+        The participation ratio tr(C)² / tr(C²) of C = H scaled to a diagonal of ones: unscaled, a
+        few massive inputs hide all others. I for uncorrelated inputs, 1 where all go together;
+        columns without input do not count.
+        """
+        size_I = self._sum_II.diagonal().sqrt()
+        inverse_I = torch.where(size_I > 0, 1 / size_I, 0.0)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, self.columns, PANEL):
+            stop = min(start + PANEL, self.columns)
+            panel = self._sum_II[start:stop, :stop] * inverse_I[start:stop, None] * inverse_I[:stop]
+            total += 2 * panel[:, :start].square().sum() + panel[:, start:].square().sum()
+        return int((size_I > 0).sum()) ** 2 / max(float(total), 1.0)
+
     def inverse_factor(
         self, damping: float, order_I: Tensor | None, shrinkage: float = 0.0
     ) -> InverseFactor:
@@ -88,15 +119,14 @@ class Hessian(Stat):
         Args:
             damping: Share of the mean diagonal to add.
             order_I: The order of the columns by falling diagonal, or None as stored.
-            shrinkage: Share of each column's own diagonal to add.
+            shrinkage: Share of each column's own diagonal to add beside that for few tokens.
 
         Returns:
-            The factor of the reordered Hessian.
+            The factor of the reordered, shrunk Hessian.
         """
         key = (damping, shrinkage, order_I is not None)
         if key not in self._factors:
-            hessian_II = self.matrix_II()
-            hessian_II.diagonal().mul_(1 + shrinkage)
+            hessian_II = self.shrunk_II(shrinkage)
             if order_I is not None:
                 hessian_II = hessian_II[order_I][:, order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)

@@ -74,8 +74,7 @@ class Refine(Strict):
             return state.with_current(
                 current, Note("no_tokens", "refine had no calibration token.")
             )
-        hessian_II = hessian.matrix_II()
-        hessian_II.diagonal().mul_(1 + self.shrinkage)
+        hessian_II = hessian.shrunk_II(self.shrinkage)
         hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
         weight_OI = state.reference_OI
         for _ in range(self.rounds):

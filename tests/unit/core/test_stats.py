@@ -31,3 +31,49 @@ def test_factor_is_renewed_when_tokens_come() -> None:
     assert stat.inverse_factor(0.01, None) is before
     stat.add(torch.randn(50, 8, generator=torch.Generator().manual_seed(2)) * 3)
     assert not torch.equal(stat.inverse_factor(0.01, None).upper_II, before.upper_II)
+
+
+def gathered(x_TI: torch.Tensor) -> Hessian:
+    stat = Hessian(x_TI.shape[-1])
+    stat.add(x_TI)
+    return stat
+
+
+@pytest.mark.parametrize("panel", [5, 64])
+def test_effective_rank_counts_directions(monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    monkeypatch.setattr(stats, "PANEL", panel)
+    generator = torch.Generator().manual_seed(0)
+    free_TI = torch.randn(20_000, 32, generator=generator)
+    assert gathered(free_TI).effective_rank() == pytest.approx(32, rel=0.05)
+    massive_TI = free_TI * torch.logspace(0, 3, 32)
+    assert gathered(massive_TI).effective_rank() == pytest.approx(32, rel=0.05)
+    assert gathered(free_TI[:, :1].expand(-1, 32)).effective_rank() == pytest.approx(1)
+    pairs_TI = free_TI[:, :16].repeat(1, 2)
+    assert gathered(pairs_TI).effective_rank() == pytest.approx(16, rel=0.05)
+    dead_TI = free_TI.clone()
+    dead_TI[:, 8:] = 0
+    assert gathered(dead_TI).effective_rank() == pytest.approx(8, rel=0.05)
+    assert Hessian(32).effective_rank() == 0
+
+
+def test_effective_rank_is_that_of_the_eigenvalues() -> None:
+    generator = torch.Generator().manual_seed(3)
+    stat = gathered(
+        torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    )
+    hessian_II = stat.matrix_II().double()
+    size_I = hessian_II.diagonal().sqrt()
+    values_I = torch.linalg.eigvalsh(hessian_II / size_I / size_I[:, None])
+    expected = float(values_I.sum() ** 2 / values_I.square().sum())
+    assert stat.effective_rank() == pytest.approx(expected, rel=1e-4)
+
+
+def test_few_tokens_shrink_the_hessian_more() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for tokens, share in ((16, 2.0), (32, 1.0), (3200, 0.01)):
+        stat = gathered(torch.randn(tokens, 32, generator=generator))
+        full_II, shrunk_II = stat.matrix_II(), stat.shrunk_II(0.25)
+        off_II = ~torch.eye(32, dtype=torch.bool)
+        assert torch.equal(shrunk_II[off_II], full_II[off_II])
+        assert torch.allclose(shrunk_II.diagonal(), full_II.diagonal() * (1.25 + share))
+    assert torch.equal(Hessian(32).shrunk_II(), torch.zeros(32, 32))

@@ -92,7 +92,7 @@ def test_smoothquant_is_its_formula(
 def test_correction_is_the_least_squares_target(
     inputs_TI: Tensor, states: list[LinearState]
 ) -> None:
-    """W' minimises |W X0 - W' X|² when the damping is small and the strength 1."""
+    """W' minimises |W X0 - W' X|² + I / T · |(W' - W) diag(XXᵀ)^½|²: few tokens count less."""
     generator = torch.Generator().manual_seed(2)
     changed_TI = inputs_TI + 0.1 * torch.randn(TOKENS, COLUMNS, generator=generator) @ torch.randn(
         COLUMNS, COLUMNS, generator=generator
@@ -101,8 +101,10 @@ def test_correction_is_the_least_squares_target(
     hessian.add(changed_TI)
     drift.add(changed_TI, inputs_TI)
     state = Correct(strength=1.0, damping=1e-9).compress(states[0], Statistics(hessian, drift))
-    wanted_TO = inputs_TI @ states[0].reference_OI.T
-    expected_IO = torch.linalg.lstsq(changed_TI.double(), wanted_TO.double()).solution
+    prior_II = torch.diag((changed_TI.square().sum(0) * COLUMNS / TOKENS).sqrt())
+    rows = torch.cat([changed_TI, prior_II]).double()
+    wanted_TO = torch.cat([inputs_TI, prior_II]).double() @ states[0].reference_OI.T.double()
+    expected_IO = torch.linalg.lstsq(rows, wanted_TO).solution
     assert torch.allclose(state.reference_OI.double(), expected_IO.T, atol=2e-3)
     half = Correct(strength=0.5, damping=1e-9).compress(states[0], Statistics(hessian, drift))
     middle_OI = (states[0].reference_OI + state.reference_OI) / 2

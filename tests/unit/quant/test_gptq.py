@@ -23,7 +23,7 @@ ROWS, COLUMNS, GROUP = 12, 96, 32
 def hessian() -> Hessian:
     generator = torch.Generator().manual_seed(1)
     mixing_II = torch.randn(COLUMNS, COLUMNS, generator=generator)
-    x_TI = torch.randn(500, COLUMNS, generator=generator) @ mixing_II
+    x_TI = torch.randn(5000, COLUMNS, generator=generator) @ mixing_II
     stat = Hessian(COLUMNS)
     stat.add(x_TI)
     return stat
@@ -68,7 +68,7 @@ def test_blocked_sweep_is_the_elimination(
     factor = hessian.inverse_factor(0.01, order_I)
     level_OI = sweep(weight_OI, factor, grid, spec, order_I, block_columns)
     codes_OI = packed(level_OI, grid, spec).codes_OI
-    damped_II = hessian.matrix_II().clone()
+    damped_II = hessian.shrunk_II()
     damped_II.diagonal().add_(0.01 * damped_II.diagonal().mean())
     plain_I = torch.arange(COLUMNS) if order_I is None else order_I
     expected_OI = eliminated(weight_OI, damped_II, grid, spec, plain_I)
@@ -121,3 +121,25 @@ def test_scales_follow_their_columns() -> None:
     step_OG = grid.scale_OG.abs()
     off_OGi = grouped((decoded_OI - weight_OI).abs(), spec) / step_OG[:, :, None]
     assert off_OGi.median() < 1
+
+
+@pytest.mark.parametrize("tokens", [4, 48, 96])
+def test_few_tokens_do_no_harm(weight_OI: Tensor, tokens: int) -> None:
+    """Of inputs that vary in all directions, the sample alone would do worse than rounding."""
+    generator = torch.Generator().manual_seed(5)
+    mixing_II = torch.randn(4, COLUMNS, generator=generator)
+
+    def inputs(count: int) -> Tensor:
+        size_T1 = torch.randn(count, 1, generator=generator).exp()
+        shared_TI = torch.randn(count, 4, generator=generator) * size_T1 @ mixing_II
+        return shared_TI + 4 * torch.randn(count, COLUMNS, generator=generator)
+
+    few, many = Hessian(COLUMNS), Hessian(COLUMNS)
+    many.add(inputs(20_000))
+    few.add(inputs(tokens))
+    state = LinearState("x", weight_OI, QuantSpec(bits=3, group_size=GROUP), torch.float16)
+    errors = []
+    for step in (Gptq(shrinkage=0.0), Rtn()):
+        after = step.compress(state, Statistics(few)).current
+        errors.append(relative_error(weight_OI, after.dequantize(), many.matrix_II()))
+    assert errors[0] < errors[1]
