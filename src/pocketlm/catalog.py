@@ -19,6 +19,9 @@ METHODS: dict[str, str] = {
     "awq": "pocketlm.quant.awq:Awq",
     "smoothquant": "pocketlm.quant.smoothquant:Smoothquant",
     "correct": "pocketlm.quant.correct:Correct",
+    "autoround": "pocketlm.quant.autoround:Autoround",
+    "learned_clip": "pocketlm.quant.learned_clip:LearnedClip",
+    "lkd": "pocketlm.quant.lkd:Lkd",
 }
 
 

@@ -77,6 +77,7 @@ class Batches:
         original: The same of the original model; None where no step asks for it.
         held: How many batches may stand inside the block at once.
         device: Where the block computes.
+        activation_bytes: Memory that a block step may keep inputs and targets in.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Batches:
         original: ActivationStore | None,
         held: int,
         device: torch.device,
+        activation_bytes: int = 0,
     ) -> None:
-        self.count, self.calls = len(calls), calls
+        self.count, self.calls, self.activation_bytes = len(calls), calls, activation_bytes
         self.store, self.original, self.device = store, original, device
         self._block, self._held = block, held
         if original is not None:

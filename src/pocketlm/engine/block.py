@@ -141,7 +141,11 @@ def compress_block(
             folded.update(tensors)
             notes.update(remarks)
         elif one.kind == "linear":
-            results = _linear_pass(block, one.steps, specs, batches, device, results, notes, tell)
+            sweep = None if batches is None else batches.sweep()
+            results = _linear_pass(block, one.steps, specs, sweep, device, results, notes, tell)
+            if sweep is not None and one is todo[-1]:
+                sweep.finish()
+            del sweep  # the next pass starts from the block's inputs, and with free memory
         else:
             assert batches is not None
             states = {
@@ -154,7 +158,7 @@ def compress_block(
             step: BlockStep = one.steps[0]
             after = step.compress(task)
             results = {name: _finish(block.linears[name], after[name], None) for name in states}
-    if batches is not None and todo[-1].kind != "linear":  # a linear pass has run them itself
+    if batches is not None and todo[-1].kind != "linear":  # a sweep has run them itself
         for batch, call in enumerate(batches.calls):
             batches.store.put(batch, block.forward(batches.store.get(batch).to(device), call))
     return BlockResult(list(results.values()), folded)
@@ -178,7 +182,7 @@ def _linear_pass(
     block: BlockView,
     steps: Sequence[LinearStep],
     specs: Mapping[str, QuantSpec],
-    batches: Batches | None,
+    sweep: Sweep | None,
     device: torch.device,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
@@ -186,7 +190,6 @@ def _linear_pass(
 ) -> dict[str, Compressed]:
     total = sum(map(len, _chosen(block, specs)))
     results: dict[str, Compressed] = {}
-    sweep = None if batches is None else batches.sweep()
 
     def exchange(original: bool) -> None:
         for done in results.values():
@@ -205,8 +208,6 @@ def _linear_pass(
                 state = step.compress(state, stats)
             results[view.name] = _finish(view, state, stats.get(Hessian))
             tell(len(results), total, None)
-    if sweep is not None:
-        sweep.finish()
     return results
 
 

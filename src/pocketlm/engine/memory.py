@@ -5,6 +5,9 @@ Legend: B sequences, T tokens, D hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from pocketlm.core.state import Step
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.formats.safetensors_header import element_bytes
 
@@ -33,6 +36,32 @@ def run_bytes(widths: list[tuple[int, int]], hidden: int, tokens: int, element: 
     """
     widest = max(rows + columns for rows, columns in widths)
     return tokens * (2 * hidden + widest) * element
+
+
+def learning_bytes(
+    model: ModelView, steps: Sequence[Step], shapes: Mapping[str, tuple[int, int]], tokens: int
+) -> int:
+    """Bytes that block steps hold for the largest block: what they learn, and a batch's graph.
+
+    Args:
+        model: The model.
+        steps: Of the recipe.
+        shapes: (O, I) of every compressed linear, by module path.
+        tokens: Of one batch.
+
+    Returns:
+        A count; 0 without a block step. The graph keeps each linear's input and output twice over.
+    """
+    learned = [step for step in steps if step.kind == "block"]
+    if not learned:
+        return 0
+    most = 0
+    for path in model.block_paths:
+        inside = [shape for name, shape in shapes.items() if name.startswith(path + ".")]
+        held = sum(max(step.cost(*shape).bytes_held for step in learned) for shape in inside)
+        graph = 2 * tokens * sum(rows + columns for rows, columns in inside)
+        most = max(most, held + graph * element_bytes(model.compute_dtype))
+    return most
 
 
 def held_runs(model: ModelView, block: BlockView, tokens: int, budget_bytes: int) -> int:

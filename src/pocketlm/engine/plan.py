@@ -25,7 +25,7 @@ from pocketlm.engine.machine import (
     resident_bytes,
     total_vram_bytes,
 )
-from pocketlm.engine.memory import hidden_bytes, hidden_width, run_bytes
+from pocketlm.engine.memory import hidden_bytes, hidden_width, learning_bytes, run_bytes
 from pocketlm.engine.options import Job
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
@@ -227,14 +227,17 @@ def _working_bytes(
     widest = max(
         9 * rows * columns
         + 4 * columns * columns * len({kind for step in steps for kind in step.needs})
-        + max(step.cost(rows, columns).bytes_held for step in steps)
+        + max((s.cost(rows, columns).bytes_held for s in steps if s.kind != "block"), default=0)
         for rows, columns in shapes.values()
     )
     if not tokens:
         return weights + widest
     each = run_bytes(list(shapes.values()), hidden_width(model), job.tokens_at_once, width)
     inside = max(each, min(job.activation_bytes, tokens // job.tokens_at_once * each))
-    return weights + widest + inside + each
+    learning = learning_bytes(model, steps, shapes, job.tokens_at_once)
+    if learning and model.device.type == "cuda":  # inputs and targets stay there
+        learning += min(job.activation_bytes, 2 * hidden_bytes(model, tokens))
+    return weights + max(widest + inside, learning) + each
 
 
 def _largest_chunk(model: ModelView) -> int:

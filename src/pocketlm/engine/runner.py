@@ -223,8 +223,10 @@ class Runner:
     def _block_batches(self, block: BlockView) -> Batches | None:
         if self._store is None:
             return None
-        held = held_runs(self._model, block, self._calls_tokens(), self._job.activation_bytes)
-        return Batches(block, self._calls, self._store, self._original, held, self._model.device)
+        budget = self._job.activation_bytes
+        held = held_runs(self._model, block, self._calls_tokens(), budget)
+        stores = (self._store, self._original)
+        return Batches(block, self._calls, *stores, held, self._model.device, budget)
 
     def _calls_tokens(self) -> int:
         assert self._windows is not None

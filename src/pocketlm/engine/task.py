@@ -35,15 +35,31 @@ class Task:
     ) -> None:
         self.states, self.batches, self.device = states, batches.count, device
         self._block, self._data, self._seed, self.report = block, batches, seed, report
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._spare_bytes = batches.activation_bytes
 
     def inputs(self, batch: int) -> Tensor:
         """The block's input [B, T, D] as the compressed model so far gives it."""
-        return self._data.store.get(batch).to(self.device)
+        return self._at_hand("inputs", batch, self._data.store.get)
 
     def targets(self, batch: int) -> Tensor:
         """What the original block gives for the original model's input [B, T, D]."""
         assert self._data.original is not None
-        return self._data.original.output(batch).to(self.device)
+        return self._at_hand("targets", batch, self._data.original.output)
+
+    def _at_hand(self, what: str, batch: int, read: Callable[[int], Tensor]) -> Tensor:
+        """A batch on the device; it stays there as long as there is memory for activations.
+
+        A step comes back to each batch many times.
+        """
+        kept = self._kept.get((what, batch))
+        if kept is not None:
+            return kept
+        value = read(batch).to(self.device)
+        if value.nbytes <= self._spare_bytes:
+            self._kept[what, batch] = value
+            self._spare_bytes -= value.nbytes
+        return value
 
     def forward(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
         """The block's output [B, T, D] for `inputs(batch)`, differentiable in the weights."""

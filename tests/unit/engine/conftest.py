@@ -83,3 +83,9 @@ class Compress:
 @pytest.fixture(scope="session")
 def compress(tiny: Path) -> Compress:
     return Compress(tiny)
+
+
+@pytest.fixture(scope="session")
+def compress_from() -> type[Compress]:
+    """Compresses another model: called with its directory."""
+    return Compress

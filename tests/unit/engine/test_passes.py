@@ -114,8 +114,11 @@ def test_stopped_runs_give_the_same_bytes(
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 
-def test_block_steps_see_the_original_model(tmp_path: Path, compress, nearest: None) -> None:
-    compress(tmp_path / "out", steps=("nearest",))
+@pytest.mark.parametrize("steps", [("nearest",), ("clip", "rtn", "nearest")], ids="-".join)
+def test_block_steps_see_the_original_model(
+    tmp_path: Path, compress, nearest: None, steps: tuple[str, ...]
+) -> None:
+    compress(tmp_path / "out", steps=steps)
     first, later = seen[: len(seen) // 3], seen[len(seen) // 3 :]
     assert max(first) < 1e-5  # the first block has the same input in both streams
     assert min(later) > 1e-4  # later ones do not, and nothing has been rounded when it is asked
