@@ -17,10 +17,18 @@ one grid for the whole model: that route decodes every layer with the first conf
 in the dtype in which scales are stored and casts afterwards: with scales of 16 bits each weight
 carries a relative rounding of 2^-9 (bfloat16) or 2^-12 (float16) that decoding in float32 has not.
 (transformers 5.17 with 0.19 loads them on the ordinary route, bit-equal in float32.)
+
+FP8 goes the ordinary route: float8 codes stay float8 until they are decoded, scales are cast to the
+asked dtype, the product is rounded once in it. MXFP4, MXFP8 and NVFP4 are decoded to bfloat16
+whatever dtype is asked for. MXFP4 and MXFP8 are exact in it (at most four significant bits times a
+power of two), NVFP4 weights are rounded to it: 2^-9 relative. In a float32 model such layers cannot
+run, so that config.json asks for ``dequantize: true``, which casts them; that route knows one grid.
+A mix of them with others (``mixed-precision``) therefore loads in bfloat16 alone.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,6 +154,9 @@ class PocketlmQuantizer(HfQuantizer):
 def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
     """float32 logits of one sequence as plain transformers computes them from an artifact.
 
+    Where the library leaves bfloat16 layers in a float32 model (see above), the model is decoded by
+    the library at once and then cast.
+
     Args:
         path: The artifact.
         tokens: Token ids.
@@ -154,6 +165,11 @@ def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
         float32 [T, V], on the CPU.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    section = json.loads((Path(path) / "config.json").read_text("utf-8"))["quantization_config"]
+    if section.get("format") == "mixed-precision" and not section.get("dequantize"):
+        quantizer: Any = model.hf_quantizer
+        quantizer.compressor.decompress_model(model)
+        nn.Module.float(model)  # its own method refuses a model that was quantized once
     with torch.no_grad():
         return model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].float()
 

@@ -9,7 +9,7 @@ import yaml
 
 from pocketlm import catalog
 from pocketlm.core.errors import ConfigError, nearest
-from pocketlm.core.spec import QuantSpec, Recipe, StepSpec, parse_scheme
+from pocketlm.core.spec import SCHEMES, QuantSpec, Recipe, StepSpec, parse_scheme
 
 DEFAULT = "w4a16"
 IGNORED = ("lm_head",)
@@ -28,10 +28,8 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
 
 
 def presets() -> dict[str, Recipe]:
-    """Recipes by name: w2a16 to w8a16, GPTQ, symmetric, group 128."""
-    return {
-        f"w{bits}a16": _chain("gptq", QuantSpec(bits=bits, group_size=128)) for bits in range(2, 9)
-    }
+    """Recipes by name: each scheme in small letters (w4a16, nvfp4, …), with the default method."""
+    return {name.lower(): _chain("gptq", spec) for name, spec in SCHEMES.items()}
 
 
 def _chain(method: str, weights: QuantSpec) -> Recipe:
@@ -92,7 +90,7 @@ def build_recipe(
     Args:
         recipe: What `read_recipe` takes; not together with `method`.
         method: A method's name, standing for its chain of steps.
-        scheme: Such as W4A16.
+        scheme: Such as W4A16, which leaves the groups to the recipe, or NVFP4.
         bits: Bits of a code.
         group_size: Columns that share a scale; -1 for whole rows.
         symmetric: Whether the grid is symmetric.
@@ -115,7 +113,9 @@ def build_recipe(
         base = _chain(method, base.weights)
     changes: dict[str, Any] = {}
     if scheme is not None:
-        changes["bits"] = parse_scheme(scheme).bits
+        asked = parse_scheme(scheme)
+        integers = asked.type == "int" and base.weights.type == "int"
+        changes = {"bits": asked.bits} if integers else _fields(asked)
     if bits is not None:
         if changes.get("bits", bits) != bits:
             raise ConfigError(
@@ -128,5 +128,9 @@ def build_recipe(
         changes["group_size"] = None if group_size == -1 else group_size
     if symmetric is not None:
         changes["symmetric"] = symmetric
-    weights = QuantSpec.parse({**base.weights.model_dump(), **changes}, where="grid")
+    weights = QuantSpec.parse({**_fields(base.weights), **changes}, where="grid")
     return base.model_copy(update={"weights": weights, "ignore": (*base.ignore, *ignore)})
+
+
+def _fields(spec: QuantSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in QuantSpec.model_fields}

@@ -44,7 +44,11 @@ Method = Annotated[
 ]
 Scheme = Annotated[
     str | None,
-    typer.Option("--scheme", help="W2A16 … W8A16.", rich_help_panel=_RECIPE),
+    typer.Option(
+        "--scheme",
+        help="W2A16 … W8A16, NVFP4, MXFP4, FP8_BLOCK, NF4 …: see docs/methods.md.",
+        rich_help_panel=_RECIPE,
+    ),
 ]
 Bits = Annotated[
     str | None,

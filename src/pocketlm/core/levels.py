@@ -98,7 +98,8 @@ def _table_rounder(spec: QuantSpec) -> Rounder:
         table, bounds = table.to(x.device), bounds.to(x.device)
         # bitsandbytes multiplies by the reciprocal; a quotient differs at the midpoints.
         usable = torch.where(scale.abs() < LEAST_DIVISOR, LEAST_DIVISOR, scale)
-        place = torch.bucketize(x * usable.reciprocal(), bounds, out_int32=True)
+        scaled = (x * usable.reciprocal()).contiguous()
+        place = torch.bucketize(scaled, bounds, out_int32=True)
         return table.index_select(0, place.flatten()).view(place.shape)
 
     return nearest
@@ -140,10 +141,11 @@ def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tens
         return level.to(torch.float8_e4m3fn).view(torch.uint8)
     if spec.type == "float":
         half = torch.tensor(E2M1, device=level.device)
-        place = torch.bucketize(level.abs(), (half[:-1] + half[1:]) / 2, out_int32=True)
+        magnitude = level.abs().contiguous()
+        place = torch.bucketize(magnitude, (half[:-1] + half[1:]) / 2, out_int32=True)
         return (place + 8 * torch.signbit(level)).to(torch.uint8)
     table, codes = (t.to(level.device) for t in _sorted_table(spec.type))
-    place = torch.bucketize(level, (table[:-1] + table[1:]) / 2, out_int32=True)
+    place = torch.bucketize(level.contiguous(), (table[:-1] + table[1:]) / 2, out_int32=True)
     return codes.index_select(0, place.flatten()).view(place.shape)
 
 

@@ -48,12 +48,13 @@ class Strict(BaseModel):
             return cls.model_validate(dict(data))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 remedy = nearest(str(first["loc"][-1]), cls.model_fields)
                 raise ConfigError(f"unknown option '{key}'.", where=where, remedy=remedy) from None
             message = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"option '{key}': {message}.", where=where) from None
+            what = f"option '{key}': {message}." if key else f"{message}."
+            raise ConfigError(what, where=where) from None
 
 
 NumberType = Literal["int", "float", "nf", "bnb_fp"]

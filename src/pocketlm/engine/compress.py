@@ -128,7 +128,7 @@ def run_job(
         log.emit("run_started", f"compressing {job.source} to {job.output}",
                  data={"plan": plan.model_dump(mode="json")})  # fmt: skip
         for name, note in grids.notes.items():
-            log.emit("warning", note, where=name, data={"kind": "group_size"})
+            log.emit("warning", note, where=name, data={"kind": "grid"})
         for note in job.warnings:
             log.emit("warning", note, where="calibration")
         started = time.monotonic()

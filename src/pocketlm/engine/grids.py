@@ -10,7 +10,7 @@ import torch
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import QuantSpec, Recipe, matches
 from pocketlm.formats.capabilities import capability, check_layer, check_model
-from pocketlm.formats.compressed_config import holds
+from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
 
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
 
@@ -84,6 +84,9 @@ def choose_grids(
             "nothing is left to compress.", where="--ignore", remedy="Ignore fewer layers."
         )
     check_model(specs, kept, target)
+    for name in mixed_in_bfloat16(specs) if target == "transformers" else ():
+        said = f"transformers decodes {specs[name].name} to bfloat16: load it in that dtype."
+        notes[name] = f"{notes[name]} {said}" if name in notes else said
     return Grids(specs, kept, notes, format_name)
 
 

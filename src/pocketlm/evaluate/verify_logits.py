@@ -1,8 +1,8 @@
 """The last check of `verify`: plain transformers, in a process of its own, gives our logits.
 
 What transformers does at load, and when the weights it decodes are ours bit for bit, is written
-down in `pocketlm.hf`. Asymmetric grids with scales of 16 bits are decoded with a rounding more
-there: their distributions are compared instead of their bits.
+down in `pocketlm.hf`. Asymmetric grids with scales of 16 bits, and NVFP4, are decoded with a
+rounding more there: their distributions are compared instead of their bits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pocketlm.core.views import ModelView
 from pocketlm.engine.machine import available_ram_bytes
 from pocketlm.evaluate.verify_files import Artifact, NotChecked
 from pocketlm.formats import compressed_tensors
+from pocketlm.formats.read import CompressedIndex
 from pocketlm.models import open_model
 
 TOKENS = 16  # of the sequence
@@ -48,21 +49,27 @@ def check_logits(artifact: Artifact) -> str:
         return f"bit-equal to transformers, float32, {TOKENS} tokens, sha256 {digest}."
     largest = float((ours_TV - theirs_TV).abs().max())
     kl = float(_divergence(ours_TV, theirs_TV))
-    rounded = [
-        module.name
-        for module in index.modules.values()
-        if not module.spec.symmetric and _scale_dtype(artifact, module.name) != torch.float32
-    ]
+    rounded = _rounded_by_transformers(artifact, index)
     if rounded and index.format == compressed_tensors.NAME and kl < KL_LIMIT:
         return (
             f"KL to transformers {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
-            "transformers rounds asymmetric weights to the dtype of their scales."
+            f"transformers rounds {rounded}."
         )
     raise ArtifactError(
         f"transformers' logits differ by up to {largest:.3g} (KL {kl:.1e}).",
         remedy="Check that no other release of transformers or compressed-tensors is installed "
         "than the model card asks for.",
     )
+
+
+def _rounded_by_transformers(artifact: Artifact, index: CompressedIndex) -> str | None:
+    """What transformers is known to decode with a rounding that float32 has not."""
+    for module in index.modules.values():
+        if not module.spec.symmetric and _scale_dtype(artifact, module.name) != torch.float32:
+            return "asymmetric weights to the dtype of their scales"
+        if module.spec.name == "NVFP4":
+            return "NVFP4 weights to bfloat16"
+    return None
 
 
 def view_logits(view: ModelView, tokens: list[int]) -> Tensor:

@@ -134,6 +134,17 @@ def _must_decode_at_once(specs: Sequence[QuantSpec], groups: int) -> bool:
     return groups == 1 and specs[0].name in DECODED_IN_BFLOAT16
 
 
+def mixed_in_bfloat16(specs: Mapping[str, QuantSpec]) -> list[str]:
+    """Modules that the library decodes to bfloat16 in a model of several number formats.
+
+    Such a model loads in transformers in bfloat16 alone: decoding at once, which would cast them,
+    knows one format.
+    """
+    if len(set(specs.values())) < 2:
+        return []
+    return [module for module, spec in specs.items() if spec.name in DECODED_IN_BFLOAT16]
+
+
 def weight_args(spec: QuantSpec) -> dict[str, Any]:
     """A number format in the words of the library."""
     if spec.scale == "e4m3":

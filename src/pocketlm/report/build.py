@@ -29,6 +29,7 @@ from pocketlm.report.data import (
 )
 from pocketlm.report.html import write_report
 from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
+from pocketlm.report.words import grid_text
 
 LEDGER = "ledger.json"
 
@@ -108,14 +109,9 @@ def recipe_of(artifact: Path) -> Recipe:
 
 
 def scheme_text(ledger: Ledger) -> str:
-    """The grids in words, such as ``4 bits symmetric, group 64``."""
+    """The number formats in words, such as ``4 bits, symmetric, groups of 64``."""
     grids = dict.fromkeys(entry.spec for entry in ledger.tensors.values() if entry.spec is not None)
-    words = [
-        f"{spec.bits} bits {'symmetric' if spec.symmetric else 'asymmetric'}, "
-        + (f"group {spec.group_size}" if spec.group_size else "one scale a row")
-        for spec in grids
-    ]
-    return "; ".join(words)
+    return "; ".join(grid_text(spec) for spec in grids)
 
 
 def write_all(artifact: Path, data: ReportData) -> Path:

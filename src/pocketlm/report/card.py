@@ -20,7 +20,13 @@ from pocketlm.engine.grids import grid_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData
-from pocketlm.report.words import bytes_text, interval_text, number_text, percent_text
+from pocketlm.report.words import (
+    bytes_text,
+    grid_text,
+    interval_text,
+    number_text,
+    percent_text,
+)
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -113,8 +119,9 @@ def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
 
 
 def _scheme(ledger: Ledger) -> str:
-    bits = sorted({spec.bits for spec in _grids(ledger).values()})
-    return "/".join(f"W{count}A16" for count in bits) or "not quantized"
+    specs = _grids(ledger).values()
+    names = {f"W{spec.bits}A16" if spec.type == "int" else spec.name for spec in specs}
+    return "/".join(sorted(names)) or "not quantized"
 
 
 def _summary(ledger: Ledger, base: str, revision: str | None) -> str:

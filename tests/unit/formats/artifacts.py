@@ -12,17 +12,21 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.formats import format_for
 from pocketlm.formats.shards import Entry, assemble, write_file
+from pocketlm.quant.grid import minmax_grid, round_to_grid
 
-Artifact = tuple[Path, dict[str, PackedInt]]  # the directory, and what was written by module
+Artifact = tuple[Path, dict[str, Packed]]  # the directory, and what was written by module
 
 
 def round_to_nearest(
     weight_OI: Tensor, spec: QuantSpec, scale_dtype: torch.dtype = torch.float32
-) -> PackedInt:
-    """Codes of a weight; groups alternate in the sign of their scale, as methods may choose."""
+) -> Packed:
+    """Codes of a weight; integer groups alternate in the sign of their scale, as methods may."""
+    if spec.type != "int":
+        weight_OI = weight_OI.float()
+        return round_to_grid(weight_OI, minmax_grid(weight_OI, spec, scale_dtype), spec)
     rows, columns = weight_OI.shape
     groups = columns // (spec.group_size or columns)
     weight_OGi = weight_OI.float().view(rows, groups, -1)
@@ -71,7 +75,7 @@ def write_artifact(
     """
     writer = format_for(form)
     stored: dict[str, Tensor] = {}
-    packed: dict[str, PackedInt] = {}
+    packed: dict[str, Packed] = {}
     specs: dict[str, QuantSpec] = {}
     accounts: dict[str, Mapping[str, object]] = {}
     ignored: list[str] = []
@@ -158,7 +162,7 @@ def build_gpt2() -> transformers.GPT2LMHeadModel:
 
 def decoded_by_hand(
     model: transformers.PreTrainedModel,
-    packed: Mapping[str, PackedInt],
+    packed: Mapping[str, Packed],
     dtype: torch.dtype = torch.float32,
 ) -> transformers.PreTrainedModel:
     """The model with the decoded weights put in place, in `dtype`."""
