@@ -69,7 +69,7 @@ def peer_command(
     python: Path, inputs: Inputs, tokens: Path, output: Path, threads: int, *more: str
 ) -> list[str]:
     """The command line of llm-compressor's run, by its own environment's interpreter."""
-    script = Path(__file__).with_name("peers") / "llmcompressor_gptq.py"
+    script = Path(__file__).with_name("peers") / "llmcompressor_run.py"
     return [
         str(python), str(script), str(inputs.original), str(output),
         "--tokens", str(tokens), "--threads", str(threads), "--overwrite", *more,

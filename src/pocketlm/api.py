@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,7 @@ def compress(
         PocketLMError: Any of its kinds; nothing half-written looks whole.
     """
     from pocketlm.engine.compress import finished_ledger, run_job
+    from pocketlm.engine.events import EventLog
     from pocketlm.engine.plan import refuse_impossible
     from pocketlm.evaluate.memory import peak_memory_bytes
     from pocketlm.models.stream import SafetensorsSource
@@ -250,6 +251,7 @@ def compress(
     output = Path(output).absolute()
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
+    EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
     prepared = _prepare(source, recipe, output, resume, on_event=on_event, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
@@ -285,23 +287,12 @@ def compress(
             prepared.plan,
             seconds,
             result.peak_ram_bytes,
-            _calibration_text(prepared.windows),
         )
     return result
 
 
 def _output_bytes(ledger: Ledger) -> int:
     return sum(entry.bits for entry in ledger.tensors.values()) // 8
-
-
-def _calibration_text(windows: Windows | None) -> str:
-    if windows is None:
-        return "none: no step needs data"
-    samples, seq_len = windows.tokens_NT.shape
-    return (
-        f"{samples} windows of {seq_len} tokens of {windows.text_name} "
-        f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
-    )
 
 
 def _mean_error(ledger: Ledger) -> float | None:
@@ -389,6 +380,7 @@ def _prepare(
         tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
+        seed=seed,
         warnings=tuple(searched),
     )
     settled = earlier_samples(output, job.work_dir) if resume else None
@@ -459,7 +451,7 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_event: Listener | None = None,
 ) -> Measurement:
     """Measures a model, and its distance from the original; an artifact keeps the figures.
 
@@ -474,7 +466,7 @@ def evaluate(
         device: Where to run.
         threads: CPU threads.
         trust_remote_code: Whether code from the checkpoint may run.
-        on_progress: Called with steps done and steps in all.
+        on_event: Called with each event.
 
     Returns:
         What was found; for an artifact also written to its metrics, page and card.
@@ -482,19 +474,19 @@ def evaluate(
     Raises:
         PocketLMError: If something cannot be read or measured.
     """
-    from pocketlm.report.measure import measure
-
-    return measure(
-        model, against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
-        device=_device(device), threads=threads, trust_remote_code=trust_remote_code,
-        on_progress=on_progress,
-    )  # fmt: skip
+    return _measure(
+        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
+        device=device, threads=threads, trust_remote_code=trust_remote_code,
+        on_event=on_event,
+    )[0]  # fmt: skip
 
 
 def compare(
     *models: str | Path, against: str | Path | None = None, **options: Any
 ) -> list[Measurement]:
     """Evaluates several models on the same windows; the first is the original unless named.
+
+    The original is run once.
 
     Args:
         *models: Artifacts or sources, two or more.
@@ -506,7 +498,21 @@ def compare(
     """
     original = models[0] if against is None else against
     rest = models[1:] if against is None else models
-    return [evaluate(model, original, **options) for model in rest]
+    return _measure(rest, original, **options)
+
+
+def _measure(
+    models: Sequence[str | Path],
+    against: str | Path | None,
+    *,
+    device: str = "auto",
+    on_event: Listener | None = None,
+    **settings: Any,
+) -> list[Measurement]:
+    from pocketlm.report.measure import Settings, measure
+
+    chosen = Settings(device=_device(device), **settings)
+    return measure(models, against, chosen, on_event)
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:

@@ -15,6 +15,10 @@ METHODS: dict[str, str] = {
     "clip": "pocketlm.quant.clip:Clip",
     "gptq": "pocketlm.quant.gptq:Gptq",
     "refine": "pocketlm.quant.refine:Refine",
+    "hqq": "pocketlm.quant.hqq:Hqq",
+    "awq": "pocketlm.quant.awq:Awq",
+    "smoothquant": "pocketlm.quant.smoothquant:Smoothquant",
+    "correct": "pocketlm.quant.correct:Correct",
 }
 
 

@@ -35,9 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
 from pocketlm.formats import pocketlm as own_format
-from pocketlm.formats.packing import words_per_row
 
 
 class PocketlmConfig(QuantizationConfigMixin):
@@ -55,7 +53,7 @@ class PocketlmConfig(QuantizationConfigMixin):
         self.ignore: list[str] = section.get("ignore", [])
 
     def specs(self) -> dict[str, QuantSpec]:
-        """Module path, as in the checkpoint → grid."""
+        """Module path, as in the checkpoint → number format."""
         return {
             module: QuantSpec.parse(group["weights"], where="quantization_config")
             for group in self.groups
@@ -71,7 +69,7 @@ class PackedStandIn(nn.Module):
 
     Args:
         layer: The dense layer it stands in for, on the meta device.
-        spec: The grid of its weight.
+        spec: The number format of its weight.
         transposed: Whether the layer's weight is [I, O].
     """
 
@@ -80,27 +78,21 @@ class PackedStandIn(nn.Module):
         self.dense = [layer]  # in a list, so that its weight is no parameter of the model meanwhile
         self.spec, self.transposed = spec, transposed
         weight = layer.get_parameter("weight")
+        self.dtype = weight.dtype
         rows, columns = weight.shape[::-1] if transposed else weight.shape
-        groups = columns // (spec.group_size or columns)
-        self._empty("weight_packed", (rows, words_per_row(columns, spec.bits)), torch.int32)
-        self._empty("weight_scale", (rows, groups), weight.dtype)
-        if not spec.symmetric:
-            zero_shape = (words_per_row(rows, spec.bits), groups)
-            self._empty("weight_zero_point", zero_shape, torch.int32)
-        self._empty("weight_shape", (2,), torch.int64)
+        # Integers are decoded in the model's dtype, all else in float32 and rounded at the end.
+        scale_dtype = weight.dtype if spec.type == "int" else torch.float32
+        for role, (shape, dtype) in own_format.parts(spec, (rows, columns), scale_dtype).items():
+            data = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(role, nn.Parameter(data, requires_grad=False))
         self.bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
         # Models initialise by name before they look what is loaded (GPT-2: `c_proj.weight`).
         self.register_buffer("weight", torch.empty(0), persistent=False)
 
-    def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        data = torch.empty(shape, dtype=dtype, device="meta")
-        self.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
     def restored(self) -> nn.Module:
-        """The dense layer, its weight decoded in the dtype of the loaded scales."""
+        """The dense layer, its weight decoded in the dtype the model is loaded in."""
         tensors = {f"layer.{name}": value.data for name, value in self.named_parameters()}
-        packed: PackedInt = own_format.decode(tensors, "layer", self.spec.bits)
-        weight_OI = packed.dequantize(packed.scale_OG.dtype)
+        weight_OI = own_format.decode(tensors, "layer", self.spec).dequantize(self.dtype)
         layer = self.dense[0]
         weight = weight_OI.T.contiguous() if self.transposed else weight_OI
         layer.register_parameter("weight", nn.Parameter(weight))

@@ -18,6 +18,12 @@ IGNORED = ("lm_head",)
 CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "gptq": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine")),
     "clip": tuple(StepSpec(method=name) for name in ("clip", "rtn")),
+    "awq": tuple(StepSpec(method=name) for name in ("awq", "clip", "rtn")),
+    "smoothquant": tuple(StepSpec(method=name) for name in ("smoothquant", "clip", "gptq")),
+    "correct": (
+        *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
+        StepSpec(method="refine", options={"rounds": 3}),
+    ),
 }
 
 

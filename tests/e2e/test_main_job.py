@@ -5,6 +5,7 @@ once, Ctrl-C, a full disk, a tampered artifact.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import QUICK, Done
+from tests.e2e.conftest import QUICK, Done, save_model
 
 Cli = Callable[..., Done]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -40,7 +41,7 @@ def test_a_person_reads_prediction_and_outcome(cli: Cli, source, tmp_path):
     assert done.code == 0
     for words in ("Wrote", "predicted", "came out", "bits per weight", "pocketlm verify"):
         assert words in done.out
-    assert "2/2" in done.err
+    assert "block 2 of 2" in done.err
 
 
 def test_inspect(cli: Cli, source):
@@ -83,6 +84,25 @@ def test_eval_and_report(cli: Cli, artifact, source, tmp_path):
     assert "Perplexity" in cli("report", mine).out
 
 
+def test_eval_on_the_calibration_text_is_told(cli: Cli, source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} says {i * 7919 % 1009}.\n" for i in range(400)), "utf-8")
+    part = tmp_path / "part.txt"
+    part.write_text(text.read_text("utf-8")[300:], "utf-8")
+    output = tmp_path / "out"
+    flags = ("--calibration", text, *QUICK, "--samples", "100", "--seq-len", "128")
+    assert cli("compress", source, "-o", output, *flags).code == 0
+    for file, said in ((text, "is the calibration text"), (part, "the figures flatter")):
+        arguments = ("eval", output, "--against", source, "--no-speed", "--text", file, *EVAL)
+        found = cli(*arguments, "--json").json
+        assert said in " ".join(found["quality"]["notes"])
+        assert said in cli(*arguments).out.replace("\n", " ")
+        assert said in Path(found["report"]).read_text("utf-8")
+        assert said in (output / "README.md").read_text("utf-8")
+    found = cli("eval", output, "--no-speed", "--json", *EVAL).json
+    assert not found["quality"]["notes"]
+
+
 def test_eval_of_an_original_alone(cli: Cli, source):
     found = cli("eval", source, "--no-speed", "--json", *EVAL).json
     assert found["quality"]["perplexity"] > 1
@@ -95,6 +115,40 @@ def test_compare(cli: Cli, artifact, source):
     assert done.code == 0, done.err
     assert "loss over the original" in done.out
     assert len(cli("compare", source, artifact, "--json", *EVAL).json) == 1
+
+
+def test_compare_runs_the_original_once(cli: Cli, artifact, source, monkeypatch):
+    from pocketlm.evaluate import hidden
+
+    streamed = []
+    real = hidden.stream
+
+    def spy(model, *arguments):
+        streamed.append(model)
+        return real(model, *arguments)
+
+    monkeypatch.setattr(hidden, "stream", spy)
+    one = cli("eval", artifact, "--against", source, "--no-speed", "--json", *EVAL).json
+    streamed.clear()
+    two = cli("compare", source, artifact, artifact, "--json", *EVAL).json
+    assert len(streamed) == 3
+    for found in two:
+        assert found["quality"]["divergence"] == one["quality"]["divergence"]
+
+
+def test_compare_refuses_models_of_different_tokens(cli: Cli, source, tmp_path):
+    other = save_model(tmp_path / "other", vocab_size=320)
+    done = cli("compare", source, other, "--json", *EVAL)
+    assert (done.code, done.json["error"]["type"]) == (2, "ConfigError")
+    assert "320 tokens" in done.json["error"]["what"]
+    reordered = save_model(tmp_path / "reordered")
+    path = reordered / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer), "utf-8")
+    done = cli("compare", source, source, reordered, "--json", *EVAL)
+    assert "other tokens" in done.json["error"]["what"]
 
 
 def test_generate_is_greedy_and_streams_what_it_returns(cli: Cli, artifact):
@@ -156,8 +210,6 @@ def wait_for_block(process: subprocess.Popen[str], work: Path) -> None:
 @pytest.fixture(scope="module")
 def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose compression takes some seconds."""
-    from tests.e2e.conftest import save_model
-
     return save_model(tmp_path_factory.mktemp("many") / "model", num_hidden_layers=12)
 
 
@@ -173,7 +225,8 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(process: Start, cli: Cli, many_bloc
     done = cli("compress", many_blocks, "-o", output, *QUICK)
     assert done.code == 0, done.err
     assert (output / "config.json").exists()
-    assert "\n1/12 " not in f"\n{done.err}"  # the first block is not done again
+    assert "block 12 of 12" in done.err
+    assert "\nblock 1 of 12" not in done.err  # it is not done again
 
 
 def test_two_runs_on_one_output(process: Start, cli: Cli, many_blocks, tmp_path):

@@ -1,48 +1,68 @@
-"""Does the evaluation text stand in the calibration text? Shared runs of words tell.
+"""Does an evaluation read what the calibration has read? Runs of tokens that both hold tell.
 
-Anchors are words whose checksum falls in one class of sixteen: the choice depends on the words
-alone, so that both texts pick the same places. The words that follow an anchor are its shingle.
+Of all runs of `RUN` tokens those whose hash is 0 modulo `CLASS` are kept: both sides keep the same
+ones, and the share of the evaluation's that the calibration also has estimates the containment of
+one in the other (Broder 1997, On the resemblance and containment of documents). They are hashes of
+what was read, not of the whole text: the file beside an artifact stays small, and tells wherever
+the artifact goes.
+
+Legend: N windows, T tokens of a window.
 """
 
 from __future__ import annotations
 
-import zlib
+import numpy as np
+from torch import Tensor
 
-from pocketlm.calibration.texts import TextSet
+from pocketlm.calibration.windows import Windows
 
-ANCHOR_CLASS = 16
-SHINGLE_WORDS = 13  # long enough that chance and stock phrases do not count
-TOLERATED = 0.01  # of the evaluation text's shingles
+RUN = 32  # tokens: long enough that stock phrases of technical prose do not count
+CLASS = 32
+TOLERATED = 0.01  # of the evaluation's runs
 
 
-def overlap_warning(calibration: TextSet, evaluation: TextSet) -> str | None:
-    """Warns if the two texts share more than a hundredth of their places.
+def run_hashes(tokens_NT: Tensor) -> np.ndarray:
+    """The kept hashes of a set of windows.
 
     Args:
-        calibration: What the model was compressed with.
-        evaluation: What it is measured on.
+        tokens_NT: int64 ids.
+
+    Returns:
+        uint32, sorted, each once; about one for every `CLASS` tokens.
+    """
+    ids_NT = tokens_NT.numpy().astype(np.uint64)
+    count = max(0, ids_NT.shape[1] - RUN + 1)
+    hashes = np.zeros((ids_NT.shape[0], count), np.uint64)
+    for place in range(RUN):  # a polynomial in the ids, modulo 2^64
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids_NT[:, place : place + count] + 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's end
+        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+    hashes ^= hashes >> np.uint64(31)
+    kept = hashes[hashes % CLASS == 0] >> np.uint64(32)
+    return np.unique(kept.astype(np.uint32))
+
+
+def overlap_warning(
+    text_name: str, text_sha256: str, known: np.ndarray, evaluation: Windows
+) -> str | None:
+    """Warns if more than a hundredth of what an evaluation reads was calibrated on.
+
+    Args:
+        text_name: Of the calibration text, for the message.
+        text_sha256: Of the calibration text.
+        known: What `run_hashes` gave for the calibration windows.
+        evaluation: The windows that are evaluated.
 
     Returns:
         A sentence for the user, or None.
     """
-    if calibration.sha256 == evaluation.sha256:
-        return f"the evaluation text {evaluation.name} is the calibration text."
-    known, asked = _shingles(calibration), _shingles(evaluation)
-    if not asked:
-        return None
-    shared = len(asked & known) / len(asked)
+    if text_sha256 == evaluation.text_sha256:
+        return f"the evaluation text {evaluation.text_name} is the calibration text."
+    asked = run_hashes(evaluation.tokens_NT)
+    shared = np.isin(asked, known).mean() if asked.size else 0.0
     if shared <= TOLERATED:
         return None
     return (
-        f"{shared:.0%} of the evaluation text {evaluation.name} also stands in the calibration "
-        f"text {calibration.name}: the figures flatter the result."
+        f"{shared:.0%} of what was evaluated of {evaluation.text_name} was also calibrated on "
+        f"({text_name}): the figures flatter the result."
     )
-
-
-def _shingles(text: TextSet) -> set[int]:
-    words = text.joined.split()
-    found = set()
-    for start in range(len(words) - SHINGLE_WORDS + 1):
-        if zlib.crc32(words[start].encode("utf-8", "surrogatepass")) % ANCHOR_CLASS == 0:
-            found.add(hash(" ".join(words[start : start + SHINGLE_WORDS])))
-    return found

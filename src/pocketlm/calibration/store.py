@@ -30,27 +30,43 @@ class ActivationStore(Protocol):
         """A batch's output of the block in work."""
         ...
 
+    def output(self, batch: int) -> Tensor:
+        """What was put of a batch; a store that overwrites inputs gives it for `get` as well."""
+        ...
+
     def advance(self, boundary: int) -> None:
         """All outputs are there: they become the inputs of block `boundary`."""
         ...
 
 
 class MemoryStore:
-    """Activations in the machine's memory, on the CPU."""
+    """Activations in the machine's memory, on the CPU.
 
-    def __init__(self) -> None:
-        self._hidden: dict[int, Tensor] = {}
+    Args:
+        keep_inputs: Whether inputs stay beside outputs until `advance`; else a batch's output
+            takes its input's place.
+    """
+
+    def __init__(self, keep_inputs: bool = False) -> None:
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs = {} if keep_inputs else self._inputs
 
     def get(self, batch: int) -> Tensor:
         """A batch's input [B, T, D]."""
-        return self._hidden[batch]
+        return self._inputs[batch]
 
     def put(self, batch: int, hidden_BTD: Tensor) -> None:
-        """Overwrites the batch."""
-        self._hidden[batch] = hidden_BTD.detach().cpu()
+        """Keeps the batch's output."""
+        self._outputs[batch] = hidden_BTD.detach().cpu()
+
+    def output(self, batch: int) -> Tensor:
+        """What was put."""
+        return self._outputs[batch]
 
     def advance(self, boundary: int) -> None:
-        """Nothing to do: outputs have taken the inputs' places."""
+        """Outputs become inputs."""
+        if self._outputs is not self._inputs:
+            self._inputs, self._outputs = self._outputs, {}
 
 
 class DiskStore:
@@ -108,6 +124,10 @@ class DiskStore:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+    def output(self, batch: int) -> Tensor:
+        """What was put."""
+        return load(self._path(1 - self._side, batch).read_bytes())["hidden"]
 
     def advance(self, boundary: int) -> None:
         """Marks the other buffer as whole and turns to it."""

@@ -2,7 +2,7 @@
 
 ``builtin`` is English prose that every Python carries (pydoc_data.topics), its paragraphs dealt by
 hash to a calibration and an evaluation half. Files and datasets are taken as they are: whoever
-names two keeps them apart, and `overlap.overlap_warning` looks whether they did.
+names two keeps them apart; `overlap` looks whether what was read of them was.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pocketlm.cli.options import (
     TrustRemoteCode,
 )
 from pocketlm.cli.output import Answer
-from pocketlm.cli.progress import steps
+from pocketlm.cli.progress import progress
 from pocketlm.core.errors import ConfigError
 from pocketlm.report.words import interval_text, number_text, percent_text, signed_text
 
@@ -54,7 +54,7 @@ def run(
         raise ConfigError("one model alone.", where="compare", remedy="Name two or more.")
     from pocketlm import api
 
-    with steps("comparing", quiet=quiet, log_file=log_file) as on_progress:
+    with progress(quiet=quiet, log_file=log_file) as on_event:
         found = api.compare(
             *models,
             against=against,
@@ -65,7 +65,7 @@ def run(
             device=device,
             threads=threads,
             trust_remote_code=trust_remote_code,
-            on_progress=on_progress,
+            on_event=on_event,
         )
     return Answer(found, lambda console: _draw(console, found))
 

@@ -24,7 +24,7 @@ from pocketlm.cli.options import (
     TrustRemoteCode,
 )
 from pocketlm.cli.output import Answer
-from pocketlm.cli.progress import steps
+from pocketlm.cli.progress import progress
 from pocketlm.report.words import (
     bytes_text,
     interval_text,
@@ -64,7 +64,7 @@ def run(
     flags.check_machine(device, None)
     from pocketlm import api
 
-    with steps("evaluating", quiet=quiet, log_file=log_file) as on_progress:
+    with progress(quiet=quiet, log_file=log_file) as on_event:
         found = api.evaluate(
             model,
             against,
@@ -76,7 +76,7 @@ def run(
             device=device,
             threads=threads,
             trust_remote_code=trust_remote_code,
-            on_progress=on_progress,
+            on_event=on_event,
         )
     return Answer(found, lambda console: _draw(console, found))
 

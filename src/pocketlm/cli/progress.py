@@ -1,4 +1,4 @@
-"""Draws a run's events on stderr: a bar on a terminal, plain lines in a log; and a log file.
+"""Draws events on stderr: one live line on a terminal, plain lines in a log; and in a log file.
 
 The same warning may befall every layer: it is shown once, the rest are counted. All of them are in
 the log file, the ledger and the report.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pocketlm.cli import output
+from pocketlm.cli.live_line import LiveLine
 from pocketlm.core.errors import ConfigError
 from pocketlm.report.words import seconds_text
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pocketlm.engine.events import Event, Listener
 
 DIFFERENT_SHOWN = 12
-SECONDS_BETWEEN_LINES = 10.0  # of steps smaller than a block, where there is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # of steps smaller than a block, in a log
 
 
 class Drawer(Protocol):
@@ -44,7 +44,11 @@ class Drawer(Protocol):
         """A sentence that stays."""
         ...
 
-    def advance(self, event: Event) -> None:
+    def stage(self, event: Event) -> None:
+        """What is being done from now on."""
+        ...
+
+    def step(self, event: Event) -> None:
         """A step of the current stage."""
         ...
 
@@ -55,7 +59,7 @@ def progress(*, quiet: bool, log_file: Path | None) -> Iterator[Listener]:
 
     Args:
         quiet: Draw nothing.
-        log_file: Each event is appended here as a line of text.
+        log_file: Events are appended here as lines of text; of small steps one every few seconds.
 
     Yields:
         What to hand to the API as ``on_event``.
@@ -64,6 +68,7 @@ def progress(*, quiet: bool, log_file: Path | None) -> Iterator[Listener]:
         ConfigError: If the log file cannot be written.
     """
     console = output.stderr()
+    live = console.is_terminal and not console.is_dumb_terminal
     with contextlib.ExitStack() as stack:
         log = None
         if log_file is not None:
@@ -71,44 +76,35 @@ def progress(*, quiet: bool, log_file: Path | None) -> Iterator[Listener]:
                 log = stack.enter_context(log_file.open("a", encoding="utf-8", buffering=1))
             except OSError as error:
                 raise ConfigError(f"{error.strerror}.", where=f"--log-file {log_file}") from error
-        drawer = stack.enter_context(Bar(console) if console.is_terminal else Lines(console))
-        show = Show(drawer)
+        show = None
+        if not quiet:
+            show = Show(stack.enter_context(LiveLine(console) if live else Lines(console)))
+        now_and_then = Seldom()
 
         def listen(event: Event) -> None:
-            if log is not None:
+            if log is not None and not now_and_then.skips(event):
                 log.write(log_line(event) + "\n")
-            if not quiet:
+            if show is not None:
                 show(event)
 
         yield listen
-        if not quiet:
+        if show is not None:
             show.finish()
 
 
-@contextlib.contextmanager
-def steps(text: str, *, quiet: bool, log_file: Path | None) -> Iterator[Callable[[int, int], None]]:
-    """Draws plain counts of steps, where an API call has no events.
+class Seldom:
+    """Lets one small step through every few seconds, and everything else."""
 
-    Args:
-        text: What is being done.
-        quiet: Draw nothing.
-        log_file: Each step is appended here as a line of text.
+    def __init__(self) -> None:
+        self._last = -SECONDS_BETWEEN_LINES
 
-    Yields:
-        What to hand to the API as ``on_progress``.
-    """
-    from pocketlm.engine.events import Event
-
-    began: list[tuple[float, int]] = []  # when the first step was done: loading is no step
-
-    def on_progress(done: int, total: int) -> None:
-        began.append((time.monotonic(), done))
-        (first, before), (now, _) = began[0], began[-1]
-        left = None if done == before else (now - first) / (done - before) * (total - done)
-        listen(Event(kind="progress", text=text, done=done, total=total, seconds_left=left))
-
-    with progress(quiet=quiet, log_file=log_file) as listen:
-        yield on_progress
+    def skips(self, event: Event) -> bool:
+        """Whether an event is one small step too many."""
+        now = time.monotonic()
+        if event.kind == "progress" and now - self._last < SECONDS_BETWEEN_LINES:
+            return True
+        self._last = now
+        return False
 
 
 def log_line(event: Event) -> str:
@@ -133,16 +129,18 @@ class Show:
     def __call__(self, event: Event) -> None:
         """Draws one event."""
         place = "" if event.where is None else f"{event.where}: "
-        if event.kind in ("progress", "block_done"):
-            self._drawer.advance(event)
+        if event.kind in ("progress", "block_started", "block_done"):
+            self._drawer.step(event)
         elif event.kind in ("fallback", "warning"):
             if event.text in self._said or len(self._said) >= DIFFERENT_SHOWN:
                 self._more += 1
             else:
                 self._said.add(event.text)
                 self._drawer.say(place + event.text, "yellow")
-        elif event.kind != "block_started":
-            self._drawer.say(event.text, "bold" if event.kind == "stage" else "")
+        elif event.kind == "resumed":
+            self._drawer.say(event.text, "")
+        elif event.kind in ("run_started", "stage", "run_done"):
+            self._drawer.stage(event)
 
     def finish(self) -> None:
         """Counts the warnings that were not drawn."""
@@ -151,14 +149,14 @@ class Show:
 
 
 class Lines:
-    """Plain lines: one a block, and one every few seconds for smaller steps.
+    """Plain lines: one a stage and a block, and one every few seconds for smaller steps.
 
     Args:
         console: Where to.
     """
 
     def __init__(self, console: Console) -> None:
-        self._console, self._last = console, 0.0
+        self._console, self._seldom = console, Seldom()
 
     def __enter__(self) -> Self:
         return self
@@ -173,71 +171,23 @@ class Lines:
 
     def say(self, text: str, style: str) -> None:
         """Prints a sentence."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(escape(text), soft_wrap=True)
 
-    def advance(self, event: Event) -> None:
+    def stage(self, event: Event) -> None:
+        """Prints what is being done."""
+        self.say(event.text, "")
+
+    def step(self, event: Event) -> None:
         """Prints a finished block, or a smaller step if the last line is some seconds old."""
-        now = time.monotonic()
-        if event.kind == "progress" and now - self._last < SECONDS_BETWEEN_LINES:
+        if event.kind == "block_started" or self._seldom.skips(event):
             return
-        self._last = now
-        count = "" if event.done is None else f"{event.done}/{event.total}  "
-        took = "" if event.seconds is None else f"  {seconds_text(event.seconds)}"
-        line = f"{count}{event.text}{took}{_left(event)}"
-        self._console.print(line, markup=False, soft_wrap=True)
-
-
-class Bar:
-    """A bar with the time left, on a terminal.
-
-    Args:
-        console: Where to.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def say(self, text: str, style: str) -> None:
-        """Prints a sentence above the bar; a new stage takes the old bar away."""
-        if style == "bold" and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-        self._bar.console.print(escape(text), style=style)
-
-    def advance(self, event: Event) -> None:
-        """Moves the bar."""
-        if event.done is None or event.total is None:
-            return
-        if self._task is None:
-            self._task = self._bar.add_task("", total=event.total, left="")
-        self._bar.update(
-            self._task,
-            description=escape(event.text),
-            completed=event.done,
-            total=event.total,
-            left=_left(event).strip(" ·"),
-        )
-
-
-def _left(event: Event) -> str:
-    return "" if event.seconds_left is None else f"  · {seconds_text(event.seconds_left)} left"
+        words = [event.text]
+        if event.kind == "progress" and event.total is not None:
+            words[0] += f" {event.done}/{event.total}"
+        if event.share is not None:
+            words.append(f"{event.share:.0%}")
+        if event.seconds is not None:
+            words.append(seconds_text(event.seconds))
+        if event.seconds_left is not None:
+            words.append(f"{seconds_text(event.seconds_left)} left")
+        self.say(" · ".join(words), "")

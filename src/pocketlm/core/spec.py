@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pocketlm.core.errors import ConfigError, nearest
 
@@ -44,66 +52,211 @@ class Strict(BaseModel):
             if first["type"] == "extra_forbidden":
                 remedy = nearest(str(first["loc"][-1]), cls.model_fields)
                 raise ConfigError(f"unknown option '{key}'.", where=where, remedy=remedy) from None
-            raise ConfigError(f"option '{key}': {first['msg']}.", where=where) from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"option '{key}': {message}.", where=where) from None
+
+
+NumberType = Literal["int", "float", "nf", "bnb_fp"]
+ScaleType = Literal["float", "e8m0", "e4m3", "dynamic8"]
+
+DOUBLE_BLOCK = 256  # scales that share one constant where they are quantized themselves
+
+# What may stand together beside integers: (type, bits) → scale → group size (None: any).
+_FLOATS: dict[tuple[str, int], dict[str, int | None]] = {
+    ("float", 4): {"e8m0": 32, "e4m3": 16},
+    ("float", 8): {"float": None, "e8m0": 32},
+    ("nf", 4): {"float": None, "dynamic8": None},
+    ("bnb_fp", 4): {"float": None, "dynamic8": None},
+}
 
 
 class QuantSpec(Strict):
-    """An integer grid: w ≈ scale * (code - zero), one scale for each group of a row's columns.
+    """A number format: w ≈ scale · (level - zero), one scale for each tile of the weight.
 
     Attributes:
-        bits: Bits of a code, 2 to 8.
-        symmetric: True: zero is 0 and codes run from -2^(bits-1) to 2^(bits-1)-1.
-        group_size: Columns that share a scale; None: the whole row.
+        bits: Bits of a code: 2 to 8 for "int", 4 or 8 for "float", else 4.
+        symmetric: True: zero is 0; integers alone may be asymmetric.
+        group_size: Columns of a tile; None: all of them.
+        type: What a code stands for. "int": -2^(bits-1) to 2^(bits-1)-1; "float": E2M1 (4 bits) or
+            E4M3 (8 bits); "nf": 16 quantiles of the normal distribution (QLoRA, arXiv:2305.14314);
+            "bnb_fp": the 4-bit float of bitsandbytes.
+        group_rows: Rows of a tile; None: all of them. Other than 1 for 8-bit floats alone.
+        scale: What a scale is stored as. "float": the 16-bit float of the weights; "e8m0": a power
+            of two in 8 bits (OCP MX); "e4m3": an 8-bit float, over one float32 of the whole tensor
+            (NVFP4); "dynamic8": quantized again to 8 bits in blocks of 256 (QLoRA, section 3).
     """
 
     bits: int = Field(4, ge=2, le=8)
     symmetric: bool = True
     group_size: int | None = Field(128, ge=8)
+    type: NumberType = "int"
+    group_rows: int | None = Field(default=1, ge=1)
+    scale: ScaleType = "float"
+
+    @model_validator(mode="after")
+    def _stand_together(self) -> Self:
+        problem = _contradiction(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out what an integer grid does not need: files written before stay as they are."""
+        unsaid = {"type": "int", "group_rows": 1, "scale": "float"}
+        return {k: v for k, v in plain(self).items() if k not in unsaid or v != unsaid[k]}
 
     @property
     def code_min(self) -> int:
-        """The smallest code, -2^(bits-1)."""
+        """The smallest code of an integer, -2^(bits-1)."""
         return -(1 << (self.bits - 1))
 
     @property
     def code_max(self) -> int:
-        """The largest code, 2^(bits-1)-1."""
+        """The largest code of an integer, 2^(bits-1)-1."""
         return (1 << (self.bits - 1)) - 1
 
-    def bits_per_weight(self, columns: int, scale_bits: int = 16) -> float:
-        """Real bits of one weight, scales and zero points counted."""
-        group = self.group_size or columns
-        zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (scale_bits + zero_bits) / group
+    @property
+    def name(self) -> str:
+        """The format's short name, such as ``INT4``, ``FP8_BLOCK``, ``NVFP4`` or ``NF4_DQ``."""
+        if self.type == "int":
+            return f"INT{self.bits}"
+        if self.type != "float":
+            number = "NF4" if self.type == "nf" else "FP4"
+            return f"{number}_DQ" if self.scale == "dynamic8" else number
+        if self.scale != "float":
+            return "NVFP4" if self.scale == "e4m3" else f"MXFP{self.bits}"
+        if self.group_rows == 1:
+            return "FP8_CHANNEL" if self.group_size is None else "FP8_GROUP"
+        return "FP8_TENSOR" if self.group_rows is None else "FP8_BLOCK"
+
+    def tiles(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(R, G): how many tiles, each with a scale, lie below and beside each other."""
+        rows, columns = shape
+        height, width = self.group_rows or rows, self.group_size or columns
+        return -(-rows // height), -(-columns // width)
+
+    def stored_bits(self, shape: tuple[int, int], scale_bits: int = 16) -> int:
+        """Bits of a weight [O, I]: codes, scales, zero points and the constants of the scales.
+
+        Args:
+            shape: (O, I).
+            scale_bits: Of a scale that is stored as a plain float.
+        """
+        below, beside = self.tiles(shape)
+        scales = below * beside
+        each = (scale_bits if self.scale == "float" else 8) + (0 if self.symmetric else self.bits)
+        constants = {"e4m3": 1, "dynamic8": -(-scales // DOUBLE_BLOCK) + 1}.get(self.scale, 0)
+        return shape[0] * shape[1] * self.bits + scales * each + 32 * constants
+
+    def bits_per_weight(self, columns: int, scale_bits: int = 16, rows: int | None = None) -> float:
+        """Real bits of one weight, everything counted.
+
+        Args:
+            columns: I.
+            scale_bits: Of a scale that is stored as a plain float.
+            rows: O; None: so many that the constants of a whole tensor vanish.
+        """
+        if rows is not None:
+            return self.stored_bits((rows, columns), scale_bits) / (rows * columns)
+        if self.group_rows is None:
+            return float(self.bits)
+        each = (scale_bits if self.scale == "float" else 8) + (0 if self.symmetric else self.bits)
+        constants = 32 / DOUBLE_BLOCK if self.scale == "dynamic8" else 0
+        return self.bits + (each + constants) / (self.group_rows * (self.group_size or columns))
 
     def fit(self, columns: int) -> QuantSpec:
-        """The same grid with a group size that divides `columns`.
+        """The same format with a group size that divides `columns`.
 
         The group size stays when it divides; else it becomes the largest smaller one of
-        128, 64, 32 that does; else the whole row shares a scale. The caller announces it.
+        128, 64, 32 that does; else the whole row shares a scale. The caller announces it. Formats
+        with groups of their own, and blocks of rows, which may end short, stay as they are.
         """
-        if self.group_size is None or columns % self.group_size == 0:
+        if self.group_size is None or self.fits(columns) or self.fixed_groups:
             return self
         smaller = [g for g in GROUP_SIZES if g < self.group_size and columns % g == 0]
         return self.model_copy(update={"group_size": smaller[0] if smaller else None})
 
+    @property
+    def fixed_groups(self) -> bool:
+        """Whether the format prescribes its group size."""
+        return _FLOATS.get((self.type, self.bits), {}).get(self.scale) is not None
 
-_SCHEME = re.compile(r"W([2-8])A16", re.IGNORECASE)
+    def fits(self, columns: int) -> bool:
+        """Whether rows of so many columns can be cut into this format's groups."""
+        return self.group_size is None or self.group_rows != 1 or columns % self.group_size == 0
+
+
+def _contradiction(spec: QuantSpec) -> str | None:
+    """What does not go together in a number format, as a sentence without its end."""
+    kind = f"'{spec.type}' of {spec.bits} bits"
+    if spec.type == "int":
+        known: dict[str, int | None] | None = {"float": None}
+    else:
+        known = _FLOATS.get((spec.type, spec.bits))
+        if known is None:
+            bits = [str(bits) for name, bits in _FLOATS if name == spec.type]
+            return f"'{spec.type}' has {' or '.join(bits)} bits, not {spec.bits}"
+        if not spec.symmetric:
+            return f"{kind} has no zero points; only 'int' may be asymmetric"
+    if spec.scale not in known:
+        listed = [f"'{s}'" + (f" in groups of {g}" if g else "") for s, g in known.items()]
+        return f"{kind} takes the scale {' or '.join(listed)}, not '{spec.scale}'"
+    group = known[spec.scale]
+    if group is not None and spec.group_size != group:
+        return f"{kind} with scales '{spec.scale}' has groups of {group}, not {spec.group_size}"
+    if spec.group_rows != 1:
+        if (spec.type, spec.bits, spec.scale) != ("float", 8, "float"):
+            return f"{kind} with scales '{spec.scale}' has a scale for each row (group_rows 1)"
+        if (spec.group_rows is None) != (spec.group_size is None):
+            return "group_rows and group_size are both given (a block) or both null (the tensor)"
+    return None
+
+
+def _schemes() -> dict[str, QuantSpec]:
+    def float8(group_rows: int | None, group_size: int | None) -> QuantSpec:
+        return QuantSpec(bits=8, type="float", group_rows=group_rows, group_size=group_size)
+
+    def micro(bits: int, group_size: int, scale: ScaleType) -> QuantSpec:
+        return QuantSpec(bits=bits, type="float", group_size=group_size, scale=scale)
+
+    def table(kind: NumberType, scale: ScaleType) -> QuantSpec:
+        return QuantSpec(bits=4, type=kind, group_size=64, scale=scale)
+
+    return {
+        **{f"W{bits}A16": QuantSpec(bits=bits, group_size=128) for bits in range(2, 9)},
+        "FP8_TENSOR": float8(None, None),
+        "FP8_CHANNEL": float8(1, None),
+        "FP8_BLOCK": float8(128, 128),
+        "MXFP4": micro(4, 32, "e8m0"),
+        "MXFP8": micro(8, 32, "e8m0"),
+        "NVFP4": micro(4, 16, "e4m3"),
+        "NF4": table("nf", "float"),
+        "NF4_DQ": table("nf", "dynamic8"),
+        "FP4": table("bnb_fp", "float"),
+        "FP4_DQ": table("bnb_fp", "dynamic8"),
+    }
+
+
+SCHEMES = _schemes()
 
 
 def parse_scheme(name: str) -> QuantSpec:
-    """The grid that a scheme name such as ``W4A16`` stands for (symmetric, group 128).
+    """The number format of the weights that a scheme's name stands for.
+
+    ``W4A16`` is symmetric in groups of 128; ``MXFP4``, ``MXFP8`` and ``NVFP4`` may end in ``A16``.
 
     Raises:
         ConfigError: If the name is no known scheme.
     """
-    match = _SCHEME.fullmatch(name)
-    if match is None:
-        known = [f"W{bits}A16" for bits in range(2, 9)]
+    plain = name.upper()
+    if plain.startswith(("MX", "NV")):
+        plain = plain.removesuffix("A16")
+    if plain not in SCHEMES:
         raise ConfigError(
-            f"unknown scheme '{name}'.", where="--scheme", remedy=nearest(name, known)
+            f"unknown scheme '{name}'.", where="--scheme", remedy=nearest(name, SCHEMES)
         )
-    return QuantSpec(bits=int(match[1]), symmetric=True, group_size=128)
+    return SCHEMES[plain]
 
 
 class StepSpec(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.stats import Stat
-from pocketlm.core.tensors import PackedInt, WeightTensor
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
 S = TypeVar("S", bound=Stat)
 
@@ -37,11 +37,13 @@ class LinearState:
 
     Attributes:
         name: Module path.
-        reference_OI: The original weight, float32 [O, I]; what every step approximates.
-        spec: The grid the recipe asks for, fitted to these columns.
-        scale_dtype: The dtype in which scales are stored.
+        reference_OI: What every step approximates, float32 [O, I]: the original, after folds.
+        spec: The number format the recipe asks for, its groups fitted to these columns.
+        scale_dtype: The dtype in which scales are stored, where they are plain floats.
         current: The compressed weight so far; None before the first step.
         notes: What the steps have to tell, oldest first.
+        shared_absmax: The largest magnitude among the linears that share one constant of the
+            tensor (NVFP4: engines fuse those that read one value); None: this one's own.
     """
 
     name: str
@@ -50,14 +52,19 @@ class LinearState:
     scale_dtype: torch.dtype
     current: WeightTensor | None = None
     notes: tuple[Note, ...] = ()
+    shared_absmax: float | None = None
 
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""
         return replace(self, current=current, notes=(*self.notes, *notes))
 
-    def grid(self) -> PackedInt | None:
+    def grid(self) -> Packed | None:
         """The grid an earlier step chose, if it is of the asked spec; its codes are advisory."""
         current = self.current
+        if isinstance(current, PackedFloat):
+            return current if current.spec == self.spec else None
+        if self.spec.type != "int":
+            return None
         if not isinstance(current, PackedInt) or current.bits != self.spec.bits:
             return None
         same_group = current.group_size == (self.spec.group_size or self.reference_OI.shape[1])
@@ -120,3 +127,78 @@ class LinearStep(Protocol):
     def cost(self, rows: int, columns: int) -> Cost:
         """What `compress` takes for a weight [rows, columns]."""
         ...
+
+
+class FoldStep(Protocol):
+    """A step that moves scales between a producer and the linears that read it, before any other.
+
+    The block's function stays: what the producer gives is divided, the readers' columns multiplied.
+    Statistics are those of the original block, all groups at once.
+    """
+
+    kind: ClassVar[str]  # "fold"
+    needs: ClassVar[tuple[type[Stat], ...]]
+
+    def scale(self, linears: Sequence[LinearState], stats: Statistics) -> Tensor | None:
+        """A positive scale [I] for the columns of a group's linears; None leaves them alone."""
+        ...
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """What `scale` takes for a weight [rows, columns]."""
+        ...
+
+
+class BlockTask(Protocol):
+    """What a block step is given: the linears of a block, and the block as a function of them."""
+
+    states: Mapping[str, LinearState]
+    batches: int
+    device: torch.device
+
+    def inputs(self, batch: int) -> Tensor:
+        """The block's input [B, T, D] as the compressed model so far gives it."""
+        ...
+
+    def targets(self, batch: int) -> Tensor:
+        """What the original block gives for the original model's input [B, T, D]."""
+        ...
+
+    def forward(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The block's output [B, T, D] for `inputs(batch)`, differentiable in the weights.
+
+        Args:
+            weights: Module path → weight [O, I]; others stay as they are.
+            batch: Which batch.
+        """
+        ...
+
+    def generator(self) -> torch.Generator:
+        """Randomness of this block: the same after a resume."""
+        ...
+
+    @property
+    def report(self) -> Callable[[int, int, float], None]:
+        """Told how far the step has come: iterations done, in all, loss."""
+        ...
+
+
+class BlockStep(Protocol):
+    """A step that treats the linears of a block together, against the block's output."""
+
+    kind: ClassVar[str]  # "block"
+    needs: ClassVar[tuple[type[Stat], ...]]  # always empty
+
+    def compress(self, task: BlockTask) -> Mapping[str, LinearState]:
+        """The states of all linears of the block after this step."""
+        ...
+
+    def flops_per_weight(self, samples: int, seq_len: int) -> float:
+        """FLOPs of the whole step for each weight of the block."""
+        ...
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """What it holds for a weight [rows, columns] beside the block's activations."""
+        ...
+
+
+Step = LinearStep | FoldStep | BlockStep

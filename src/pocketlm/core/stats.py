@@ -1,11 +1,11 @@
-"""What is gathered of a linear's inputs while calibration data flows: add, merge, finalize.
+"""What is gathered of a linear's inputs while calibration data flows: add and merge.
 
 Legend: T tokens, I input columns.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ class Stat:
         device: Where it is gathered.
     """
 
+    paired: ClassVar[bool] = False  # `add` also takes the original model's inputs of those tokens
+
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.columns, self.device, self.tokens = columns, torch.device(device), 0
 
-    def add(self, x_TI: Tensor) -> None:
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
         """Takes the inputs of some tokens, [..., I]."""
         raise NotImplementedError
 
@@ -44,9 +46,9 @@ class Hessian(Stat):
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         super().__init__(columns, device)
         self._sum_II = torch.zeros(columns, columns, device=self.device)
-        self._factors: dict[tuple[float, bool], InverseFactor] = {}
+        self._factors: dict[tuple[float, float, bool], InverseFactor] = {}
 
-    def add(self, x_TI: Tensor) -> None:
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
         """Takes the inputs of some tokens, [..., I]."""
         self._factors.clear()
         x_TI = x_TI.detach().reshape(-1, self.columns)
@@ -78,20 +80,98 @@ class Hessian(Stat):
         """The Hessian's diagonal [I]: how much each input weighs."""
         return self._sum_II.diagonal() * (2.0 / max(self.tokens, 1))
 
-    def inverse_factor(self, damping: float, order_I: Tensor | None) -> InverseFactor:
+    def inverse_factor(
+        self, damping: float, order_I: Tensor | None, shrinkage: float = 0.0
+    ) -> InverseFactor:
         """U with (H + damping)⁻¹ = UᵀU, factorised once for all linears that share this input.
 
         Args:
             damping: Share of the mean diagonal to add.
             order_I: The order of the columns by falling diagonal, or None as stored.
+            shrinkage: Share of each column's own diagonal to add.
 
         Returns:
             The factor of the reordered Hessian.
         """
-        key = (damping, order_I is not None)
+        key = (damping, shrinkage, order_I is not None)
         if key not in self._factors:
             hessian_II = self.matrix_II()
+            hessian_II.diagonal().mul_(1 + shrinkage)
             if order_I is not None:
                 hessian_II = hessian_II[order_I][:, order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)
         return self._factors[key]
+
+
+class MeanSquare(Stat):
+    """The mean of each input's square, E[x²] [I]: float32, by running sums."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self._sum_I = torch.zeros(columns, device=self.device)
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I]."""
+        x_TI = x_TI.detach().reshape(-1, self.columns).float()
+        self._sum_I += x_TI.square().sum(0)
+        self.tokens += x_TI.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Adds what another pass has gathered."""
+        self._sum_I += other._sum_I
+        self.tokens += other.tokens
+
+    def value_I(self) -> Tensor:
+        """E[x²]; zeros where no token was seen."""
+        return self._sum_I / max(self.tokens, 1)
+
+
+class AbsMax(Stat):
+    """The largest magnitude of each input [I]."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self._max_I = torch.zeros(columns, device=self.device)
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I]."""
+        x_TI = x_TI.detach().reshape(-1, self.columns)
+        if x_TI.shape[0]:
+            self._max_I = torch.maximum(self._max_I, x_TI.abs().amax(0).float())
+        self.tokens += x_TI.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Takes the larger of each."""
+        self._max_I = torch.maximum(self._max_I, other._max_I)
+        self.tokens += other.tokens
+
+    def value_I(self) -> Tensor:
+        """The largest |x|; zeros where no token was seen."""
+        return self._max_I
+
+
+class Drift(Stat):
+    """D = (2 / T) (X₀ - X)ᵀX: how the original model's inputs X₀ differ from X, seen through X."""
+
+    paired: ClassVar[bool] = True
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self._sum_II = torch.zeros(columns, columns, device=self.device)
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I], and the original model's of the same."""
+        assert original_TI is not None
+        x_TI = x_TI.detach().reshape(-1, self.columns).float()
+        self.tokens += x_TI.shape[0]
+        difference_TI = original_TI.detach().reshape(-1, self.columns).float() - x_TI
+        self._sum_II.addmm_(difference_TI.T, x_TI)
+
+    def merge(self, other: Self) -> None:
+        """Adds what another pass has gathered."""
+        self._sum_II += other._sum_II
+        self.tokens += other.tokens
+
+    def matrix_II(self) -> Tensor:
+        """D, float32 [I, I]."""
+        return self._sum_II * (2.0 / max(self.tokens, 1))

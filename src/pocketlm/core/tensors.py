@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketlm.core.levels import levels_of
+from pocketlm.core.scales import Scale
+from pocketlm.core.spec import QuantSpec
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -46,9 +50,27 @@ class PackedInt:
     bits: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.codes_OI.shape
+        return rows, columns
+
+    @property
     def group_size(self) -> int:
         """Columns that share a scale; I where the whole row does."""
         return self.codes_OI.shape[1] // self.scale_OG.shape[1]
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid."""
+        group_size = None if self.scale_OG.shape[1] == 1 else self.group_size
+        symmetric = self.zero_OG is None
+        return QuantSpec(bits=self.bits, symmetric=symmetric, group_size=group_size)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every scale is a number."""
+        return bool(torch.isfinite(self.scale_OG).all())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I]; the product is rounded once, in `dtype`."""
@@ -58,6 +80,11 @@ class PackedInt:
             codes_OGi = codes_OGi - self.zero_OG.to(dtype)[:, :, None]
         return (codes_OGi * self.scale_OG.to(dtype)[:, :, None]).view(rows, columns)
 
+    def to(self, device: torch.device | str) -> PackedInt:
+        """The same weight on a device."""
+        zero_OG = None if self.zero_OG is None else self.zero_OG.to(device)
+        return PackedInt(self.codes_OI.to(device), self.scale_OG.to(device), zero_OG, self.bits)
+
     @property
     def stored_bits(self) -> int:
         """Stored bits: codes, scales and zero points."""
@@ -66,4 +93,95 @@ class PackedInt:
         return self.codes_OI.numel() * self.bits + scale_bits + zero_bits
 
 
-WeightTensor = Dense | PackedInt
+@dataclass(frozen=True)
+class PackedFloat:
+    """Codes of a float or of a table, with a scale for each tile: FP8, MXFP4, NVFP4, NF4 …
+
+    w[o, i] = scale[o // group_rows, i // group_size] * level(code[o, i])
+
+    Attributes:
+        codes_OI: uint8, the bit pattern of each level, one in a byte.
+        scale: The scales, as stored.
+        spec: What the codes stand for, and the tiles.
+    """
+
+    codes_OI: Tensor
+    scale: Scale
+    spec: QuantSpec
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.codes_OI.shape
+        return rows, columns
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.spec.bits
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every scale is a number, and every code one too (E4M3 has a NaN)."""
+        scales = bool(torch.isfinite(self.scale.values_RG()).all())
+        return scales and (self.bits < 8 or not bool(((self.codes_OI & 0x7F) == 0x7F).any()))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I]; the product is rounded in float32 and then to `dtype`."""
+        return self.rows(0, self.codes_OI.shape[0], dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows of the weight, [stop - start, I], without decoding the others."""
+        codes_oI = self.codes_OI[start:stop]
+        return decode_rows(codes_oI, start, self.scale, self.spec, dtype, self.shape[0])
+
+    def to(self, device: torch.device | str) -> PackedFloat:
+        """The same weight on a device."""
+        scale = self.scale.map(lambda tensor: tensor.to(device))
+        return PackedFloat(self.codes_OI.to(device), scale, self.spec)
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored bits: codes, scales and what the scales share."""
+        return self.codes_OI.numel() * self.bits + self.scale.stored_bits
+
+
+def decode_rows(
+    codes_oI: Tensor,
+    start: int,
+    scale: Scale,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    rows_in_all: int,
+) -> Tensor:
+    """Rows of a weight from their codes.
+
+    Args:
+        codes_oI: uint8, the codes of rows `start` and following.
+        start: The first row.
+        scale: The scales of the whole weight.
+        spec: Number format and tiles.
+        dtype: Of the result.
+        rows_in_all: O.
+
+    Returns:
+        The rows [o, I].
+    """
+    work = torch.promote_types(dtype, torch.float32)
+    rows, columns = codes_oI.shape
+    height = spec.group_rows or rows_in_all
+    first, last = start // height, -(-(start + rows) // height)
+    scale_oG = scale.rows(first, last).to(work)
+    if height > 1:
+        below = torch.arange(start, start + rows, device=codes_oI.device) // height - first
+        scale_oG = scale_oG[below]
+    weight_oI = levels_of(codes_oI, spec).to(work)
+    width = spec.group_size or columns
+    if columns % width == 0:
+        weight_oGi = weight_oI.view(rows, -1, width).mul_(scale_oG[:, :, None])
+        return weight_oGi.view(rows, columns).to(dtype)
+    return weight_oI.mul_(scale_oG.repeat_interleave(width, 1)[:, :columns]).to(dtype)
+
+
+Packed = PackedInt | PackedFloat
+WeightTensor = Dense | Packed

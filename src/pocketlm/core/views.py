@@ -71,6 +71,8 @@ class Fold:
         accepted: Whether the float64 probe found the block's output unchanged.
         error: The probe's relative error; None where it could not run.
         reason: Why not, where refused.
+        shared: Readers' columns that one producer row feeds (value heads of grouped queries).
+        width: Neighbouring columns that belong together when shared: a head's.
     """
 
     producer: str
@@ -78,6 +80,23 @@ class Fold:
     accepted: bool
     error: float | None
     reason: str | None = None
+    shared: int = 1
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold has changed.
+
+    Attributes:
+        scale_I: What the readers' columns were multiplied with: the asked scale, shared among the
+            columns that one producer row feeds, and corrected for the producer's own rounding.
+        tensors: The producer's tensors as they must be stored now, by checkpoint name; weights of
+            linears are not among them.
+    """
+
+    scale_I: Tensor
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,7 @@ class LinearView(Protocol):
     dtype: torch.dtype  # of the weight in the checkpoint
 
     def weight_OI(self) -> Tensor:
-        """A float32 copy of the weight, on the block's device."""
+        """A float32 copy of the original weight, after folds, on the block's device."""
         ...
 
     def set_weight_OI(self, weight_OI: Tensor) -> None:
@@ -160,6 +179,28 @@ class BlockView(Protocol):
 
     def forward(self, hidden_BTD: Tensor, call: Any) -> Tensor:
         """The block's output [B, T, D] without stops."""
+        ...
+
+    def forward_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor, call: Any) -> Tensor:
+        """The block's output with other weights [O, I], by module path; differentiable in them."""
+        ...
+
+    def probe_folds(self) -> tuple[Group, ...]:
+        """The groups with the best fold of each, tried in float64; seconds for a large block."""
+        ...
+
+    def fold(self, group: Group, scale_I: Tensor, dtype: torch.dtype | None) -> Folded:
+        """Divides what a group's producer gives and multiplies the columns of its readers.
+
+        Args:
+            group: With an accepted fold.
+            scale_I: Positive.
+            dtype: In which the producer will be stored; None: its own.
+        """
+        ...
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Replaces a parameter of the block, by its name in the checkpoint."""
         ...
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import yaml
 
+from pocketlm.calibration.record import account_of, hashes_file
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.views import ModelView, TensorInfo
-from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
@@ -29,6 +30,7 @@ from pocketlm.formats.shards import assemble, sync_directory, write_file
 
 CHUNK_BYTES = 16 << 20
 CARD = "README.md"
+HASHES = "pocketlm/calibration.npy"
 
 
 def partial_path(output: Path) -> Path:
@@ -37,7 +39,12 @@ def partial_path(output: Path) -> Path:
 
 
 def write_artifact(
-    model: ModelView, job: Job, grids: Grids, journal: Journal, log: EventLog
+    model: ModelView,
+    job: Job,
+    grids: Grids,
+    windows: Windows | None,
+    journal: Journal,
+    on_progress: Callable[[int, int], None],
 ) -> Ledger:
     """Writes the artifact's files and renames the directory into place.
 
@@ -45,8 +52,9 @@ def write_artifact(
         model: The source.
         job: What was done.
         grids: The grids.
+        windows: What was calibrated on; None where no step needed data.
         journal: Holds every block.
-        log: Where events go.
+        on_progress: Called with bytes written and bytes in all.
 
     Returns:
         The ledger, as written.
@@ -62,20 +70,12 @@ def write_artifact(
         source=job.source,
         format=grids.format_name,
         fingerprint=job.fingerprint,
+        calibration=None if windows is None else account_of(windows),
         warnings=list(job.warnings),
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        if done == total or done - last[0] > total / 20:
-            last[0] = done
-            log.emit(
-                "progress", "writing shards", done=done, total=total, data={"stage": "assemble"}
-            )
-
-    ledger.files.update(assemble(growing, entries, on_progress=report))
+    ledger.files.update(assemble(growing, entries, on_progress=on_progress))
     for name, data in sorted(model.side_files().items()):
         (growing / name).parent.mkdir(parents=True, exist_ok=True)
         digest = write_file(growing / name, data)
@@ -83,6 +83,8 @@ def write_artifact(
             ledger.files[name] = digest
     recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False).encode()
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
+    if windows is not None:
+        ledger.files[HASHES] = write_file(growing / HASHES, hashes_file(windows))
     config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"
     ledger.files["config.json"] = hashlib.sha256(config).hexdigest()
     text = ledger.model_dump_json(indent=1).encode() + b"\n"

@@ -1,30 +1,40 @@
-"""Compresses one loaded block: statistics group by group, steps linear by linear.
+"""Compresses one loaded block: a recipe's steps in passes over it, then what is to be written.
 
-Every batch is a run that stops before each group of linears. A group's statistics are complete when
-all batches stand before it; it is then compressed, and the batches go on through the weights as
-decoded from what will be written. Calibration is thereby true-sequential (GPTQ, arXiv:2210.17323,
-section 4) at the price of one forward pass. Runs hold activations: those that the memory budget
-does not admit are dropped at each stop and run again from the block's input, with the same results.
+fold pass:    statistics of the whole original block, then scales moved between neighbours
+linear pass:  group by group: statistics, each linear through all steps of the pass, on with the
+              weights as decoded from what will be written
+block pass:   one step on all linears against the block's output
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketlm.calibration.store import ActivationStore
-from pocketlm.core.errors import UnsupportedLayer
+from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.measure import relative_error
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.state import LinearState, LinearStep, Statistics
+from pocketlm.core.state import (
+    BlockStep,
+    FoldStep,
+    LinearState,
+    LinearStep,
+    Note,
+    Statistics,
+    Step,
+)
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.core.tensors import PackedInt
-from pocketlm.core.views import BlockRun, BlockView, Group, LinearView, Pause
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
+from pocketlm.core.views import BlockView, Group, LinearView
+from pocketlm.engine.batches import Batches, Sweep
+from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
+from pocketlm.engine.task import Task
 
 
 @dataclass(frozen=True)
@@ -36,95 +46,167 @@ class Compressed:
         packed: What is written.
         spec: Its grid.
         error: Relative squared output error on the calibration inputs.
-        notes: (kind, sentence) of every fallback.
+        notes: Of every fallback.
     """
 
     view: LinearView
-    packed: PackedInt
+    packed: Packed
     spec: QuantSpec
     error: float
-    notes: tuple[tuple[str, str], ...]
+    notes: tuple[Note, ...]
 
 
-class Batches:
-    """All calibration batches on their way through one block.
+@dataclass(frozen=True)
+class BlockResult:
+    """A block after its last step.
 
-    Args:
-        block: The loaded block.
-        calls: What each batch calls the block with.
-        store: The batches' inputs, and where outputs go.
-        held_runs: How many batches may stand inside the block at once.
-        device: Where the block computes.
+    Attributes:
+        linears: What was compressed, in order of execution.
+        folded: Other tensors that folds have changed, by checkpoint name, as they are stored now.
     """
 
-    def __init__(
-        self,
-        block: BlockView,
-        calls: Sequence[Any],
-        store: ActivationStore,
-        held_runs: int,
-        device: torch.device,
-    ) -> None:
-        self._block, self._calls, self._store, self._device = block, calls, store, device
-        self._held: dict[int, tuple[BlockRun, Pause | None]] = {}
-        self._held_runs = held_runs
+    linears: list[Compressed]
+    folded: dict[str, Tensor]
 
-    def inputs(self, group: int, take: Callable[[Tensor], None]) -> None:
-        """Hands each batch's input of a group to `take`; batches that skip the group give none."""
-        for batch in range(len(self._calls)):
-            run, pause = self._at(batch, group)
-            if pause is not None and pause.group == group:
-                take(pause.inputs)
-            if batch < self._held_runs:
-                self._held[batch] = (run, pause)
 
-    def _at(self, batch: int, group: int) -> tuple[BlockRun, Pause | None]:
-        run, pause = self._held.pop(batch, (None, None))
-        if run is None:
-            run = self._block.start(self._store.get(batch).to(self._device), self._calls[batch])
-            pause = run.advance()
-        while pause is not None and pause.group < group:
-            pause = run.advance()
-        return run, pause
+@dataclass(frozen=True)
+class Pass:
+    """Consecutive steps of one kind; a block step makes a pass of its own."""
 
-    def finish(self) -> None:
-        """Runs every batch to the block's end and stores its output."""
-        for batch in range(len(self._calls)):
-            run, pause = self._at(batch, len(self._block.groups))
-            while pause is not None:
-                pause = run.advance()
-            self._store.put(batch, run.output)
+    kind: str
+    steps: tuple[Any, ...]
+
+
+def passes(steps: Iterable[Step]) -> list[Pass]:
+    """The passes over a block that a recipe's steps make.
+
+    Raises:
+        ConfigError: If a fold comes after a step that quantizes, or nothing quantizes.
+    """
+    found: list[Pass] = []
+    for kind, run in groupby(steps, key=lambda step: step.kind):
+        together = tuple(run)
+        found += [Pass(kind, (s,)) for s in together] if kind == "block" else [Pass(kind, together)]
+    late = [p for p in found[1:] if p.kind == "fold"]
+    if late:
+        raise ConfigError(
+            f"{type(late[0].steps[0]).__name__} moves scales after a step that quantizes.",
+            where="recipe",
+            remedy="Put folds such as awq or smoothquant first.",
+        )
+    if found[-1].kind == "fold":
+        raise ConfigError(
+            f"{type(found[-1].steps[-1]).__name__} is the last step, and it quantizes nothing.",
+            where="recipe",
+            remedy="Add a quantizing step such as rtn or gptq after it.",
+        )
+    return found
 
 
 def compress_block(
+    block: BlockView,
+    steps: Sequence[Step],
+    specs: Mapping[str, QuantSpec],
+    batches: Batches | None,
+    device: torch.device,
+    *,
+    kept_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    report: Callable[[float, float | None], None] = lambda share, loss: None,
+) -> BlockResult:
+    """Compresses the linears of a block that have a grid; their weights in the block follow.
+
+    Args:
+        block: The loaded block; its weights are replaced by what is returned.
+        steps: What is done.
+        specs: Grids by module path; linears without one are kept.
+        batches: The calibration data; None where no step needs any.
+        device: Where statistics are gathered.
+        kept_dtype: In which tensors beside the linears are stored; None: their own.
+        seed: Of block steps.
+        report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
+
+    Returns:
+        What is to be written.
+    """
+    folded: dict[str, Tensor] = {}
+    notes: dict[str, tuple[Note, ...]] = {}
+    results: dict[str, Compressed] = {}
+    todo = passes(steps)
+    for place, one in enumerate(todo):
+        tell = _within(report, place, len(todo))
+        if one.kind == "fold":
+            fold_steps: tuple[FoldStep, ...] = one.steps
+            tensors, remarks = fold_groups(block, fold_steps, specs, batches, device, kept_dtype)
+            folded.update(tensors)
+            notes.update(remarks)
+        elif one.kind == "linear":
+            results = _linear_pass(block, one.steps, specs, batches, device, results, notes, tell)
+        else:
+            assert batches is not None
+            states = {
+                view.name: _state(view, specs, results, notes, shared)
+                for views in _chosen(block, specs)
+                for shared in (shared_absmax(views, specs),)
+                for view in views
+            }
+            task = Task(block, states, batches, device, seed, tell)
+            step: BlockStep = one.steps[0]
+            after = step.compress(task)
+            results = {name: _finish(block.linears[name], after[name], None) for name in states}
+    if batches is not None and todo[-1].kind != "linear":  # a linear pass has run them itself
+        for batch, call in enumerate(batches.calls):
+            batches.store.put(batch, block.forward(batches.store.get(batch).to(device), call))
+    return BlockResult(list(results.values()), folded)
+
+
+def _within(
+    report: Callable[[float, float | None], None], place: int, total: int
+) -> Callable[[int, int, float | None], None]:
+    """Tells of one pass as a part of all."""
+    return lambda done, steps, loss=None: report((place + done / steps) / total, loss)
+
+
+def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[list[LinearView]]:
+    """The linears that have a grid, by group."""
+    return [
+        [block.linears[name] for name in group.linears if name in specs] for group in block.groups
+    ]
+
+
+def _linear_pass(
     block: BlockView,
     steps: Sequence[LinearStep],
     specs: Mapping[str, QuantSpec],
     batches: Batches | None,
     device: torch.device,
-) -> list[Compressed]:
-    """Compresses the linears of a block that have a grid; their weights in the block follow.
+    earlier: Mapping[str, Compressed],
+    notes: Mapping[str, tuple[Note, ...]],
+    tell: Callable[[int, int, float | None], None],
+) -> dict[str, Compressed]:
+    total = sum(map(len, _chosen(block, specs)))
+    results: dict[str, Compressed] = {}
+    sweep = None if batches is None else batches.sweep()
 
-    Args:
-        block: The loaded block; its weights are replaced by what is returned.
-        steps: What is done to each linear.
-        specs: Grids by module path; linears without one are kept.
-        batches: The calibration data; None where no step needs any.
-        device: Where statistics are gathered.
+    def exchange(original: bool) -> None:
+        for done in results.values():
+            weight_OI = done.view.weight_OI() if original else done.packed.dequantize().to(device)
+            done.view.set_weight_OI(weight_OI)
 
-    Returns:
-        The compressed linears in order of execution.
-    """
-    results: list[Compressed] = []
     for group in block.groups:
         chosen = [block.linears[name] for name in group.linears if name in specs]
         if not chosen:
             continue
-        stats = _gather(group, chosen[0].in_features, steps, batches, device)
+        stats = _gather(group, chosen[0].in_features, steps, sweep, exchange, device)
+        shared = shared_absmax(chosen, specs)
         for view in chosen:
-            results.append(_compress(view, steps, specs[view.name], stats))
-    if batches is not None:
-        batches.finish()
+            state = _state(view, specs, earlier, notes, shared)
+            for step in steps:
+                state = step.compress(state, stats)
+            results[view.name] = _finish(view, state, stats.get(Hessian))
+            tell(len(results), total, None)
+    if sweep is not None:
+        sweep.finish()
     return results
 
 
@@ -132,45 +214,64 @@ def _gather(
     group: Group,
     columns: int,
     steps: Sequence[LinearStep],
-    batches: Batches | None,
+    sweep: Sweep | None,
+    exchange: Callable[[bool], None],
     device: torch.device,
 ) -> Statistics:
     kinds = dict.fromkeys(kind for step in steps for kind in step.needs)
     stats: list[Stat] = [kind(columns, device) for kind in kinds]
+    if sweep is None or not stats:
+        return Statistics(*stats)
 
-    def take(x_TI: Tensor) -> None:
+    def take(x_TI: Tensor, original_TI: Tensor | None = None) -> None:
         for stat in stats:
-            stat.add(x_TI)
+            if not stat.paired or original_TI is not None:
+                stat.add(x_TI, original_TI)
 
-    if batches is not None and stats:
-        batches.inputs(group.index, take)
+    if not any(stat.paired for stat in stats):
+        sweep.inputs(group.index, take)
+    else:
+        sweep.pairs(group.index, take, exchange)
     return Statistics(*stats)
 
 
-def _compress(
-    view: LinearView, steps: Sequence[LinearStep], spec: QuantSpec, stats: Statistics
-) -> Compressed:
-    reference_OI = view.weight_OI()
-    state = LinearState(view.name, reference_OI, spec, scale_dtype_for(view.dtype))
-    for step in steps:
-        state = step.compress(state, stats)
+def shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -> float | None:
+    """The largest weight of linears that share a constant of the tensor (NVFP4), if any do."""
+    sharing = [view for view in views if specs[view.name].scale == "e4m3"]
+    return max((float(view.weight_OI().abs().amax()) for view in sharing), default=None)
+
+
+def _state(
+    view: LinearView,
+    specs: Mapping[str, QuantSpec],
+    earlier: Mapping[str, Compressed],
+    notes: Mapping[str, tuple[Note, ...]],
+    shared: float | None,
+) -> LinearState:
+    """A linear before a pass: its original weight after folds, and what earlier passes made."""
+    reference_OI, spec = view.weight_OI(), specs[view.name]
+    scale_dtype = scale_dtype_for(view.dtype)
+    done = earlier.get(view.name)
+    if done is None:
+        told = notes.get(view.name, ())
+        return LinearState(view.name, reference_OI, spec, scale_dtype, None, told, shared)
+    packed = done.packed.to(reference_OI.device)
+    return LinearState(view.name, reference_OI, spec, scale_dtype, packed, done.notes, shared)
+
+
+def _finish(view: LinearView, state: LinearState, hessian: Hessian | None) -> Compressed:
+    """What a pass leaves of a linear; the block goes on with the weight as decoded from it."""
     packed = state.current
-    if not isinstance(packed, PackedInt):
+    if not isinstance(packed, PackedInt | PackedFloat):
         raise UnsupportedLayer(
             "the recipe's last step left no quantized weight.",
             where=view.name,
             remedy="End the recipe with a quantizing step such as gptq or rtn.",
         )
     decoded_OI = packed.dequantize()
-    hessian = stats.get(Hessian)
+    # Steps may have moved what they approximate: the error is told against the original.
     error = relative_error(
-        reference_OI, decoded_OI, None if hessian is None else hessian.matrix_II()
+        view.weight_OI(), decoded_OI, None if hessian is None else hessian.matrix_II()
     )
     view.set_weight_OI(decoded_OI)
-    on_cpu = PackedInt(
-        packed.codes_OI.cpu(),
-        packed.scale_OG.cpu(),
-        None if packed.zero_OG is None else packed.zero_OG.cpu(),
-        packed.bits,
-    )
-    return Compressed(view, on_cpu, spec, error, tuple((n.kind, n.text) for n in state.notes))
+    return Compressed(view, packed.to("cpu"), state.spec, error, state.notes)

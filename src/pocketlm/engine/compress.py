@@ -40,6 +40,7 @@ def fingerprint(
         "calibration": None if windows is None else windows.sha256,
         "samples": None if windows is None else windows.tokens_NT.shape[0],
         "tokens_at_once": job.tokens_at_once,
+        "seed": job.seed,
         "dtype": None if job.dtype is None else str(job.dtype),
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,
@@ -92,7 +93,7 @@ def run_job(
         job: What to do.
         grids: The fitted grids.
         windows: Calibration tokens; None where no step needs any.
-        plan: Kept in the event log, to be compared with the outcome.
+        plan: What was predicted: for the time left, and the event log.
         restart: Forget an earlier attempt, finished or not.
         listener: Called with each event.
 
@@ -131,7 +132,7 @@ def run_job(
         for note in job.warnings:
             log.emit("warning", note, where="calibration")
         started = time.monotonic()
-        outcome = Runner(model, job, grids, windows, journal, log).run()
+        outcome = Runner(model, job, grids, windows, journal, log, plan).run()
         log.emit("run_done", f"wrote {job.output}", seconds=time.monotonic() - started)
     except (MemoryError, torch.OutOfMemoryError) as error:
         journal.release()

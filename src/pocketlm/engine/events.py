@@ -24,7 +24,8 @@ class Event(BaseModel):
         done: Units of the stage that are finished.
         total: Units of the stage.
         seconds: How long the thing took.
-        seconds_left: Forecast for the stage.
+        share: Of the run that is done, 0 to 1.
+        seconds_left: Forecast for the run.
         data: Numbers behind it.
         time: Seconds since the epoch.
     """
@@ -32,7 +33,7 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal[
-        "run_started", "resumed", "stage", "block_started", "block_done", "progress",
+        "run_started", "resumed", "stage", "block_started", "block_done", "progress", "loss",
         "fallback", "warning", "run_done",
     ]  # fmt: skip
     text: str
@@ -41,6 +42,7 @@ class Event(BaseModel):
     done: int | None = None
     total: int | None = None
     seconds: float | None = None
+    share: float | None = None
     seconds_left: float | None = None
     data: dict[str, Any] = Field(default_factory=dict)
     time: float = Field(default_factory=time.time)
@@ -60,10 +62,10 @@ class EventLog:
     def __init__(self, path: Path | None, listener: Listener | None = None) -> None:
         self._path, self._listener = path, listener
 
-    def emit(self, kind: str, text: str, **fields: Any) -> None:
-        """Records an event; `fields` are Event's."""
+    def emit(self, kind: str, text: str, *, keep: bool = True, **fields: Any) -> None:
+        """Hands on an event and, where it is to be kept, writes it down; `fields` are Event's."""
         event = Event.model_validate({"kind": kind, "text": text, **fields})
-        if self._path is not None:
+        if keep and self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event.model_dump(exclude_none=True)) + "\n")
         if self._listener is not None:

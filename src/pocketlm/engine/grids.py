@@ -10,6 +10,7 @@ import torch
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import QuantSpec, Recipe, matches
 from pocketlm.formats.capabilities import capability, check_layer, check_model
+from pocketlm.formats.compressed_config import holds
 
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
 
@@ -21,7 +22,7 @@ class Grids:
     Attributes:
         specs: Module path → grid that divides its columns.
         kept: Module path → why it keeps its precision.
-        notes: Module path → what was changed about its grid.
+        notes: Module path → what was changed about its groups.
         format_name: The format that can hold all of it.
     """
 
@@ -51,7 +52,7 @@ def choose_grids(
     """
     _require_matches(recipe, shapes)
     capability(target)
-    format_name = "pocketlm" if transposed else "compressed-tensors"
+    format_name = "pocketlm" if transposed or not _all_held(recipe) else "compressed-tensors"
     specs: dict[str, QuantSpec] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
@@ -61,6 +62,13 @@ def choose_grids(
             kept[name] = "the recipe ignores it"
         elif shape[1] < MIN_COLUMNS:
             kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
+        elif asked.fixed_groups and not asked.fits(shape[1]):
+            kept[name] = (
+                f"groups of {asked.group_size}, as {asked.name} has them, do not divide "
+                f"{shape[1]} columns"
+            )
+        elif asked.type != "int" and shape[1] * asked.bits % 8:
+            kept[name] = f"{shape[1]} codes of {asked.bits} bits do not fill whole bytes"
         else:
             fitted = asked.fit(shape[1])
             if fitted != asked:
@@ -79,6 +87,11 @@ def choose_grids(
     return Grids(specs, kept, notes, format_name)
 
 
+def _all_held(recipe: Recipe) -> bool:
+    """Whether compressed-tensors has a storage for every number format of a recipe."""
+    return all(holds(spec) for spec in (recipe.weights, *recipe.overrides.values()))
+
+
 def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
     for pattern in (*recipe.ignore, *recipe.overrides):
         if pattern == "lm_head" or any(matches(pattern, name) for name in shapes):
@@ -92,10 +105,18 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
 
 
 def grid_text(spec: QuantSpec) -> str:
-    """A grid in words, such as ``4 bits, symmetric, groups of 64``."""
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    groups = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
-    return f"{spec.bits} bits, {kind}, {groups}"
+    """A number format: ``4 bits, symmetric, groups of 64``, ``NVFP4, groups of 16``."""
+    if spec.group_rows is None:
+        tiles = "one scale for the tensor"
+    elif spec.group_rows > 1:
+        tiles = f"blocks of {spec.group_rows} × {spec.group_size}"
+    else:
+        tiles = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
+    if spec.type == "int":
+        kind = "symmetric" if spec.symmetric else "asymmetric"
+        return f"{spec.bits} bits, {kind}, {tiles}"
+    twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
+    return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
 
 
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Every tensor of the source accounted for: quantized, kept or dropped, and why. Holds no times."""
+"""Every tensor of the source accounted for: quantized, folded, kept or dropped; no times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pocketlm.calibration.record import CalibrationAccount
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
 
@@ -27,7 +28,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["quantized", "kept", "dropped"]
+    action: Literal["quantized", "folded", "kept", "dropped"]
     reason: str
     shape: tuple[int, ...]
     bits: int
@@ -44,6 +45,7 @@ class Ledger(BaseModel):
         source: Where the model came from, as the user named it.
         format: "compressed-tensors" or "pocketlm".
         fingerprint: What the bytes depend on: source, recipe, calibration, versions, device.
+        calibration: What was calibrated on; None where no step needed data.
         tensors: Tensor of the source → what became of it.
         files: File of the artifact → SHA-256.
         warnings: What the whole run has to tell, as sentences.
@@ -54,6 +56,7 @@ class Ledger(BaseModel):
     source: str
     format: str
     fingerprint: dict[str, Any]
+    calibration: CalibrationAccount | None = None
     tensors: dict[str, Entry] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pocketlm.core.spec import Recipe
-from pocketlm.core.state import LinearStep
+from pocketlm.core.state import Step
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Job:
         dtype: Dtype of the tensors that are kept; None: as in the source.
         warnings: What the whole run has to tell; goes into the ledger.
         fingerprint: What the bytes depend on.
+        seed: Of steps that draw at random.
     """
 
     source: str
     recipe: Recipe
-    steps: tuple[LinearStep, ...]
+    steps: tuple[Step, ...]
     output: Path
     work_dir: Path
     target: str
@@ -41,8 +42,15 @@ class Job:
     dtype: torch.dtype | None = None
     warnings: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def needs_data(self) -> bool:
-        """Whether a step needs statistics of the inputs."""
-        return any(step.needs for step in self.steps)
+        """Whether a step needs calibration data."""
+        return self.needs_original or any(step.needs for step in self.steps)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether a step compares with the original model's activations."""
+        paired = any(kind.paired for step in self.steps for kind in step.needs)
+        return paired or any(step.kind == "block" for step in self.steps)

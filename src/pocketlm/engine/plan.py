@@ -16,13 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from pocketlm.core.errors import BudgetError
-from pocketlm.core.state import LinearStep
+from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
+from pocketlm.engine.duration import stage_seconds
 from pocketlm.engine.grids import Grids, grid_text, scale_dtype_for
 from pocketlm.engine.machine import (
     available_ram_bytes,
-    call_seconds,
-    matmul_flops,
     resident_bytes,
     total_vram_bytes,
 )
@@ -31,7 +30,6 @@ from pocketlm.engine.options import Job
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
 
-READ_BYTES_PER_SECOND = 400e6  # a slow NVMe disk; read, hashed, packed and written again
 FIXED_BYTES = 250 << 20  # allocator slack, thread stacks, buffers of the readers and writers
 
 
@@ -58,6 +56,7 @@ class Plan(BaseModel):
         disk_transient_bytes: Needed beside the output while the run lives.
         resume_seconds: What recomputing activations costs at worst after a kill.
         seconds: Of the whole run.
+        stages: Of its stages, in order.
         kept: Linears that keep their precision, and why.
         notes: What was changed about the grids.
     """
@@ -83,6 +82,7 @@ class Plan(BaseModel):
     disk_transient_bytes: int
     resume_seconds: float
     seconds: float
+    stages: dict[str, float]
     kept: dict[str, str]
     notes: dict[str, str]
 
@@ -103,11 +103,11 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     shapes = {name: shape for name, shape in model.linear_shapes().items() if name in grids.specs}
     tokens = samples * seq_len if job.needs_data else 0
     sizes = stored_sizes(model, grids, job.dtype)
-    seconds, forward = _seconds(model, job, shapes, tokens, sizes["source"])
-    in_memory = hidden_bytes(model, tokens) <= job.activation_bytes
+    stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes["source"])
+    in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
-    host_hidden = hidden_bytes(model, tokens) if in_memory else 0
+    host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
     linear_bits = sum(_bits(grids, name, shape) for name, shape in shapes.items())
     return Plan(
@@ -128,12 +128,18 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         peak_ram_bytes=host if on_gpu else host + working,
         peak_vram_bytes=working if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
-        + (0 if in_memory else 2 * hidden_bytes(model, tokens)),
+        + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
-        seconds=seconds,
+        seconds=sum(stages.values()),
+        stages=stages,
         kept=dict(grids.kept),
         notes=dict(grids.notes),
     )
+
+
+def boundary_bytes(model: ModelView, job: Job, tokens: int) -> int:
+    """Bytes of what waits at a block's boundary: one stream, or also the original's two sides."""
+    return (3 if job.needs_original else 1) * hidden_bytes(model, tokens)
 
 
 def refuse_impossible(plan: Plan, output: Path, device: torch.device) -> None:
@@ -198,39 +204,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
     return totals
 
 
-def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> float:
-    return grids.specs[name].bits_per_weight(shape[1]) * math.prod(shape)
-
-
-def _seconds(
-    model: ModelView,
-    job: Job,
-    shapes: Mapping[str, tuple[int, int]],
-    tokens: int,
-    source_bytes: int,
-) -> tuple[float, float]:
-    """Seconds of the whole run, and of one forward pass over the calibration data."""
-    rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
-    # Statistics and sweeps run in float32 whatever the blocks compute in.
-    single = matmul_flops(model.device, torch.float32, job.tokens_at_once, hidden_width(model))
-    each_call = call_seconds(model.device)
-    all_shapes = model.linear_shapes().values()
-    forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
-    seconds = source_bytes / READ_BYTES_PER_SECOND
-    if tokens:
-        seconds += forward
-        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / single
-    for rows, columns in shapes.values():
-        for step in job.steps:
-            cost = step.cost(rows, columns)
-            seconds += cost.flops / single + cost.calls * each_call
-    return seconds, forward
-
-
-def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:
-    """Widths of the distinct inputs: linears of one parent and width are taken to share theirs."""
-    shared = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
-    return [columns for _, columns in shared]
+def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
+    return grids.specs[name].stored_bits(shape)
 
 
 def _working_bytes(
@@ -248,7 +223,7 @@ def _working_bytes(
         if path is not None:
             blocks[path] += math.prod(info.shape)
     weights = max(blocks.values()) * width
-    steps: Sequence[LinearStep] = job.steps
+    steps: Sequence[Step] = job.steps
     widest = max(
         9 * rows * columns
         + 4 * columns * columns * len({kind for step in steps for kind in step.needs})

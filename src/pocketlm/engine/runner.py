@@ -8,7 +8,7 @@ It knows no method by name. A killed run redoes at most one block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,16 @@ from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import NumericError
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.artifact import write_artifact
-from pocketlm.engine.block import Batches, Compressed, compress_block
+from pocketlm.engine.batches import Batches
+from pocketlm.engine.block import Compressed, compress_block
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
-from pocketlm.engine.memory import held_runs, hidden_bytes
+from pocketlm.engine.memory import held_runs
 from pocketlm.engine.options import Job
+from pocketlm.engine.plan import Plan, boundary_bytes
+from pocketlm.engine.progress import Progress
 from pocketlm.formats import format_for
 
 
@@ -57,6 +60,7 @@ class Runner:
         windows: Calibration tokens; None where no step needs any.
         journal: The record of what is done.
         log: Where events go.
+        plan: What was predicted.
     """
 
     def __init__(
@@ -67,12 +71,15 @@ class Runner:
         windows: Windows | None,
         journal: Journal,
         log: EventLog,
+        plan: Plan,
     ) -> None:
         self._model, self._job, self._grids = model, job, grids
         self._windows, self._journal, self._log = windows, journal, log
+        self._plan, self._progress = plan, Progress(log, plan.stages)
         self._format = format_for(grids.format_name)
         self._calls: list[Any] = []
         self._store: ActivationStore | None = None
+        self._original: ActivationStore | None = None
 
     def run(self) -> Outcome:
         """Does what is left of the job and puts the artifact in its place."""
@@ -85,11 +92,17 @@ class Runner:
         if self._windows is not None and first < total:
             self._prepare_activations(first)
         calibrated = time.monotonic()
+        left = (total - first) / total
+        self._progress.stage(
+            "compress", f"compressing {total - first} blocks", left * self._plan.stages["compress"]
+        )
         for index in range(first, total):
-            self._compress(index, first, total, calibrated)
+            self._compress(index, first, total)
         compressed = time.monotonic()
-        self._log.emit("stage", "assembling the artifact", data={"stage": "assemble"})
-        ledger = write_artifact(self._model, self._job, self._grids, self._journal, self._log)
+        self._progress.stage("assemble", "assembling the artifact")
+        ledger = write_artifact(
+            self._model, self._job, self._grids, self._windows, self._journal, self._wrote
+        )
         seconds = {
             "calibrate": calibrated - started,
             "compress": compressed - calibrated,
@@ -100,93 +113,147 @@ class Runner:
     # --- activations ---
 
     def _prepare_activations(self, first: int) -> None:
-        """Fills the store with every batch at the boundary before block `first`."""
+        """Fills the stores with every batch at the boundary before block `first`."""
         assert self._windows is not None
         batches = self._batches(self._windows.tokens_NT)
-        on_disk = (
-            hidden_bytes(self._model, self._windows.tokens_NT.numel()) > self._job.activation_bytes
-        )
-        disk = DiskStore(self._journal.directory / "activations") if on_disk else None
-        store: ActivationStore = disk or MemoryStore()
-        recovered = disk is not None and first > 0 and disk.recover(first, len(batches))
-        self._log.emit("stage", "embedding the calibration text", data={"stage": "calibrate"})
-        for index, tokens_BT in enumerate(batches):
-            hidden_BTD, call = self._model.begin(tokens_BT)
-            self._calls.append(call)
-            if not recovered:
-                store.put(index, hidden_BTD)
-        if not recovered:
-            store.advance(0)
-            for index in range(first):
-                self._replay(index, store)
-        self._store = store
+        again = first / len(self._model.block_paths) * self._plan.resume_seconds
+        planned = self._plan.stages["calibrate"] + again
+        self._progress.stage("calibrate", "embedding the calibration text", planned)
+        embedded = [self._begin(batch, batches, first) for batch in range(len(batches))]
+        self._calls = [call for _, call in embedded]
+        hidden = [hidden_BTD for hidden_BTD, _ in embedded]
+        self._store = self._filled("activations", hidden, first, original=False)
+        if self._job.needs_original:
+            self._original = self._filled("originals", hidden, first, original=True)
+
+    def _filled(
+        self, name: str, hidden: list[Tensor], first: int, *, original: bool
+    ) -> ActivationStore:
+        """A store of one stream: recovered from disk, or run through the finished blocks."""
+        tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in hidden)
+        needed = boundary_bytes(self._model, self._job, tokens)
+        on_disk = needed > self._job.activation_bytes
+        disk = DiskStore(self._journal.directory / name) if on_disk else None
+        if disk is not None and first > 0 and disk.recover(first, len(hidden)):
+            return disk
+        store: ActivationStore = disk or MemoryStore(keep_inputs=original)
+        for batch, hidden_BTD in enumerate(hidden):
+            store.put(batch, hidden_BTD)
+        store.advance(0)
+        for index in range(first):
+            self._replay(index, first, store, original=original)
+        return store
+
+    def _begin(self, batch: int, batches: list[Tensor], first: int) -> tuple[Tensor, Any]:
+        embedded = self._model.begin(batches[batch])
+        done, total = batch + 1, len(batches)
+        share = done / total / (1 + first)
+        self._progress.step(share, "embedding the calibration text", done=done, total=total)
+        return embedded
 
     def _batches(self, tokens_NT: Tensor) -> list[Tensor]:
         sequences = max(1, self._job.tokens_at_once // tokens_NT.shape[1])
         return list(tokens_NT.split(sequences))
 
-    def _replay(self, index: int, store: ActivationStore) -> None:
+    def _replay(self, index: int, first: int, store: ActivationStore, *, original: bool) -> None:
         """Runs the batches through a block that an earlier attempt has finished."""
-        text = f"recomputing activations through finished block {index}"
-        self._log.emit("progress", text, block=index, data={"stage": "calibrate"})
-        tensors, _ = self._journal.read_block(index)
         with self._model.block(index) as block:
-            for name, view in block.linears.items():
-                if name in self._grids.specs:
-                    packed = self._format.decode(tensors, name, self._grids.specs[name].bits)
-                    view.set_weight_OI(packed.dequantize().to(self._model.device))
+            if not original:
+                self._take_over(index, block)
             for batch, call in enumerate(self._calls):
                 hidden_BTD = store.get(batch).to(self._model.device)
                 store.put(batch, block.forward(hidden_BTD, call))
         store.advance(index + 1)
+        done = index + 1
+        text = "recomputing activations through finished blocks"
+        self._progress.step((1 + done) / (1 + first), text, block=index, done=done, total=first)
+
+    def _take_over(self, index: int, block: BlockView) -> None:
+        """Gives a block the weights that were written of it."""
+        tensors, entries = self._journal.read_block(index)
+        for name, entry in entries.items():
+            if entry.action == "folded":
+                block.set_tensor(name, tensors[name])
+        for name, view in block.linears.items():
+            if name in self._grids.specs:
+                packed = self._format.decode(tensors, name, self._grids.specs[name])
+                view.set_weight_OI(packed.dequantize().to(self._model.device))
 
     # --- blocks ---
 
-    def _compress(self, index: int, first: int, total: int, started: float) -> None:
+    def _compress(self, index: int, first: int, total: int) -> None:
         before = time.monotonic()
         path = self._model.block_paths[index]
-        self._log.emit("block_started", f"block {index + 1} of {total}", where=path, block=index)
+        text = f"compressing block {index + 1} of {total}"
+        self._log.emit("block_started", text, where=path, block=index)
         with self._model.block(index) as block:
-            results = compress_block(
+            compressed = compress_block(
                 block,
                 self._job.steps,
                 self._grids.specs,
                 self._block_batches(block),
                 self._model.device,
+                kept_dtype=self._job.dtype,
+                seed=self._job.seed,
+                report=self._inside(index, first, total),
             )
-            tensors: dict[str, Tensor] = {}
-            entries: dict[str, Entry] = {}
-            for result in results:
+            tensors: dict[str, Tensor] = dict(compressed.folded)
+            entries = {name: self._folded(name, value) for name, value in tensors.items()}
+            for result in compressed.linears:
                 encoded = self._format.encode(result.view.tensor_name, result.packed)
                 tensors.update(encoded)
                 entries[result.view.tensor_name] = self._account(result, list(encoded))
         self._journal.write_block(index, tensors, entries)
-        if self._store is not None:
-            self._store.advance(index + 1)
-        seconds = time.monotonic() - before
-        each = (time.monotonic() - started) / (index + 1 - first)
-        errors = [entry.error or 0.0 for entry in entries.values()]
-        self._log.emit(
-            "block_done",
+        for store in (self._store, self._original):
+            if store is not None:
+                store.advance(index + 1)
+        errors = [entry.error for entry in entries.values() if entry.error is not None]
+        self._progress.step(
+            (index + 1 - first) / (total - first),
             f"block {index + 1} of {total}",
+            kind="block_done",
             where=path,
             block=index,
             done=index + 1,
             total=total,
-            seconds=seconds,
-            seconds_left=each * (total - index - 1),
-            data={"stage": "compress", "mean_error": sum(errors) / max(len(errors), 1)},
+            seconds=time.monotonic() - before,
+            data={"mean_error": sum(errors) / max(len(errors), 1)},
         )
 
     def _block_batches(self, block: BlockView) -> Batches | None:
         if self._store is None:
             return None
         held = held_runs(self._model, block, self._calls_tokens(), self._job.activation_bytes)
-        return Batches(block, self._calls, self._store, held, self._model.device)
+        return Batches(block, self._calls, self._store, self._original, held, self._model.device)
 
     def _calls_tokens(self) -> int:
         assert self._windows is not None
         return max(batch.numel() for batch in self._batches(self._windows.tokens_NT))
+
+    def _inside(self, index: int, first: int, total: int) -> Callable[[float, float | None], None]:
+        """Tells how far a block has come, and a few times the loss of a step that has one."""
+        tenths = 0
+
+        def report(share: float, loss: float | None) -> None:
+            nonlocal tenths
+            text = f"compressing block {index + 1} of {total}"
+            done = (index - first + share) / (total - first)
+            self._progress.step(done, text, block=index)
+            if loss is not None and int(10 * share) > tenths:
+                tenths = int(10 * share)
+                data = {"stage": "compress", "loss": loss, "share": share}
+                self._log.emit("loss", f"{text}: loss {loss:.3g}", block=index, data=data)
+
+        return report
+
+    def _folded(self, name: str, value: Tensor) -> Entry:
+        return Entry(
+            action="folded",
+            reason="divided by scales that its readers were multiplied with",
+            shape=self._model.source.infos()[name].shape,
+            bits=value.numel() * value.element_size() * 8,
+            outputs=[name],
+        )
 
     def _account(self, result: Compressed, outputs: list[str]) -> Entry:
         name = result.view.name
@@ -210,6 +277,9 @@ class Runner:
         name = result.view.name
         if name in self._grids.notes:
             yield self._grids.notes[name]
-        for kind, text in result.notes:
-            self._log.emit("fallback", text, where=name, data={"kind": kind})
-            yield text
+        for note in result.notes:
+            self._log.emit("fallback", note.text, where=name, data={"kind": note.kind})
+            yield note.text
+
+    def _wrote(self, done: int, total: int) -> None:
+        self._progress.step(done / total if total else 1.0, "assembling the artifact")

@@ -94,6 +94,20 @@ def score_original(
     return BaseScores(model, windows, hidden.stream(model, windows.tokens_NT, count.step))
 
 
+def require_same_vocabulary(model: ModelView, original: ModelView) -> None:
+    """Refuses to compare distributions over different tokens.
+
+    Raises:
+        ConfigError: If the two have different vocabularies.
+    """
+    if original.vocabulary != model.vocabulary:
+        raise ConfigError(
+            f"the model has {model.vocabulary} tokens, the original {original.vocabulary}.",
+            where="--against",
+            remedy="Compare a model with the one it was made from.",
+        )
+
+
 def evaluate_model(
     model: ModelView,
     windows: Windows,
@@ -125,12 +139,8 @@ def evaluate_model(
     tokens_NT = windows.tokens_NT
     _check_ids(model, windows)
     original = against.model if isinstance(against, BaseScores) else against
-    if original is not None and original.vocabulary != model.vocabulary:
-        raise ConfigError(
-            f"the model has {model.vocabulary} tokens, the original {original.vocabulary}.",
-            where="--against",
-            remedy="Compare a model with the one it was made from.",
-        )
+    if original is not None:
+        require_same_vocabulary(model, original)
     if isinstance(against, BaseScores) and against.windows.sha256 != windows.sha256:
         raise ConfigError(
             "the original was scored on other windows.", remedy="Score it on these first."

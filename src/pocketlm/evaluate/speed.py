@@ -6,16 +6,20 @@ Bound of decoding: each token reads every weight once, so tokens/s ≤ bandwidth
 The bandwidth is measured by copying (bytes read + bytes written). Experts that a token skips are
 counted as read, so for mixtures of experts the achieved GB/s is too high; the report says so.
 
-``python -m pocketlm.evaluate.speed MODEL --json`` measures in the running process;
-`measure_speed` starts that and reads the result.
+``python -m pocketlm.evaluate.speed MODEL`` measures in the running process; `measure_speed` starts
+that and reads the result. The child's standard input is a pipe that only the parent holds open:
+its end means that the parent is gone, however it went, and ends the child. That holds on every
+system, and for a parent that was killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -173,11 +177,18 @@ def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
     Raises:
         PocketLMError: The child's own error, as `ResourceError` with its words.
     """
-    command = [sys.executable, "-m", "pocketlm.evaluate.speed", str(source), "--json"]
+    command = [sys.executable, "-m", "pocketlm.evaluate.speed", str(source), "--child"]
     for name, value in options.items():
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    child_end, our_end = os.pipe()
+    try:
+        child = subprocess.run(
+            command, stdin=child_end, capture_output=True, text=True, check=False
+        )
+    finally:
+        os.close(child_end)
+        os.close(our_end)
     lines = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
     if child.returncode == 0 and lines:
         return SpeedReport.model_validate_json(lines[-1].removeprefix(MARK))
@@ -199,6 +210,13 @@ def _dtype(name: str | None) -> torch.dtype | None:
     )
 
 
+def _end_with_parent() -> None:
+    """Waits for the end of the pipe that the parent holds open."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
 def main() -> int:
     """The child's command line."""
     parser = argparse.ArgumentParser(prog="python -m pocketlm.evaluate.speed")
@@ -209,15 +227,21 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true", help="one line for the parent process")
+    parser.add_argument(
+        "--child",
+        action="store_true",
+        help="end with standard input, and give the result as one line for the parent",
+    )
     options = vars(parser.parse_args())
-    as_json = options.pop("json")
+    is_child = options.pop("child")
+    if is_child:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         report = measure_here(options.pop("source"), **options)
     except PocketLMError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(MARK + report.model_dump_json() if as_json else report.model_dump_json(indent=2))
+    print(MARK + report.model_dump_json() if is_child else report.model_dump_json(indent=2))
     return 0
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import Recipe
 from pocketlm.engine.ledger import Ledger
+from pocketlm.formats.layouts import pack_quantized
 from pocketlm.formats.packing import padding_is_zero
 from pocketlm.formats.read import CompressedIndex, CompressedModule
-from pocketlm.formats.safetensors_header import StoredTensor, read_header
+from pocketlm.formats.safetensors_header import StoredTensor, element_bytes, read_header
 from pocketlm.formats.shards import INDEX, PARTIAL, SINGLE
 from pocketlm.models import open_model
 from pocketlm.models.tokenizer import load_tokenizer
@@ -213,16 +214,17 @@ def check_compressed(artifact: Artifact) -> str:
     artifact.index = index
     for module in index.modules.values():
         packed = index.decode(module.name, artifact.read)
-        if not bool(torch.isfinite(packed.scale_OG).all()):
-            raise ArtifactError("a scale is not finite.", where=module.name)
-        words_OW = artifact.read(f"{module.name}.weight_packed")
-        if not padding_is_zero(words_OW, packed.bits, packed.codes_OI.shape[1]):
-            raise ArtifactError("the padding of a packed row is not zero.", where=module.name)
-        _check_shape(artifact, module, packed.codes_OI.shape)
+        if not packed.is_finite:
+            raise ArtifactError("a scale or code is not finite.", where=module.name)
+        if module.layout is pack_quantized:
+            words_OW = artifact.read(f"{module.name}.weight_packed")
+            if not padding_is_zero(words_OW, packed.bits, packed.shape[1]):
+                raise ArtifactError("the padding of a packed row is not zero.", where=module.name)
+        _check_shape(artifact, module, packed.shape)
     return f"{len(index.modules)} linears decode."
 
 
-def _check_shape(artifact: Artifact, module: CompressedModule, shape: torch.Size) -> None:
+def _check_shape(artifact: Artifact, module: CompressedModule, shape: tuple[int, int]) -> None:
     rows, columns = shape
     expected = (columns, rows) if module.transposed else (rows, columns)
     if artifact.ledger is None or module.tensor_name not in artifact.ledger.tensors:
@@ -233,7 +235,7 @@ def _check_shape(artifact: Artifact, module: CompressedModule, shape: torch.Size
 
 
 def check_accounts(artifact: Artifact) -> str:
-    """Each stored tensor stands for exactly one tensor of the source, of the same shape or grid."""
+    """Each stored tensor stands for one tensor of the source, of the same shape or format."""
     entries = artifact.require_ledger().tensors
     outputs = Counter(output for entry in entries.values() for output in entry.outputs)
     for name in sorted(set(outputs) ^ set(artifact.tensors)):
@@ -251,7 +253,8 @@ def check_accounts(artifact: Artifact) -> str:
             raise ArtifactError(f"is {module.spec!r}, in the ledger {entry.spec!r}.", where=name)
         if entry.action == "dropped" and entry.outputs:
             raise ArtifactError("was dropped, yet has outputs.", where=name)
-        if entry.action == "kept" and artifact.tensors[entry.outputs[0]][1].shape != entry.shape:
+        same = entry.action in ("kept", "folded")
+        if same and artifact.tensors[entry.outputs[0]][1].shape != entry.shape:
             raise ArtifactError("has another shape than in the source.", where=name)
     kinds = Counter(entry.action for entry in entries.values())
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + "."
@@ -290,8 +293,8 @@ def check_bits(artifact: Artifact) -> str:
 
 def _stored_bits(artifact: Artifact, module: CompressedModule, shape: tuple[int, ...]) -> int:
     scale = artifact.tensors[f"{module.name}.weight_scale"][1]
-    zero_bits = 0 if module.spec.symmetric else math.prod(scale.shape) * module.spec.bits
-    return math.prod(shape) * module.spec.bits + 8 * scale.bytes_stored + zero_bits
+    columns, rows = shape if module.transposed else shape[::-1]
+    return module.spec.stored_bits((rows, columns), 8 * element_bytes(scale.dtype))
 
 
 def check_tied(artifact: Artifact) -> str:

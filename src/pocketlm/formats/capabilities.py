@@ -26,9 +26,13 @@ class Capability(Strict):
 
     Attributes:
         formats: Names of formats it loads.
-        symmetric_bits: Bits it runs without zero points.
-        asymmetric_bits: Bits it runs with zero points.
-        group_sizes: Group sizes its kernels take; None: any that divides the columns.
+        symmetric_bits: Bits of integers it runs without zero points.
+        asymmetric_bits: Bits of integers it runs with zero points.
+        floats: Names of the other number formats it runs, as `QuantSpec.name` spells them.
+        expert_floats: Those of them that it runs for experts.
+        whole_blocks: Whether blocks (FP8_BLOCK) must divide the columns, and the rows of linears
+            that are run as one.
+        group_sizes: Group sizes its integer kernels take; None: any that divides the columns.
         per_channel: Whether one scale for a whole row is taken.
         columns_multiple: Columns must be a multiple of this.
         rows_multiple: Rows must be a multiple of this.
@@ -44,6 +48,9 @@ class Capability(Strict):
     formats: tuple[str, ...]
     symmetric_bits: tuple[int, ...]
     asymmetric_bits: tuple[int, ...]
+    floats: tuple[str, ...]
+    expert_floats: tuple[str, ...]
+    whole_blocks: bool
     group_sizes: tuple[int, ...] | None
     per_channel: bool
     columns_multiple: int
@@ -110,11 +117,11 @@ def unit_of(module: str, target: str) -> str:
 def check_layer(
     format_name: str, spec: QuantSpec, shape: tuple[int, int], target: str, where: str | None = None
 ) -> None:
-    """Refuses a grid that the target cannot load or run.
+    """Refuses a number format that the target cannot load or run.
 
     Args:
         format_name: Name of the format it would be written in.
-        spec: The grid.
+        spec: The number format.
         shape: (O, I) of the weight.
         target: Name of the engine.
         where: Module path for the message.
@@ -131,6 +138,19 @@ def check_layer(
     if format_name not in known.formats:
         readable = ", ".join(known.formats) or "none of the formats written here"
         raise refuse(f"{target} does not load the format {format_name}.", f"It loads {readable}.")
+    if not spec.fits(columns):
+        fitted = spec.fit(columns)
+        raise refuse(
+            f"groups of {spec.group_size} do not divide {columns} columns.",
+            "Put the layer into ignore." if fitted == spec else f"The grid {fitted!r} does.",
+        )
+    if spec.type != "int":
+        if spec.name not in known.floats:
+            listed = ", ".join(known.floats) or "integers"
+            raise refuse(f"{target} does not run {spec.name}.", f"It runs {listed}.")
+        if known.whole_blocks and spec.name == "FP8_BLOCK":
+            _demand_whole_blocks(spec, shape, target, where)
+        return
     allowed = known.symmetric_bits if spec.symmetric else known.asymmetric_bits
     kind = "symmetric" if spec.symmetric else "asymmetric"
     if spec.bits not in allowed:
@@ -138,17 +158,12 @@ def check_layer(
         raise refuse(f"{target} has no kernel for {kind} {spec.bits} bits.", f"Choose of {listed}.")
     if spec.group_size is None and not known.per_channel:
         raise refuse(f"{target} needs groups.", "Give --group-size.")
-    if spec.group_size is not None:
-        if columns % spec.group_size:
-            raise refuse(
-                f"groups of {spec.group_size} do not divide {columns} columns.",
-                f"The grid {spec.fit(columns)!r} does.",
-            )
-        if known.group_sizes is not None and spec.group_size not in known.group_sizes:
-            listed = ", ".join(str(size) for size in known.group_sizes)
-            raise refuse(
-                f"{target} has no kernel for groups of {spec.group_size}.", f"Choose of {listed}."
-            )
+    sizes = known.group_sizes
+    if spec.group_size is not None and sizes is not None and spec.group_size not in sizes:
+        listed = ", ".join(str(size) for size in sizes)
+        raise refuse(
+            f"{target} has no kernel for groups of {spec.group_size}.", f"Choose of {listed}."
+        )
     if columns % known.columns_multiple or rows % known.rows_multiple:
         raise refuse(
             f"{target} needs rows in multiples of {known.rows_multiple} and columns of "
@@ -160,6 +175,21 @@ def check_layer(
             f"zero points of {rows} rows do not fill whole words, which {target} needs where it "
             "fuses layers.",
             "Make the grid symmetric.",
+        )
+
+
+def _demand_whole_blocks(
+    spec: QuantSpec, shape: tuple[int, int], target: str, where: str | None
+) -> None:
+    (rows, columns), (height, width) = shape, (spec.group_rows or 1, spec.group_size or 1)
+    leaf = (where or "").rpartition(".")[2]
+    fused = any(leaf in group for group in FUSED)
+    if columns % width or (fused and rows % height):
+        raise UnsupportedLayer(
+            f"{target} needs whole blocks of {height} x {width}; this weight is {rows} x "
+            f"{columns}.",
+            where=where,
+            remedy="Choose FP8_CHANNEL, or put the layer into ignore.",
         )
 
 
@@ -200,6 +230,12 @@ def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: 
     for members in experts.values():
         _demand_one_grid(members, grids, f"{target} stacks the experts of a layer")
         spec = grids[members[0]]
+        if spec is not None and spec.type != "int" and spec.name not in known.expert_floats:
+            raise UnsupportedLayer(
+                f"{target} does not run {spec.name} for experts.",
+                where=members[0],
+                remedy="Override the experts with another format, such as W4A16, or ignore them.",
+            )
         if spec is not None and not spec.symmetric and not known.asymmetric_experts:
             raise UnsupportedLayer(
                 f"{target} does not use zero points of experts.",

@@ -1,41 +1,53 @@
-"""``pack-quantized`` of compressed-tensors: what vLLM and transformers load by themselves.
+"""compressed-tensors: what vLLM and transformers load by themselves.
 
-A linear ``x.weight`` [O, I] is stored as
+Each number format has its storage, by the name that the library gives it:
 
-- ``x.weight_packed``  int32 [O, ⌈I·bits/32⌉], the codes packed along rows (`packing.py`);
-- ``x.weight_scale``   [O, G] in the scales' own dtype, G = 1 for one scale a row;
-- ``x.weight_zero_point``  int32 [⌈O·bits/32⌉, G], packed along columns; asymmetric grids only;
-- ``x.weight_shape``   int64 [2], O and I.
+integers                ``pack-quantized``; ``int-quantized`` for 8 bits beside 8-bit activations
+FP8                     ``float-quantized`` (the library reads ``naive-quantized`` alike)
+MXFP8                   ``mxfp8-quantized``
+MXFP4, NVFP4            ``mxfp4-pack-quantized``, ``nvfp4-pack-quantized``
+several of them         ``mixed-precision``, each group with its own
 
-What it means: w = scale · (code - zero), both codes and zeros signed. Only linears and embeddings;
-GPT-2's transposed Conv1D goes through `formats.pocketlm`. No activation order on disk (``g_idx``).
+The tensors of each are in `formats.layouts`. Only linears and embeddings; GPT-2's transposed
+Conv1D and the tables of bitsandbytes (NF4, FP4) go through `formats.pocketlm`.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketlm.core.errors import ArtifactError, ConfigError, UnsupportedLayer
+from pocketlm.core.errors import ArtifactError, UnsupportedLayer
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed
 from pocketlm.formats.capabilities import check_layer
-from pocketlm.formats.packing import pack, unpack, words_per_row
+from pocketlm.formats.compressed_config import NAME, config_section, storage, weight_args
+from pocketlm.formats.layouts import Layout, float_packed, pack_quantized, plain_quantized
+from pocketlm.formats.safetensors_header import element_bytes
 
-NAME = "compressed-tensors"
-MINIMUM_VERSION = "0.15.0"  # what transformers 5 asks for
+__all__ = ["NAME", "config_section", "decode", "encode", "names", "storage", "weight_args"]
+
+MINIMUM_VERSION = "0.15.0"  # what transformers 5 asks for; it knows every storage named here
 MINIMUM_VERSION_DENSE = "0.18.0"  # the first release that packs 3, 5, 6 and 7 bits densely
 LAYOUT_BEFORE_DENSE = (2, 4, 8)  # bits whose words are the same in older releases
-SHAPE_BYTES = 16  # of weight_shape
+
+LAYOUTS: dict[str, Layout] = {
+    "pack-quantized": pack_quantized,
+    "int-quantized": plain_quantized,
+    "float-quantized": plain_quantized,
+    "naive-quantized": plain_quantized,
+    "mxfp8-quantized": plain_quantized,
+    "mxfp4-pack-quantized": float_packed,
+    "nvfp4-pack-quantized": float_packed,
+}
 
 
 def minimum_version(specs: Mapping[str, QuantSpec]) -> str:
-    """The oldest release of compressed-tensors that reads these grids."""
+    """The oldest release of compressed-tensors that reads these formats."""
     odd = any(spec.bits not in LAYOUT_BEFORE_DENSE for spec in specs.values())
     return MINIMUM_VERSION_DENSE if odd else MINIMUM_VERSION
 
@@ -56,26 +68,30 @@ def module_of(tensor_name: str) -> str:
     return module
 
 
-def names(tensor_name: str, spec: QuantSpec) -> tuple[str, ...]:
+def names(
+    tensor_name: str, spec: QuantSpec, activations: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """The tensors that take the place of a weight, in the order in which they are written.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
-        spec: Its grid.
+        spec: Its number format.
+        activations: The ``input_activations`` of its config group, if they are quantized.
     """
     module = module_of(tensor_name)
-    roles = ["weight_packed", "weight_scale", "weight_shape"]
-    if not spec.symmetric:
-        roles.insert(2, "weight_zero_point")
+    roles = LAYOUTS[storage(spec, activations)].roles(spec)
     return tuple(f"{module}.{role}" for role in roles)
 
 
-def encode(tensor_name: str, packed: PackedInt) -> dict[str, Tensor]:
+def encode(
+    tensor_name: str, packed: Packed, activations: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """The stored tensors of a weight, by name.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
-        packed: Codes, scales and zero points of [O, I].
+        packed: Codes and scales of [O, I].
+        activations: As in `names`.
 
     Returns:
         The tensors that `names` lists, contiguous, on the device of the codes.
@@ -83,98 +99,64 @@ def encode(tensor_name: str, packed: PackedInt) -> dict[str, Tensor]:
     Raises:
         ArtifactError: If a code or zero point does not fit, or a scale is not finite.
     """
-    module, shape = module_of(tensor_name), tuple(packed.codes_OI.shape)
-    if not bool(torch.isfinite(packed.scale_OG).all()):
+    module = module_of(tensor_name)
+    if not packed.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
-    out = {
-        f"{module}.weight_packed": pack(packed.codes_OI, packed.bits),
-        f"{module}.weight_scale": packed.scale_OG.contiguous(),
-    }
-    if packed.zero_OG is not None:
-        zero_GO = pack(packed.zero_OG.T.contiguous(), packed.bits)
-        out[f"{module}.weight_zero_point"] = zero_GO.T.contiguous()
-    out[f"{module}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
-    return out
+    return LAYOUTS[storage(packed.spec, activations)].encode(module, packed)
 
 
-def decode(tensors: Mapping[str, Tensor], base: str, bits: int | None = None) -> PackedInt:
+def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec | None = None) -> Packed:
     """The codes and scales of a weight, from its stored tensors.
 
     Args:
         tensors: By name, at least those of this weight; others are not looked at.
         base: Module path, or the weight's name in the source.
-        bits: Bits of a code; None: told from the width of the packed rows (needs I ≥ 32).
+        spec: Its number format; None: packed integers whose bits the width of the rows tells
+            (needs I ≥ 32).
 
     Raises:
         ArtifactError: If a tensor is missing or the shapes contradict each other.
     """
     module = base.removesuffix(".weight")
-    words_OW = _take(tensors, module, "weight_packed")
-    scale_OG = _take(tensors, module, "weight_scale")
-    shape = [int(side) for side in _take(tensors, module, "weight_shape")]
-    if len(shape) != 2 or words_OW.dim() != 2 or words_OW.shape[0] != shape[0]:
-        raise ArtifactError(
-            f"weight_shape is {shape}, weight_packed is {tuple(words_OW.shape)}.", where=module
-        )
-    rows, columns = shape
-    if bits is None:
-        bits = _bits_of(words_OW.shape[1], columns, module)
-    fits = scale_OG.dim() == 2 and scale_OG.shape[0] == rows and scale_OG.shape[1] > 0
-    if not fits or columns % scale_OG.shape[1]:
-        raise ArtifactError(
-            f"weight_scale {tuple(scale_OG.shape)} does not divide a {rows} x {columns} weight.",
-            where=module,
-        )
-    zero_OG = None
-    if f"{module}.weight_zero_point" in tensors:
-        zero_PG = tensors[f"{module}.weight_zero_point"]
-        expected = (words_per_row(rows, bits), scale_OG.shape[1])
-        if tuple(zero_PG.shape) != expected:
-            raise ArtifactError(
-                f"weight_zero_point is {tuple(zero_PG.shape)}, not {expected}.", where=module
-            )
-        zero_OG = unpack(zero_PG.T.contiguous(), bits, rows).T.contiguous()
-    try:
-        codes_OI = unpack(words_OW, bits, columns)
-    except ArtifactError as error:
-        raise ArtifactError(error.what, where=module, remedy=error.remedy) from None
-    return PackedInt(codes_OI, scale_OG, zero_OG, bits)
+    if spec is None:
+        return pack_quantized.decode(tensors, module, None)
+    if spec.type == "int" and f"{module}.weight" in tensors:
+        return plain_quantized.decode(tensors, module, spec)
+    return LAYOUTS[storage(spec)].decode(tensors, module, spec)
 
 
-def _bits_of(words: int, columns: int, module: str) -> int:
-    """Bits of a code, told from the width of a packed row; unique for 32 columns and more."""
-    bits = words * 32 // max(columns, 1)
-    if columns < 32 or not 2 <= bits <= 8:
-        raise ArtifactError(
-            f"rows of {words} words do not tell the bits of {columns} codes.", where=module
-        )
-    return bits
-
-
-def stored_bytes(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> int:
+def stored_bytes(
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    scale_dtype: torch.dtype,
+    activations: Mapping[str, Any] | None = None,
+) -> int:
     """Bytes on disk of one weight, everything counted.
 
     Args:
-        spec: Its grid.
+        spec: Its number format.
         shape: (O, I).
-        scale_dtype: The dtype in which scales are stored.
+        scale_dtype: The dtype in which plain scales are stored.
+        activations: As in `names`.
     """
-    rows, columns = shape
-    groups = columns // spec.group_size if spec.group_size else 1
-    total = 4 * rows * words_per_row(columns, spec.bits) + SHAPE_BYTES
-    total += rows * groups * torch.empty(0, dtype=scale_dtype).element_size()
-    if not spec.symmetric:
-        total += 4 * groups * words_per_row(rows, spec.bits)
-    return total
+    return parts_bytes(LAYOUTS[storage(spec, activations)], spec, shape, scale_dtype)
+
+
+def parts_bytes(
+    layout: Layout, spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype
+) -> int:
+    """Bytes of all tensors that a layout makes of a weight."""
+    parts = layout.parts(spec, shape, scale_dtype).values()
+    return sum(math.prod(sides) * element_bytes(dtype) for sides, dtype in parts)
 
 
 def check(
     spec: QuantSpec, shape: tuple[int, int], target: str = "transformers", where: str | None = None
 ) -> None:
-    """Refuses a grid that this format cannot hold or `target` cannot run.
+    """Refuses a number format that this format cannot hold or `target` cannot run.
 
     Args:
-        spec: The grid.
+        spec: The number format.
         shape: (O, I) of the weight.
         target: Name of the engine.
         where: Module path for the message.
@@ -183,111 +165,26 @@ def check(
         UnsupportedLayer: With what to choose instead.
         ConfigError: If the target is unknown.
     """
-    if shape[1] < 32:
-        raise UnsupportedLayer(
-            f"a weight of {shape[1]} columns is too narrow; 32 are needed.",
-            where=where,
-            remedy="Put the layer into ignore.",
-        )
+    storage(spec, where=where)
+    check_shape(spec, shape, where)
     check_layer(NAME, spec, shape, target, where)
 
 
-def config_section(specs: Mapping[str, QuantSpec], ignored: Sequence[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json.
-
-    One group for each distinct grid. A single grid targets ``Linear``; several name their modules
-    (by pattern where a leaf name tells them apart), because engines that fuse q, k and v look at
-    the class before the parts, and ``Linear`` would win there over a more exact name.
+def check_shape(spec: QuantSpec, shape: tuple[int, int], where: str | None = None) -> None:
+    """Refuses a weight that is too narrow to be stored.
 
     Args:
-        specs: Module path → grid, of every compressed linear.
-        ignored: Module paths of every linear that is kept; ``lm_head`` is added where it is kept.
-
-    Returns:
-        Plain JSON, deterministic.
+        spec: The number format.
+        shape: (O, I) of the weight.
+        where: Module path for the message.
 
     Raises:
-        ConfigError: If nothing is compressed, or a module is both compressed and ignored.
+        UnsupportedLayer: With what to do instead.
     """
-    if not specs:
-        raise ConfigError("no linear is compressed; there is nothing to configure.")
-    both = sorted(set(specs) & set(ignored))
-    if both:
-        raise ConfigError("a module is compressed and ignored.", where=both[0])
-    ignore = list(dict.fromkeys(ignored))
-    if "lm_head" not in specs and "lm_head" not in ignore:
-        ignore.append("lm_head")  # a tied head is no tensor of the file, yet a Linear of the model
-    groups: dict[str, Any] = {}
-    for index, (spec, targets) in enumerate(_targets(specs)):
-        groups[f"group_{index}"] = {
-            "targets": targets,
-            "weights": weight_args(spec),
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
-    section = {
-        "quant_method": NAME,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-    if not all(spec.symmetric for spec in specs.values()):
-        # transformers 5.23 with compressed-tensors 0.20 lays out zero points unpacked before it
-        # loads, and finds the file's too small, unless told to decode at once. 5.17 with 0.19
-        # loads them either way.
-        section["dequantize"] = True
-    return section
-
-
-def weight_args(spec: QuantSpec) -> dict[str, Any]:
-    """A grid in the words of the format."""
-    return {
-        "num_bits": spec.bits,
-        "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": "group" if spec.group_size else "channel",
-        "group_size": spec.group_size,
-        "actorder": None,
-        "dynamic": False,
-    }
-
-
-def _targets(specs: Mapping[str, QuantSpec]) -> list[tuple[QuantSpec, list[str]]]:
-    """Distinct grids, in order of appearance, with what selects their modules."""
-    distinct = list(dict.fromkeys(specs.values()))
-    if len(distinct) == 1:
-        return [(distinct[0], ["Linear"])]
-    owners: dict[str, set[QuantSpec]] = defaultdict(set)
-    for module, spec in specs.items():
-        owners[_pattern(module)].add(spec)
-    chosen: dict[QuantSpec, dict[str, None]] = {spec: {} for spec in distinct}
-    for module, spec in specs.items():
-        pattern = _pattern(module)
-        chosen[spec][pattern if len(owners[pattern]) == 1 else module] = None
-    return [(spec, list(targets)) for spec, targets in chosen.items()]
-
-
-def _pattern(module: str) -> str:
-    """A pattern over all modules that end alike, up to the nearest name that is no number.
-
-    ``model.layers.0.mlp.down_proj`` gives ``mlp.down_proj``, an expert's ``experts.3.down_proj``
-    gives ``experts.<number>.down_proj``: experts and dense linears never share one.
-    """
-    tail: list[str] = []
-    for part in reversed(module.split(".")):
-        tail.insert(0, r"\d+" if part.isdigit() else re.escape(part))
-        if len(tail) > 1 and not part.isdigit():
-            break
-    joined = r"\.".join(tail)
-    return rf"re:(.*\.)?{joined}$"
-
-
-def _take(tensors: Mapping[str, Tensor], module: str, role: str) -> Tensor:
-    name = f"{module}.{role}"
-    if name not in tensors:
-        raise ArtifactError(f"the tensor '{name}' is missing.", where=module)
-    return tensors[name]
+    if shape[1] < 32 or (spec.type != "int" and shape[1] * spec.bits % 8):
+        why = "is too narrow; 32 are needed" if shape[1] < 32 else "does not fill whole bytes"
+        raise UnsupportedLayer(
+            f"a weight of {shape[1]} columns {why}.",
+            where=where,
+            remedy="Put the layer into ignore.",
+        )

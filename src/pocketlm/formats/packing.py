@@ -1,4 +1,4 @@
-"""Codes ↔ int32 words, densely: the bit layout of compressed-tensors' ``pack-quantized``.
+"""Integer codes ↔ int32 words, densely: the bit layout of compressed-tensors' ``pack-quantized``.
 
 Along a row, code i (plus 2^(bits-1), so that it is unsigned) holds the bits i·bits to
 (i+1)·bits - 1 of a little-endian bit stream; the stream is cut into int32 words and its last word
@@ -7,7 +7,7 @@ and 7 bits).
 
 Eight codes fill `bits` whole bytes. So eight code bytes are read as one int64 and their lanes are
 moved together in three steps (8 → 16 → 32 → 64 bits), each a mask, a shift and an or.
-Little-endian hosts only, as everything that torch runs on.
+Little-endian hosts only, as everything that torch runs on. Codes of floats lie in plain bytes.
 
 Legend: R rows, C codes of a row, W words of a row.
 """
@@ -107,6 +107,28 @@ def unpack(words_RW: Tensor, bits: int, codes: int) -> Tensor:
             spread.view(chunk.shape[0], -1)[:, :codes].sub_(1 << (bits - 1)).view(torch.int8)
         )
     return codes_RC
+
+
+def pack_bytes(codes_RC: Tensor, bits: int) -> Tensor:
+    """Codes of 4 or 8 bits as bytes; two of 4 bits share one, the first in its lower half.
+
+    Args:
+        codes_RC: uint8 [R, C], C even where codes have 4 bits.
+        bits: 4 or 8.
+
+    Returns:
+        uint8 [R, C·bits/8].
+    """
+    if bits == 8:
+        return codes_RC
+    return codes_RC[:, ::2] | (codes_RC[:, 1::2] << 4)
+
+
+def unpack_bytes(bytes_RB: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_bytes`: uint8 [R, C]."""
+    if bits == 8:
+        return bytes_RB
+    return torch.stack([bytes_RB & 0xF, bytes_RB >> 4], dim=-1).flatten(1)
 
 
 def padding_is_zero(words_RW: Tensor, bits: int, codes: int) -> bool:

@@ -1,8 +1,10 @@
 """The format ``pocketlm``: what no engine's own format can hold, loaded through `pocketlm.hf`.
 
-Today that is GPT-2's Conv1D, whose weight lies transposed ([I, O]) in the checkpoint. Its codes
-are packed as [O, I], so that groups run along the inputs as everywhere; the section of config.json
-lists the module under ``transposed``. Tensors and names are those of `formats.compressed_tensors`.
+That is GPT-2's Conv1D, whose weight lies transposed ([I, O]) in the checkpoint, and the tables of
+bitsandbytes (NF4, FP4). Codes are stored as [O, I], so that groups run along the inputs as
+everywhere; the section of config.json lists a transposed module under ``transposed``. Integers lie
+as in ``pack-quantized`` of compressed-tensors, everything else as bytes
+(`layouts.float_packed`).
 """
 
 from __future__ import annotations
@@ -10,25 +12,101 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import QuantSpec
-from pocketlm.formats import compressed_tensors
-from pocketlm.formats.capabilities import check_layer
-from pocketlm.formats.compressed_tensors import decode, encode, names, stored_bytes
+import torch
+from torch import Tensor
 
-__all__ = ["NAME", "check", "config_section", "decode", "encode", "names", "stored_bytes"]
+from pocketlm.core.errors import ArtifactError, ConfigError
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.tensors import Packed
+from pocketlm.formats.capabilities import check_layer
+from pocketlm.formats.compressed_tensors import check_shape, module_of, parts_bytes
+from pocketlm.formats.layouts import Layout, Parts, float_packed, pack_quantized
 
 NAME = "pocketlm"
 FORMAT_VERSION = 1
 
 
+def layout_of(spec: QuantSpec) -> Layout:
+    """How a number format is stored."""
+    return pack_quantized if spec.type == "int" else float_packed
+
+
+def parts(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
+    """Role, shape and dtype of the tensors that take the place of a weight (O, I)."""
+    return layout_of(spec).parts(spec, shape, scale_dtype)
+
+
+def names(
+    tensor_name: str, spec: QuantSpec, activations: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """The tensors that take the place of a weight, in the order in which they are written.
+
+    Args:
+        tensor_name: The weight's name in the source, ``….weight``.
+        spec: Its number format.
+        activations: Not looked at: storage does not depend on them here.
+    """
+    module = module_of(tensor_name)
+    return tuple(f"{module}.{role}" for role in layout_of(spec).roles(spec))
+
+
+def encode(
+    tensor_name: str, packed: Packed, activations: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The stored tensors of a weight, by name.
+
+    Args:
+        tensor_name: The weight's name in the source, ``….weight``.
+        packed: Codes and scales of [O, I].
+        activations: As in `names`.
+
+    Raises:
+        ArtifactError: If a code or zero point does not fit, or a scale is not finite.
+    """
+    module = module_of(tensor_name)
+    if not packed.is_finite:
+        raise ArtifactError("a scale is not finite.", where=module)
+    return layout_of(packed.spec).encode(module, packed)
+
+
+def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
+    """The codes and scales of a weight, from its stored tensors.
+
+    Args:
+        tensors: By name, at least those of this weight; others are not looked at.
+        base: Module path, or the weight's name in the source.
+        spec: Its number format.
+
+    Raises:
+        ArtifactError: If a tensor is missing or the shapes contradict each other.
+    """
+    return layout_of(spec).decode(tensors, base.removesuffix(".weight"), spec)
+
+
+def stored_bytes(
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    scale_dtype: torch.dtype,
+    activations: Mapping[str, Any] | None = None,
+) -> int:
+    """Bytes on disk of one weight, everything counted.
+
+    Args:
+        spec: Its number format.
+        shape: (O, I).
+        scale_dtype: The dtype in which plain scales are stored.
+        activations: As in `names`.
+    """
+    return parts_bytes(layout_of(spec), spec, shape, scale_dtype)
+
+
 def check(
     spec: QuantSpec, shape: tuple[int, int], target: str = "transformers", where: str | None = None
 ) -> None:
-    """Refuses a grid that `target` cannot load in this format.
+    """Refuses a number format that `target` cannot load in this format.
 
     Args:
-        spec: The grid.
+        spec: The number format.
         shape: (O, I) of the weight, in the orientation of a Linear.
         target: Name of the engine.
         where: Module path for the message.
@@ -37,17 +115,17 @@ def check(
         UnsupportedLayer: With what to choose instead.
         ConfigError: If the target is unknown.
     """
-    compressed_tensors.check(spec, shape, "transformers", where)
+    check_shape(spec, shape, where)
     check_layer(NAME, spec, shape, target, where)
 
 
 def config_section(
     specs: Mapping[str, QuantSpec], ignored: Sequence[str], transposed: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json: every module by name, grouped by grid.
+    """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
     Args:
-        specs: Module path → grid, of every compressed linear.
+        specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
 
@@ -55,7 +133,7 @@ def config_section(
         Plain JSON, deterministic.
 
     Raises:
-        ConfigError: If nothing is compressed, or a transposed module has no grid.
+        ConfigError: If nothing is compressed, or a transposed module has no format.
     """
     if not specs:
         raise ConfigError("no linear is compressed; there is nothing to configure.")

@@ -1,8 +1,8 @@
 """Finds the compressed linears of an artifact and decodes them one at a time.
 
 Works on the ``quantization_config`` of config.json and the names of the stored tensors alone. Reads
-what this package writes, and the ``pack-quantized`` files of llm-compressor and compressed-tensors
-(weights only, integer, per group or per row); anything else is refused by name.
+what this package writes, and files of llm-compressor and compressed-tensors with the same storages
+(weights only); anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError, UnsupportedModel
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed
 from pocketlm.formats import compressed_tensors, pocketlm
-
-ROLES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+from pocketlm.formats.compressed_config import spec_of
+from pocketlm.formats.layouts import ROLES, Layout
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class CompressedModule:
 
     Attributes:
         name: Module path, as the checkpoint spells it.
-        spec: Its grid.
+        spec: Its number format.
+        layout: How it is stored.
         tensors: The stored tensors it consists of.
         transposed: The model's own weight is [I, O]; what is stored and decoded is [O, I].
     """
 
     name: str
     spec: QuantSpec
+    layout: Layout
     tensors: tuple[str, ...]
     transposed: bool = False
 
@@ -94,7 +96,7 @@ class CompressedIndex:
             remedy="Start from the model before quantization.",
         )
 
-    def decode(self, module: str, read: Callable[[str], Tensor]) -> PackedInt:
+    def decode(self, module: str, read: Callable[[str], Tensor]) -> Packed:
         """Codes and scales of one linear, [O, I].
 
         Args:
@@ -106,15 +108,23 @@ class CompressedIndex:
         """
         known = self.modules[module]
         tensors = {name: read(name) for name in known.tensors}
-        packed = compressed_tensors.decode(tensors, module, known.spec.bits)
-        columns = packed.codes_OI.shape[1]
-        if packed.group_size != (known.spec.group_size or columns):
-            raise ArtifactError(
-                f"has groups of {packed.group_size} where config.json says "
-                f"{known.spec.group_size or 'whole rows'}.",
-                where=module,
-            )
-        return packed
+        return known.layout.decode(tensors, module, known.spec)
+
+    def shape(
+        self,
+        module: str,
+        shapes: Callable[[str], tuple[int, ...]],
+        read: Callable[[str], Tensor],
+    ) -> tuple[int, int]:
+        """(O, I) of one linear, without decoding it.
+
+        Args:
+            module: Module path, a key of `modules`.
+            shapes: Gives the shape of a stored tensor by name.
+            read: Gives a stored tensor by name.
+        """
+        known = self.modules[module]
+        return known.layout.shape(module, known.spec, shapes, read)
 
     @cached_property
     def replaced(self) -> Mapping[str, str]:
@@ -129,7 +139,7 @@ def _from_compressed_tensors(
         if section.get(key) and section[key] != {"format": "dense"}:
             raise _unread(f"'{key}' is set")
     groups = [
-        (tuple(group["targets"]), _grid(group, section))
+        (tuple(group["targets"]), *_grid(group, section))
         for group in section.get("config_groups", {}).values()
     ]
     modules = {}
@@ -137,8 +147,8 @@ def _from_compressed_tensors(
         module, _, role = name.rpartition(".")
         if role == "weight_g_idx":
             raise _unread("activation order is stored as g_idx", where=module)
-        if role == "weight_packed":
-            modules[module] = _module(module, _grid_of(module, groups), names)
+        if role in ("weight_packed", "weight_scale") and module not in modules:
+            modules[module] = _module(module, *_grid_of(module, groups), names)
     if not modules:
         raise ArtifactError(
             "config.json speaks of compressed weights, but no tensor is packed.",
@@ -154,62 +164,59 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
     modules = {}
     for group in section["groups"]:
         spec = QuantSpec.parse(group["weights"], where="quantization_config")
+        layout = pocketlm.layout_of(spec)
         for module in group["modules"]:
-            modules[module] = _module(module, spec, names, transposed=module in transposed)
+            modules[module] = _module(module, spec, layout, names, module in transposed)
     return modules
 
 
 def _module(
-    module: str, spec: QuantSpec, names: set[str], transposed: bool = False
+    module: str, spec: QuantSpec, layout: Layout, names: set[str], transposed: bool = False
 ) -> CompressedModule:
-    tensors = compressed_tensors.names(f"{module}.weight", spec)
+    tensors = tuple(f"{module}.{role}" for role in layout.roles(spec))
     missing = [name for name in tensors if name not in names]
     if missing:
         raise ArtifactError(f"the tensor '{missing[0]}' is missing.", where=module)
-    extra = [f"{module}.{role}" for role in (*ROLES, "weight") if f"{module}.{role}" in names]
+    extra = [f"{module}.{role}" for role in ROLES if f"{module}.{role}" in names]
     surplus = sorted(set(extra) - set(tensors))
     if surplus:
         raise ArtifactError(
             f"the tensor '{surplus[0]}' does not belong to its grid ({spec!r}).", where=module
         )
-    return CompressedModule(module, spec, tensors, transposed)
+    return CompressedModule(module, spec, layout, tensors, transposed)
 
 
-def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> QuantSpec:
-    """The grid of a config group, in our words."""
+def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[QuantSpec, Layout]:
+    """The number format of a config group, in our words, and how it is stored."""
     form = group.get("format") or section.get("format")
-    if form != "pack-quantized":
+    if form not in compressed_tensors.LAYOUTS:
         raise _unread(f"the format is '{form}'")
     weights = group.get("weights")
     if weights is None or group.get("input_activations") or group.get("output_activations"):
         raise _unread("activations are quantized too")
-    kind, strategy = weights.get("type", "int"), weights.get("strategy")
-    if kind != "int" or strategy not in ("group", "channel") or weights.get("dynamic"):
-        raise _unread(f"weights are '{kind}' per '{strategy}'")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise _unread("activation order is by group")
-    return QuantSpec.parse(
-        {
-            "bits": weights["num_bits"],
-            "symmetric": weights.get("symmetric", True),
-            "group_size": weights["group_size"] if strategy == "group" else None,
-        },
-        where="quantization_config",
-    )
+    spec = spec_of(weights, form)
+    if spec is None:
+        kind, strategy = weights.get("type", "int"), weights.get("strategy")
+        raise _unread(f"weights are '{kind}' per '{strategy}' in '{form}'")
+    return spec, compressed_tensors.LAYOUTS[form]
 
 
-def _grid_of(module: str, groups: list[tuple[tuple[str, ...], QuantSpec]]) -> QuantSpec:
-    """The grid of a packed module: an exact target rules before a pattern, that before a class."""
-    targeted = [(target, spec) for targets, spec in groups for target in targets]
-    for target, spec in targeted:
+def _grid_of(
+    module: str, groups: list[tuple[tuple[str, ...], QuantSpec, Layout]]
+) -> tuple[QuantSpec, Layout]:
+    """What a module's group says: an exact target rules before a pattern, that before a class."""
+    targeted = [(target, spec, layout) for targets, spec, layout in groups for target in targets]
+    for target, spec, layout in targeted:
         if target == module:
-            return spec
-    for target, spec in targeted:
+            return spec, layout
+    for target, spec, layout in targeted:
         if target.startswith("re:") and re.match(target[3:], module):
-            return spec
-    for target, spec in targeted:
+            return spec, layout
+    for target, spec, layout in targeted:
         if not target.startswith("re:") and "." not in target:  # a class, such as Linear
-            return spec
+            return spec, layout
     raise ArtifactError("is packed, but no config group targets it.", where=module)
 
 
@@ -217,5 +224,5 @@ def _unread(what: str, where: str = "quantization_config") -> UnsupportedModel:
     return UnsupportedModel(
         f"{what}, which is not read here.",
         where=where,
-        remedy="Only integer weights, packed ('pack-quantized'), per group or row, are read.",
+        remedy="Weights alone are read, in the storages that `compress` writes.",
     )

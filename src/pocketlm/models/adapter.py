@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.views import Fold, Group, TensorSource
+from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
 from pocketlm.models.ends import Ends
@@ -223,11 +224,24 @@ class Model:
             handles = pause_before(order)
             skipped = {**layout.skipped, **idle}
             probe = partial(self._probe_folds, index, module, layout)
-            yield Block(index, layout.path, module, linears, groups, skipped, probe)
+            path = self.skeleton.block_paths[index]
+            spelled = {layout.spell_path(inner): inner for inner, _ in module.named_modules()}
+            folds = BlockFolds(module, path, linears, spelled, self.names, self.source)
+            parameters = self._plain_parameters(module, path)
+            yield Block(
+                index, layout.path, module, linears, groups, skipped, probe, folds, parameters
+            )
         finally:
             for handle in handles:
                 handle.remove()
             self._loader.empty(module)
+
+    def _plain_parameters(self, module: nn.Module, path: str) -> dict[str, str]:
+        """Checkpoint tensor → parameter of a block, of those that are stored as they are."""
+        bound = {
+            name: self.names.bindings[f"{path}.{name}"] for name, _ in module.named_parameters()
+        }
+        return {binding.tensors[0]: name for name, binding in bound.items() if binding.plain}
 
     def _probe_folds(self, index: int, module: nn.Module, layout: Layout) -> tuple[Group, ...]:
         seen = self._observed[layout.key]

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from pocketlm.core.views import Group, LinearView
+from pocketlm.core.views import Folded, Group, LinearView
+from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.call import BlockCall, Call, first_tensor
 from pocketlm.models.linear import Linear
 from pocketlm.models.run import Run
@@ -27,6 +29,8 @@ class Block:
         groups: Its groups in order of execution.
         skipped: What is left alone, and why.
         probe: Tries folds on the loaded block and gives the groups with them.
+        folds: Carries them out.
+        parameters: Checkpoint tensor → parameter of the block, where one is plainly the other.
     """
 
     def __init__(
@@ -38,10 +42,13 @@ class Block:
         groups: tuple[Group, ...],
         skipped: Mapping[str, str],
         probe: Callable[[], tuple[Group, ...]],
+        folds: BlockFolds,
+        parameters: Mapping[str, str],
     ) -> None:
-        self._probe = probe
+        self._probe, self._folds, self._parameters = probe, folds, parameters
         self.index, self.path, self.module = index, path, module
         self.linears: Mapping[str, LinearView] = linears
+        self._linears = linears
         self.groups, self.skipped = groups, skipped
 
     def probe_folds(self) -> tuple[Group, ...]:
@@ -65,6 +72,38 @@ class Block:
         """The block's output [B, T, D] without stops."""
         with torch.no_grad():
             return _forward(self.module, call.blocks[self.index], hidden_BTD)
+
+    def forward_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor, call: Call) -> Tensor:
+        """The block's output with other weights [O, I], by module path; differentiable in them."""
+        parameters = {}
+        for name, weight_OI in weights.items():
+            view = self._linears[name]
+            weight = weight_OI.T if view.stored_transposed else weight_OI
+            parameters[self._parameters[view.tensor_name]] = weight.to(
+                view.module.get_parameter("weight").dtype
+            )
+        runner = _Whole(self.module, call.blocks[self.index])
+        named = {f"module.{name}": value for name, value in parameters.items()}
+        return functional_call(runner, named, (hidden_BTD,))
+
+    def fold(self, group: Group, scale_I: Tensor, dtype: torch.dtype | None) -> Folded:
+        """Divides what a group's producer gives and multiplies the columns of its readers."""
+        return self._folds.fold(group, scale_I, dtype)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Replaces a parameter of the block, by its name in the checkpoint."""
+        self.module.get_parameter(self._parameters[name]).data.copy_(value)
+
+
+class _Whole(nn.Module):
+    """A block with its arguments as one module, for functional_call."""
+
+    def __init__(self, module: nn.Module, call: BlockCall) -> None:
+        super().__init__()
+        self.module, self._call = module, call
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return _forward(self.module, self._call, hidden_BTD)
 
 
 def _forward(module: nn.Module, call: BlockCall, hidden_BTD: Tensor) -> Tensor:

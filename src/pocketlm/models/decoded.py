@@ -53,10 +53,10 @@ class DecodedSource:
         return None if index is None else cls(stored, index)
 
     def _shape(self, module: str) -> tuple[int, ...]:
-        known = self._index.modules[module]
-        name = next(name for name in known.tensors if name.endswith(".weight_shape"))
-        rows, columns = self._stored.read(name).tolist()
-        return (columns, rows) if known.transposed else (rows, columns)
+        infos = self._stored.infos()
+        rows, columns = self._index.shape(module, lambda n: infos[n].shape, self._stored.read)
+        transposed = self._index.modules[module].transposed
+        return (columns, rows) if transposed else (rows, columns)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the model before compression, in the artifact's order."""

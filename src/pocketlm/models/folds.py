@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,17 +146,16 @@ class FoldProbe:
     def _try_linear(self, producer: str, readers: list[str], columns: int) -> Fold:
         rows = linear_shape(self._linears[producer])[0]
         scale_O = self._draw(rows)
-        scale_I = scale_O
+        shared, width = 1, 1
         if rows < columns:  # each value head serves several query heads
             if rows % self._head_dim:
                 return Fold(
                     producer, "linear", False, None, "its rows are no whole number of heads"
                 )
-            heads = scale_O.view(-1, self._head_dim)
-            scale_I = heads.repeat_interleave(columns // rows, dim=0).reshape(-1)
-        return self._try(
-            producer, "linear", Trial(dict.fromkeys(readers, scale_I), {producer: scale_O})
-        )
+            shared, width = columns // rows, self._head_dim
+        scale_I = spread(scale_O, shared, width)
+        trial = Trial(dict.fromkeys(readers, scale_I), {producer: scale_O})
+        return replace(self._try(producer, "linear", trial), shared=shared, width=width)
 
     def _draw(self, count: int) -> Tensor:
         scale = torch.exp2(torch.rand(count, generator=self._generator, dtype=torch.float64) - 0.5)
@@ -268,4 +267,14 @@ def _like(fold: Fold | None, path: str) -> Fold | None:
     index = re.search(r"\.\d+\.", path)
     assert index is not None
     producer = re.sub(r"\.\d+\.", index[0], fold.producer)
-    return Fold(producer, fold.form, fold.accepted, fold.error, fold.reason)
+    return replace(fold, producer=producer)
+
+
+def spread(scale_O: Tensor, shared: int, width: int) -> Tensor:
+    """The readers' scale [I] of a producer's [O]: each `width` rows serve `shared` times."""
+    return scale_O.view(-1, width).repeat_interleave(shared, dim=0).reshape(-1)
+
+
+def gather(scale_I: Tensor, shared: int, width: int) -> Tensor:
+    """The producer's scale [O] of a readers' [I]: the geometric mean where rows are shared."""
+    return scale_I.log().view(-1, shared, width).mean(1).exp().reshape(-1)

@@ -26,12 +26,14 @@ from pocketlm.models.gguf_header import (
     read_header,
     write_small_header,
 )
+from pocketlm.models.gguf_rope import rope_parameters
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
 PIECE_ELEMENTS = 4 << 20  # dequantized at a time: the library's temporaries are float32
 LARGE_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 LARGE_KEYS += ("tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap")
 TABLES = ("token_embd.weight", "output.weight")  # read by rows; no converter reorders them
+ROPE_TABLE = "rope_freqs.weight"
 EXPERTS = {"ffn_gate_exps": ("gate", 0), "ffn_up_exps": ("up", 1), "ffn_down_exps": ("down", 0)}
 
 
@@ -94,13 +96,39 @@ class GgufFile:
         inner = self.header.metadata.get(f"{self.architecture}.expert_feed_forward_length")
         if inner and "moe_intermediate_size" in config.to_dict():  # transformers keeps its default
             config.moe_intermediate_size = parsed["moe_intermediate_size"] = inner
-        if any(tensor.name == "rope_freqs.weight" for tensor in self.header.tensors):
-            raise UnsupportedModel(
-                "scales rotary frequencies by a table (rope_freqs), which transformers ignores.",
-                where=str(self.path),
-                remedy="Start from the model's Hugging Face directory instead.",
-            )
+        self._scale_rope(config)
         return config, parsed
+
+    def _scale_rope(self, config: PretrainedConfig) -> None:
+        """Takes over what the file says of scaled rotary frequencies, which transformers does not.
+
+        Raises:
+            UnsupportedModel: If transformers has no parameters for it.
+        """
+        remedy = "Start from the model's Hugging Face directory instead."
+        stated = self.header.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        known = getattr(config, "rope_parameters", None) or {}
+        if stated != "none" and known.get("rope_type", "default") == "default":
+            what = (
+                f"scales rotary frequencies ({stated}), which transformers ignores in GGUF files."
+            )
+            raise UnsupportedModel(what, where=str(self.path), remedy=remedy)
+        table = next((t for t in self.header.tensors if t.name == ROPE_TABLE), None)
+        if table is None:
+            return
+        scaled = None
+        if table.kind in PLAIN and "rope_theta" in known:
+            factors_F = torch.empty(table.elements, dtype=PLAIN[table.kind])
+            self.file.read_into(byte_view(factors_F), table.offset)
+            scaled = rope_parameters(factors_F, config)
+        if scaled is None:
+            raise UnsupportedModel(
+                f"scales rotary frequencies by a table ({ROPE_TABLE}) that is none of Llama 3.1's "
+                "kind; transformers has no parameters for it.",
+                where=str(self.path),
+                remedy=remedy,
+            )
+        config.rope_parameters = scaled
 
 
 def stored_bytes(file: PositionalFile, tensor: GgufTensor, elements: int | None = None) -> int:
@@ -185,7 +213,8 @@ class GgufSource:
             name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()
         }
         for tensor in gguf.header.tensors:
-            self._add(tensor, names, shapes)
+            if tensor.name != ROPE_TABLE:  # the configuration says the same
+                self._add(tensor, names, shapes)
 
     def _add(
         self, tensor: GgufTensor, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]

@@ -38,8 +38,11 @@ class Layout:
         """A fold with its producer's full path, as the checkpoint spells it."""
         if fold is None:
             return None
-        producer = self.names.get(fold.producer, f"{self.path}.{fold.producer}")
-        return replace(fold, producer=producer)
+        return replace(fold, producer=self.spell_path(fold.producer))
+
+    def spell_path(self, inner: str) -> str:
+        """The full path of a module of the block, as the checkpoint spells it."""
+        return self.names.get(inner, f"{self.path}.{inner}")
 
 
 def lay_out(block: nn.Module, path: str, names: NameMap, fused: Mapping[str, str]) -> Layout:

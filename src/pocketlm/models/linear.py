@@ -71,25 +71,40 @@ class Linear:
         self.dtype = source.infos()[tensor_name].dtype
         self._source = source
         self._replaced = False
+        self._columns_I: Tensor | None = None  # folds: the columns are multiplied,
+        self._rows_O: Tensor | None = None  # the rows divided
 
     @property
     def _weight(self) -> Tensor:
         return self.module.weight.detach()  # type: ignore[operator]
 
     def weight_OI(self) -> Tensor:
-        """A float32 copy of the weight, on the block's device.
+        """A float32 copy of the original weight, after folds, on the block's device.
 
-        It comes from the checkpoint where the dtype that the block computes in cannot hold it.
+        It comes from the checkpoint where the block no longer holds it, or not exactly.
         """
         weight = self._weight
-        exact = weight.dtype in (torch.float32, self.dtype)
-        if not exact and not self._replaced:
+        if self._replaced or weight.dtype not in (torch.float32, self.dtype):
             weight = self._source.read(self.tensor_name).to(weight.device)
         if self.stored_transposed:
             weight = weight.T
-        return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        weight = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if self._columns_I is not None:
+            weight *= self._columns_I
+        if self._rows_O is not None:
+            weight /= self._rows_O[:, None]
+        return weight
 
     def set_weight_OI(self, weight_OI: Tensor) -> None:
         """Replaces the weight that the block's forward uses."""
         self._weight.copy_(weight_OI.T if self.stored_transposed else weight_OI)
         self._replaced = True
+
+    def scale(self, columns_I: Tensor | None = None, rows_O: Tensor | None = None) -> None:
+        """Folds scales into the original: columns are multiplied, rows divided; once or again."""
+        if columns_I is not None:
+            self._columns_I = columns_I if self._columns_I is None else self._columns_I * columns_I
+        if rows_O is not None:
+            self._rows_O = rows_O if self._rows_O is None else self._rows_O * rows_O
+        self._replaced = True  # what the block holds is the scaled weight, rounded
+        self.set_weight_OI(self.weight_OI())

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed
 from pocketlm.core.views import TensorSource
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.config import judge_config, read_config, transformers_config
@@ -36,7 +36,7 @@ from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
-MakeLinear = Callable[[PackedInt, Tensor | None], nn.Module]
+MakeLinear = Callable[[Packed, Tensor | None], nn.Module]
 
 
 def runtime_model(
@@ -137,16 +137,16 @@ def _bias(path: str, source: TensorSource, names: NameMap) -> Tensor | None:
 def _replace(
     model: PreTrainedModel,
     path: str,
-    packed: PackedInt,
+    packed: Packed,
     bias: Tensor | None,
     make_linear: MakeLinear,
 ) -> None:
     old = model.get_submodule(path)
     if not is_linear(old):
         raise UnsupportedLayer(f"is compressed, but a {type(old).__name__}.", where=path)
-    if linear_shape(old) != tuple(packed.codes_OI.shape):
+    if linear_shape(old) != packed.shape:
         raise UnsupportedLayer(
-            f"is stored as {tuple(packed.codes_OI.shape)}, the model wants {linear_shape(old)}.",
+            f"is stored as {packed.shape}, the model wants {linear_shape(old)}.",
             where=path,
         )
     parent, _, leaf = path.rpartition(".")

@@ -8,7 +8,8 @@ leaves (arXiv:2210.17323, eq. 2). The second gives the smaller error of each lay
 calibration text, the first the better model: docs/experiments.md has both.
 
 A grid step: what follows (gptq, rtn) keeps its scales and zero points. Cost: `steps` passes over
-the weight, twice that where symmetric (each sign of the scale).
+the weight, twice that where symmetric (each sign of the scale). Scales that are powers of two have
+two neighbours worth trying, whatever `steps` and `smallest` say.
 
 Legend: I input columns.
 """
@@ -44,8 +45,8 @@ class Clip(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
 
     weighting: Literal["diagonal", "feedback", "none"] = "diagonal"
-    smallest: float = Field(0.5, gt=0, lt=1)
-    steps: int = Field(20, ge=1, le=1000)
+    smallest: float = Field(0.3, gt=0, lt=1)
+    steps: int = Field(24, ge=1, le=1000)
     damping: float = Field(0.01, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
@@ -57,6 +58,7 @@ class Clip(Strict):
             self._importance_I(stats[Hessian]),
             smallest=self.smallest,
             steps=self.steps,
+            shared_absmax=state.shared_absmax,
         )
         return state.with_current(round_to_grid(state.reference_OI, grid, state.spec))
 

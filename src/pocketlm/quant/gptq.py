@@ -3,6 +3,10 @@
 With H = UᵀU inverse-factored (arXiv:2210.17323, eq. 2-3 and algorithm 1), for each column i:
     e = (w_i - Q(w_i)) / U_ii,   w_j -= e U_ij  for all j > i.
 
+The Hessian's diagonal is raised in proportion, H + a diag(H): columns with massive inputs stay
+exact, and what inputs of the calibration text happen to share is trusted less (`shrinkage`; with
+a = 0 and damping this is the paper's method; docs/experiments.md has what it gains).
+
 Columns go in order of falling Hessian diagonal; groups are static, so that a column keeps the scale
 of the place where it is stored and no engine needs an index (`g_idx`).
 Cost: O(rows · columns²) for the sweep, O(columns³) once for linears that share an input.
@@ -19,12 +23,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.levels import rounder
 from pocketlm.core.linalg import InverseFactor
 from pocketlm.core.spec import QuantSpec, Strict
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.core.tensors import PackedInt
-from pocketlm.quant.grid import Grid, minmax_grid, round_to_grid
+from pocketlm.quant.grid import Grid, grid_of, packed, round_to_grid
 
 
 class Gptq(Strict):
@@ -32,6 +36,8 @@ class Gptq(Strict):
 
     Attributes:
         damping: Share of the Hessian's mean diagonal that is added before it is inverted.
+        shrinkage: Share of each column's own diagonal that is added: less trust in how inputs go
+            together, as much in how large they are.
         block_columns: Columns between two updates of the whole rest of the weight.
         order: "activation": columns by falling Hessian diagonal; "stored": as they lie.
     """
@@ -42,25 +48,21 @@ class Gptq(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
 
     damping: float = Field(0.01, gt=0, le=1)
+    shrinkage: float = Field(0.15, ge=0, le=10)
     block_columns: int = Field(128, ge=1)
     order: Literal["activation", "stored"] = "activation"
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear on its grid, an earlier step's grid or else min-max."""
-        earlier = state.grid()
-        if earlier is not None:
-            grid = Grid(earlier.scale_OG, earlier.zero_OG)
-        else:
-            grid = minmax_grid(state.reference_OI, state.spec, state.scale_dtype)
+        grid = grid_of(state)
         hessian = stats[Hessian]
         if not bool((hessian.diagonal_I() > 0).any()):
             note = Note("no_tokens", "no calibration token reached it: rounded to nearest.")
             return state.with_current(round_to_grid(state.reference_OI, grid, state.spec), note)
         order_I = column_order(hessian, self.order)
-        factor = hessian.inverse_factor(self.damping, order_I)
-        codes_OI = sweep(state.reference_OI, factor, grid, state.spec, order_I, self.block_columns)
-        packed = PackedInt(codes_OI, grid.scale_OG, grid.zero_OG, state.spec.bits)
-        return state.with_current(packed, *_ladder_notes(factor))
+        factor = hessian.inverse_factor(self.damping, order_I, self.shrinkage)
+        level_OI = sweep(state.reference_OI, factor, grid, state.spec, order_I, self.block_columns)
+        return state.with_current(packed(level_OI, grid, state.spec), *_ladder_notes(factor))
 
     def cost(self, rows: int, columns: int) -> Cost:
         """The sweep: the weight, its codes and scales by column; and the factor of the Hessian."""
@@ -96,41 +98,34 @@ def sweep(
     Args:
         weight_OI: The weight, float32.
         factor: U of the damped Hessian, its columns already in `order_I`.
-        grid: Scales and zero points [O, G] of the stored columns.
-        spec: Bits and group size.
+        grid: Scales and zero points of the stored columns.
+        spec: Number format and tiles.
         order_I: The order in which columns are rounded; None as stored.
         block_columns: Columns between two updates of the rest.
 
     Returns:
-        int8 codes [O, I] in the stored order.
+        Levels [O, I] in the stored order, as `core.levels` means them.
     """
     rows, columns = weight_OI.shape
     order_I = torch.arange(columns, device=weight_OI.device) if order_I is None else order_I
-    group_I = order_I // (spec.group_size or columns)
+    nearest = rounder(spec)
     # Columns are taken one at a time: as rows of the transpose they lie together in memory.
     rest_IO = weight_OI.T[order_I].contiguous()
-    scale_IO = grid.scale_OG.to(rest_IO.dtype).T[group_I].contiguous()
-    zero_IO = None if grid.zero_OG is None else grid.zero_OG.to(rest_IO.dtype).T[group_I]
-    codes_IO = torch.empty_like(rest_IO)
+    scale_IO, zero_IO = grid.by_column((rows, columns), spec, order_I)
+    level_IO = torch.empty_like(rest_IO)
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
         upper_CC = factor.upper_II[start:stop, start:stop]
         errors_CO = torch.empty_like(rest_IO[start:stop])
         for i in range(start, stop):
             column_O = rest_IO[i]
-            codes_O = torch.round(column_O / scale_IO[i])
-            if zero_IO is None:
-                codes_O = codes_O.clamp_(spec.code_min, spec.code_max)
-                decoded_O = codes_O * scale_IO[i]
-            else:
-                codes_O = codes_O.add_(zero_IO[i]).clamp_(spec.code_min, spec.code_max)
-                decoded_O = (codes_O - zero_IO[i]) * scale_IO[i]
-            codes_IO[i] = codes_O
+            level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
+            level_IO[i] = level_O
             row_C = upper_CC[i - start]
-            error_O = (column_O - decoded_O) / row_C[i - start]
+            error_O = (column_O - level_O * scale_IO[i]) / row_C[i - start]
             errors_CO[i - start] = error_O
             rest_IO[i + 1 : stop].addr_(row_C[i - start + 1 :], error_O, alpha=-1)
         rest_IO[stop:].addmm_(factor.upper_II[start:stop, stop:].T, errors_CO, alpha=-1)
-    codes_OI = torch.empty(rows, columns, dtype=torch.int8, device=weight_OI.device)
-    codes_OI[:, order_I] = codes_IO.T.to(torch.int8)
-    return codes_OI
+    level_OI = torch.empty_like(weight_OI)
+    level_OI[:, order_I] = level_IO.T
+    return level_OI

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Stat
-from pocketlm.quant.grid import Grid, minmax_grid, round_to_grid
+from pocketlm.quant.grid import grid_of, round_to_grid
 
 
 class Rtn(Strict):
-    """Rounds each weight to the nearest code of its group's grid.
+    """Rounds each weight to the nearest level of its tile's grid.
 
     An earlier step's grid (``clip``) is kept; else the grid is min-max.
     """
@@ -26,12 +26,7 @@ class Rtn(Strict):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear on its grid."""
-        earlier = state.grid()
-        if earlier is not None:
-            grid = Grid(earlier.scale_OG, earlier.zero_OG)
-        else:
-            grid = minmax_grid(state.reference_OI, state.spec, state.scale_dtype)
-        return state.with_current(round_to_grid(state.reference_OI, grid, state.spec))
+        return state.with_current(round_to_grid(state.reference_OI, grid_of(state), state.spec))
 
     def cost(self, rows: int, columns: int) -> Cost:
         """One pass over the weight, with two temporaries."""

@@ -30,10 +30,12 @@ from pocketlm.report.data import (
 from pocketlm.report.html import write_report
 from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
 
+LEDGER = "ledger.json"
+
 
 def read_ledger(artifact: Path) -> Ledger:
     """The artifact's ledger."""
-    return Ledger.model_validate_json((artifact / FOLDER / "ledger.json").read_text("utf-8"))
+    return Ledger.model_validate_json((artifact / FOLDER / LEDGER).read_text("utf-8"))
 
 
 def write_run_report(
@@ -43,7 +45,6 @@ def write_run_report(
     plan: Plan,
     seconds: dict[str, float],
     peak_ram_bytes: int | None,
-    calibration: str,
 ) -> Path:
     """Writes metrics, page and card of a finished run, before any evaluation.
 
@@ -54,7 +55,6 @@ def write_run_report(
         plan: What was predicted.
         seconds: Of the stages.
         peak_ram_bytes: Of the process.
-        calibration: Text, windows and seed in words.
 
     Returns:
         The page.
@@ -74,7 +74,9 @@ def write_run_report(
         machine=f"{device_name(source.device)}; {platform.platform()}",
         scheme=scheme_text(ledger),
         methods=tuple(step.method for step in recipe_of(artifact).steps),
-        calibration=calibration,
+        calibration=(
+            ledger.calibration.sentence() if ledger.calibration else "none: no step needs data"
+        ),
         recipe_yaml=recipe_yaml,
         parameters=parameters,
         original_bytes=original_bytes,

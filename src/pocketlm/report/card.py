@@ -170,8 +170,11 @@ def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
     entries = ledger.tensors.values()
     stored = sum(entry.bits for entry in entries) / 8
     rows = []
-    for part, action in (("quantized linears", "quantized"), ("everything else", "kept")):
-        chosen = [entry for entry in entries if entry.action == action]
+    for part, actions in (
+        ("quantized linears", ("quantized",)),
+        ("everything else", ("kept", "folded")),
+    ):
+        chosen = [entry for entry in entries if entry.action in actions]
         weights, bits = sum(math.prod(e.shape) for e in chosen), sum(e.bits for e in chosen)
         per_weight = f"{bits / weights:.3f}" if weights else "–"
         rows.append((part, f"{weights:,}", bytes_text(bits / 8), per_weight))
@@ -208,6 +211,7 @@ def _quality(metrics: ReportData | None) -> str:
             ("same likeliest token", percent_text(found.top1_agreement.value)),
         ]
     parts = [_table(("", "value (95 % interval)"), rows), quality.protocol.sentence()]
+    parts += [f"Note: {note}" for note in quality.notes]
     if metrics.speed is not None:
         speed = metrics.speed
         parts.append(

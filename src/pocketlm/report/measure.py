@@ -1,23 +1,34 @@
-"""Measures a model beside its original: quality, speed, answers; an artifact keeps the result."""
+"""Measures models beside their original: quality, speed, answers; an artifact keeps the result."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from pocketlm.calibration.overlap import overlap_warning
+from pocketlm.calibration.record import read_hashes
 from pocketlm.calibration.texts import load_text
-from pocketlm.calibration.windows import eval_windows
-from pocketlm.evaluate.quality import OnProgress, evaluate_model
+from pocketlm.calibration.windows import Windows, eval_windows
+from pocketlm.core.errors import ConfigError
+from pocketlm.engine.artifact import HASHES
+from pocketlm.engine.events import EventLog, Listener
+from pocketlm.evaluate import hidden
+from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
 from pocketlm.models import open_model
-from pocketlm.report.build import write_all
+from pocketlm.models.adapter import Model
+from pocketlm.report.build import LEDGER, read_ledger, write_all
 from pocketlm.report.data import FOLDER, METRICS, Answer, read_metrics
 from pocketlm.runtime.generate import generate
 from pocketlm.runtime.load import load
 
 ANSWER_TOKENS = 64
+Source = str | Path
 
 
 class Measurement(Result):
@@ -42,61 +53,178 @@ class Measurement(Result):
     report: Path | None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How models are measured; see `pocketlm.api.evaluate`."""
+
+    text: str | None = None
+    limit: int | None = None
+    seq_len: int = 2048
+    prompt: str | None = None
+    speed: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+
 def measure(
-    model: str | Path,
-    against: str | Path | None,
-    *,
-    text: str | None,
-    limit: int | None,
-    seq_len: int,
-    prompt: str | None,
-    speed: bool,
-    device: str,
-    threads: int | None,
-    trust_remote_code: bool,
-    on_progress: OnProgress | None,
-) -> Measurement:
-    """Measures; see `pocketlm.api.evaluate` for the arguments.
+    models: Sequence[Source],
+    against: Source | None,
+    settings: Settings,
+    on_event: Listener | None = None,
+) -> list[Measurement]:
+    """Measures models on the same windows; the original is run once, however many there are.
+
+    Args:
+        models: Artifacts or sources, at least one.
+        against: The original.
+        settings: Text, windows, machine.
+        on_event: Called with each event.
 
     Returns:
-        What was found; also kept in the artifact's metrics, page and card, if it is one of ours.
+        What was found of each; also kept in its metrics, page and card, if it is an artifact.
+
+    Raises:
+        ConfigError: If a model has another vocabulary, or reads the text as other tokens.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    options = {"device": device, "trust_remote_code": trust_remote_code}
-    measured = open_model(model, allow_compressed=True, **options)
-    original = None if against is None else open_model(against, allow_compressed=True, **options)
-    tokenizer = measured.tokenizer()
-    source = load_text(text or "builtin", "evaluation", tokenizer)
-    windows = eval_windows(tokenizer, source, seq_len, limit, measured.context)
-    quality = evaluate_model(
-        measured, windows, original, tokenizer=tokenizer, on_progress=on_progress
-    )
-    speeds: list[SpeedReport | None] = [None, None]
-    if speed:
-        speeds[0] = measure_speed(model, device=device, threads=threads)
-        if against is not None:
-            speeds[1] = measure_speed(against, device=device, threads=threads)
-    answers = () if prompt is None else (_answers(model, against, prompt, device),)
-    found = Measurement(
-        model=str(model),
-        against=None if against is None else str(against),
-        quality=quality,
-        speed=speeds[0],
-        original_speed=speeds[1],
-        answers=answers,
-        report=None,
-    )
-    return _keep(found, Path(model))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    log = EventLog(None, on_event)
+    qualities = _qualities(models, against, settings, log)
+    original_speed = None if against is None else _speed(against, settings, log)
+    original_said = "" if against is None else _say(against, settings, log)
+    found: list[Measurement] = []
+    for model, quality in zip(models, qualities, strict=True):
+        answers: tuple[Answer, ...] = ()
+        if settings.prompt is not None:
+            said = _say(model, settings, log)
+            answers = (Answer(prompt=settings.prompt, original=original_said, compressed=said),)
+        measurement = Measurement(
+            model=str(model),
+            against=None if against is None else str(against),
+            quality=quality,
+            speed=_speed(model, settings, log),
+            original_speed=original_speed,
+            answers=answers,
+            report=None,
+        )
+        found.append(_keep(measurement, Path(model)))
+    return found
 
 
-def _answers(model: str | Path, against: str | Path | None, prompt: str, device: str) -> Answer:
-    said = ["", ""]
-    for index, source in enumerate((against, model)):
-        if source is not None:
-            loaded, tokenizer = load(source, device=device)
-            said[index] = generate(loaded, tokenizer, prompt, max_new_tokens=ANSWER_TOKENS).text
-    return Answer(prompt=prompt, original=said[0], compressed=said[1])
+def _qualities(
+    models: Sequence[Source],
+    against: Source | None,
+    settings: Settings,
+    log: EventLog,
+) -> list[QualityReport]:
+    log.emit("stage", "reading the text", data={"stage": "evaluate"})
+    views = [_open(model, settings) for model in models]
+    original = None if against is None else _open(against, settings)
+    windows = _windows(models, views, settings)
+    count, seq_len = windows.tokens_NT.shape
+    streamed = [view for view in (original, *views) if view is not None]
+    total = sum(hidden.steps(view, count, seq_len) for view in streamed) + len(views) * count
+    steps = _Steps(log, total)
+    base = None
+    if original is not None:
+        for view in views:
+            require_same_vocabulary(view, original)
+        steps.begin(f"running the original on {count} windows")
+        base = score_original(original, windows, steps)
+    try:
+        found: list[QualityReport] = []
+        for model, view in zip(models, views, strict=True):
+            told = _with_overlap(Path(model), windows)
+            for note in told.notes:
+                log.emit("warning", note, where=str(model))
+            steps.begin(f"running {Path(model).name} on {count} windows")
+            found.append(
+                evaluate_model(view, told, base, tokenizer=view.tokenizer(), on_progress=steps)
+            )
+        return found
+    finally:
+        if base is not None:
+            base.close()
+
+
+class _Steps:
+    """Counts the steps of several runs as one, and tells of them as events."""
+
+    def __init__(self, log: EventLog, total: int) -> None:
+        self._log, self._total, self._finished = log, total, 0
+        self._text, self._began = "", time.monotonic()
+
+    def begin(self, text: str) -> None:
+        """The next run; the first one begins when all is loaded."""
+        if not self._finished:
+            self._began = time.monotonic()
+        self._text = text
+        self._log.emit("stage", text, share=self._finished / self._total)
+
+    def __call__(self, done: int, of: int) -> None:
+        """A step of the present run."""
+        so_far = self._finished + done
+        left = (time.monotonic() - self._began) / so_far * (self._total - so_far)
+        share = so_far / self._total
+        self._log.emit("progress", self._text, done=done, total=of, share=share, seconds_left=left)
+        if done == of:
+            self._finished = so_far
+
+
+def _open(source: Source, settings: Settings) -> Model:
+    return open_model(
+        source,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        allow_compressed=True,
+    )
+
+
+def _windows(models: Sequence[Source], views: Sequence[Model], settings: Settings) -> Windows:
+    """The windows, which all tokenizers must agree on."""
+    text = load_text(settings.text or "builtin", "evaluation", views[0].tokenizer())
+    context = min(view.context for view in views)
+    first, *others = (
+        eval_windows(view.tokenizer(), text, settings.seq_len, settings.limit, context)
+        for view in views
+    )
+    for model, other in zip(models[1:], others, strict=True):
+        if other.sha256 != first.sha256:
+            raise ConfigError(
+                f"its tokenizer reads the text as other tokens than that of {models[0]}.",
+                where=str(model),
+                remedy="Compare models of one tokenizer; evaluate this one alone.",
+            )
+    return first
+
+
+def _with_overlap(artifact: Path, windows: Windows) -> Windows:
+    """The windows, with a warning where the artifact was calibrated on what they hold."""
+    if not (artifact / HASHES).is_file() or not (artifact / FOLDER / LEDGER).is_file():
+        return windows
+    account = read_ledger(artifact).calibration
+    if account is None:
+        return windows
+    known = read_hashes((artifact / HASHES).read_bytes())
+    found = overlap_warning(account.text_name, account.text_sha256, known, windows)
+    return windows if found is None else replace(windows, notes=(*windows.notes, found))
+
+
+def _speed(source: Source, settings: Settings, log: EventLog) -> SpeedReport | None:
+    if not settings.speed:
+        return None
+    log.emit("stage", f"measuring the speed of {Path(source).name}")
+    return measure_speed(source, device=settings.device, threads=settings.threads)
+
+
+def _say(source: Source, settings: Settings, log: EventLog) -> str:
+    """What a model answers to the prompt; nothing where there is none."""
+    if settings.prompt is None:
+        return ""
+    log.emit("stage", f"{Path(source).name} answers the prompt")
+    model, tokenizer = load(source, device=settings.device)
+    return generate(model, tokenizer, settings.prompt, max_new_tokens=ANSWER_TOKENS).text
 
 
 def _keep(found: Measurement, artifact: Path) -> Measurement:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.core.errors import ConfigError, UnsupportedModel
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.select import announce, kernel_for
 
@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self,
-        weight: PackedInt,
+        weight: Packed,
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
         """Shape, grid and kernel."""
         grid = self.grid
         return (
-            f"{self.in_features}, {self.out_features}, bits={grid.bits}, "
+            f"{self.in_features}, {self.out_features}, {grid.name}, "
             f"group_size={grid.group_size}, kernel={self.choice.kernel.name}"
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.linear import PackedLinear
 
@@ -66,7 +66,7 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"cannot compute in {dtype}.", where="dtype", remedy=f"One of {DTYPES}.")
 
-    def make_linear(weight: PackedInt, bias: Tensor | None) -> PackedLinear:
+    def make_linear(weight: Packed, bias: Tensor | None) -> PackedLinear:
         return PackedLinear(weight, bias, dtype=dtype, device=place)
 
     return runtime_model(
@@ -129,16 +129,16 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _mostly_int4(directory: Path) -> bool:
-    """Whether most groups of the configuration have at most 4 bits."""
+    """Whether most groups of the configuration are integers of at most 4 bits."""
     section = json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]
-    bits = [grid["bits"] for grid in _grids(section)]
-    return bool(bits) and sum(b <= 4 for b in bits) * 2 > len(bits)
+    groups = _weights(section)
+    small = [w for w in groups if w.get("type", "int") == "int" and w["bits"] <= 4]
+    return len(small) * 2 > len(groups)
 
 
-def _grids(section: Mapping[str, Any]) -> list[dict[str, int]]:
-    """The bits of each group, of both formats."""
+def _weights(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Type and bits of each group, of both formats."""
     if "config_groups" in section:
         groups = [group.get("weights") or {} for group in section["config_groups"].values()]
-        return [{"bits": weights["num_bits"]} for weights in groups if "num_bits" in weights]
-    groups = [group["weights"] for group in section.get("groups", [])]
-    return [{"bits": weights["bits"]} for weights in groups if "bits" in weights]
+        return [{**weights, "bits": weights["num_bits"]} for weights in groups if weights]
+    return [group["weights"] for group in section.get("groups", []) if "bits" in group["weights"]]

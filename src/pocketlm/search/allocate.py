@@ -77,7 +77,7 @@ def _solve(
         damage / max(damage.max(), 1e-30),
         constraints=[LinearConstraint(one_each, 1, 1), within],
         integrality=np.ones(len(damage)),
-        bounds=Bounds(0, possible.astype(float)),  # type: ignore[arg-type] - arrays are meant
+        bounds=Bounds(np.zeros(len(damage)), possible.astype(float)),  # type: ignore[arg-type]
         options={"mip_rel_gap": GAP},
     )
     if found.x is None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm.calibration.overlap import overlap_warning
-from pocketlm.calibration.texts import TextSet, load_text
+from pocketlm.calibration.texts import load_text
 from pocketlm.core.errors import CalibrationError
 
 
@@ -31,7 +30,6 @@ def test_builtin_halves_are_stable_and_disjoint() -> None:
     stripped = [{text.strip() for text in half.documents} for half in (calibration, evaluation)]
     assert not stripped[0] & stripped[1]
     assert min(len(calibration.joined), len(evaluation.joined)) > 100_000
-    assert overlap_warning(calibration, evaluation) is None
 
 
 def test_plain_text_is_one_document(tmp_path: Path) -> None:
@@ -136,15 +134,3 @@ def test_hub_datasets_are_streamed_by_split(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [("org/name", None, "train", True), ("org/name", "small", "test", True)]
     with pytest.raises(CalibrationError, match="cannot be loaded"):
         load_text("hf:org/nothing")
-
-
-def test_overlap_is_found_wherever_it_stands() -> None:
-    words = load_text("builtin").joined.split()
-    calibration = TextSet("calibration", (" ".join(words[:8000]),))
-    shifted = TextSet("shifted", (" ".join(words[7003:9000]),))  # half of it is shared
-    fresh = TextSet("fresh", (" ".join(words[8000:12000]),))
-    warning = overlap_warning(calibration, shifted)
-    assert warning is not None
-    assert 40 <= int(warning.split("%")[0]) <= 60
-    assert overlap_warning(calibration, fresh) is None
-    assert "is the calibration text" in str(overlap_warning(calibration, calibration))

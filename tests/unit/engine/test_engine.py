@@ -76,7 +76,12 @@ def test_events_tell_the_way(tmp_path: Path, compress) -> None:
     assert [event.done for event in done] == [1, 2, 3]
     assert all(event.seconds_left is not None for event in done)
     log = (tmp_path / "out" / "pocketlm" / "events.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in log] == kinds[: len(log)]
+    kept = [kind for kind in kinds if kind != "progress"]
+    assert [json.loads(line)["kind"] for line in log] == kept[: len(log)]
+    shares = [event.share for event in seen if event.share is not None]
+    assert shares == sorted(shares)
+    stages = [event.data["stage"] for event in seen if event.kind == "stage"]
+    assert stages == ["calibrate", "compress", "assemble"]
 
 
 def test_data_free_recipe_needs_no_tokens(tmp_path: Path, compress) -> None:

@@ -1,8 +1,11 @@
 """Speed of a tiny model on disk, in this process and in a child; bytes that a token reads."""
 
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -64,6 +67,23 @@ def test_a_child_measures(directory: Path) -> None:
     report = measure_speed(directory, prompt_tokens=16, new_tokens=4, runs=1, threads=1)
     assert (report.prompt_tokens, report.new_tokens, report.runs) == (16, 4, 1)
     assert report.hardware.endswith(" 1 threads")
+
+
+def test_a_child_ends_with_a_parent_that_is_killed(directory: Path) -> None:
+    call = f"measure_speed({str(directory)!r}, runs=10**9)"
+    work = f"from pocketlm.evaluate.speed import measure_speed; {call}"
+    parent = subprocess.Popen([sys.executable, "-c", work])
+    until = time.monotonic() + 60
+    while not (children := psutil.Process(parent.pid).children()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    for orphan in alive:
+        orphan.kill()
+    assert len(gone) == 1
+    assert not alive
 
 
 @pytest.mark.parametrize(

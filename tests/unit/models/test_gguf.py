@@ -71,8 +71,13 @@ def write(
         add(f"blk.{i}.ffn_up.weight", types[2], INNER, WIDTH)
         add(f"blk.{i}.ffn_down.weight", types[0], WIDTH, INNER)
     add("output_norm.weight", F32, WIDTH)
-    for name, shape in extra.items():
-        add(name.replace("__", "."), F32, *shape)
+    for name, value in extra.items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name.replace("__", "."), value)
+        elif isinstance(value, str):
+            writer.add_string(name.replace("__", "."), value)
+        else:
+            add(name.replace("__", "."), F32, *value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -281,9 +286,71 @@ def test_unknown_tensor(tmp_path: Path) -> None:
         open_model(path)
 
 
-def test_rotary_table_that_transformers_ignores(tmp_path: Path) -> None:
-    path = write(tmp_path / "tiny.gguf", rope_freqs__weight=(WIDTH // HEADS // 2,))
+def rope_table(factor: float, low: float, high: float, original: int) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3.1's scaling, base 10000."""
+    count, table = WIDTH // HEADS // 2, []
+    for i in range(count):
+        wavelength = 2 * np.pi * 10000.0 ** (i / count)
+        smooth = (original / wavelength - low) / (high - low)
+        smooth = min(1.0, max(0.0, smooth))
+        table.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(table, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("factor", "low", "high", "original"),
+    [(8, 1, 4, 8192), (32, 1, 4, 8192), (4, 1, 16, 512), (4, 2, 40, 600), (1, 1, 4, 8192)],
+)
+def test_rotary_table_of_llama_3(
+    tmp_path: Path, factor: float, low: float, high: float, original: int
+) -> None:
+    table = rope_table(factor, low, high, original)
+    model = open_model(write(tmp_path / "tiny.gguf", rope_freqs__weight=table))
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
+    )
+    weights = {
+        name: value.float() if "norm" in name else value.half().float()
+        for name, value in reference.state_dict().items()
+    }
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": float(factor),
+        "low_freq_factor": float(low), "high_freq_factor": float(high),
+        "original_max_position_embeddings": original,
+    }  # fmt: skip
+    config = reference.config
+    unscaled = streamed_logits(open_model(write(tmp_path / "unscaled.gguf")), tokens())
+    config.rope_parameters = scaling
+    truth = type(reference)(config).eval()
+    truth.load_state_dict(weights)
+    with torch.no_grad():
+        expected = truth(tokens()).logits
+    got = streamed_logits(model, tokens())
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.allclose(got, unscaled, atol=1e-5) == (factor == 1)
+    assert "rope_freqs.weight" not in model.source.infos()
+    if (low, high, original) == (1, 4, 8192) and factor != 1:
+        assert model.config["rope_parameters"] == scaling
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        (WIDTH // HEADS // 2,),
+        np.array([1, 1, 2, 1, 8, 8, 8, 8], np.float32),
+        np.ones(5, np.float32),
+    ],
+    ids=["random", "not rising", "short"],
+)
+def test_rotary_table_of_another_kind(tmp_path: Path, table: Any) -> None:
+    path = write(tmp_path / "tiny.gguf", rope_freqs__weight=table)
     with pytest.raises(UnsupportedModel, match="rope_freqs"):
+        open_model(path)
+
+
+def test_rotary_scaling_that_transformers_ignores(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", llama__rope__scaling__type="yarn")
+    with pytest.raises(UnsupportedModel, match="yarn"):
         open_model(path)
 
 

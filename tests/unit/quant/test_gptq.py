@@ -13,7 +13,7 @@ from pocketlm.core.state import LinearState, Statistics
 from pocketlm.core.stats import Hessian
 from pocketlm.core.tensors import PackedInt
 from pocketlm.quant.gptq import Gptq, column_order, sweep
-from pocketlm.quant.grid import Grid, grouped, minmax_grid
+from pocketlm.quant.grid import Grid, grouped, minmax_grid, packed
 from pocketlm.quant.rtn import Rtn
 
 ROWS, COLUMNS, GROUP = 12, 96, 32
@@ -66,7 +66,8 @@ def test_blocked_sweep_is_the_elimination(
     grid = minmax_grid(weight_OI, spec, torch.float32)
     order_I = column_order(hessian, order)
     factor = hessian.inverse_factor(0.01, order_I)
-    codes_OI = sweep(weight_OI, factor, grid, spec, order_I, block_columns)
+    level_OI = sweep(weight_OI, factor, grid, spec, order_I, block_columns)
+    codes_OI = packed(level_OI, grid, spec).codes_OI
     damped_II = hessian.matrix_II().clone()
     damped_II.diagonal().add_(0.01 * damped_II.diagonal().mean())
     plain_I = torch.arange(COLUMNS) if order_I is None else order_I
@@ -113,10 +114,10 @@ def test_scales_follow_their_columns() -> None:
     stat.add(torch.randn(400, COLUMNS, generator=torch.Generator().manual_seed(3)))
     grid = minmax_grid(weight_OI, spec, torch.float32)
     order_I = column_order(stat, "activation")
-    codes_OI = sweep(
+    level_OI = sweep(
         weight_OI, inverse_factor(stat.matrix_II()[order_I][:, order_I], 0.01), grid, spec, order_I
     )
-    decoded_OI = PackedInt(codes_OI, grid.scale_OG, None, 4).dequantize()
+    decoded_OI = packed(level_OI, grid, spec).dequantize()
     step_OG = grid.scale_OG.abs()
     off_OGi = grouped((decoded_OI - weight_OI).abs(), spec) / step_OG[:, :, None]
     assert off_OGi.median() < 1

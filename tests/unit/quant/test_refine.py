@@ -44,9 +44,10 @@ def test_error_falls(symmetric: bool, first: Rtn | Gptq) -> None:
 def test_scales_solve_the_least_squares_problem() -> None:
     weight_OI = torch.randn(5, 64, generator=torch.Generator().manual_seed(6))
     stat = hessian(64, 2)
-    state = LinearState("x", weight_OI, QuantSpec(bits=3, group_size=16), torch.float32)
+    spec = QuantSpec(bits=3, group_size=16)
+    state = LinearState("x", weight_OI, spec, torch.float32)
     packed = Rtn().compress(state, Statistics()).current
-    new = renewed_scales(weight_OI, packed, stat.matrix_II())
+    new = renewed_scales(weight_OI, packed, stat.matrix_II(), spec)
     lower_II = torch.linalg.cholesky(stat.matrix_II().double())
     for row in range(5):
         codes_GI = torch.block_diag(*packed.codes_OI[row].view(4, 16).double())
@@ -86,6 +87,5 @@ def test_needs_a_quantized_weight() -> None:
 def test_all_zero_codes_keep_their_scale() -> None:
     weight_OI = torch.zeros(2, 32)
     packed = PackedInt(torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1), None, 4)
-    assert torch.equal(
-        renewed_scales(weight_OI, packed, hessian(32).matrix_II()).scale_OG, packed.scale_OG
-    )
+    new = renewed_scales(weight_OI, packed, hessian(32).matrix_II(), QuantSpec(group_size=None))
+    assert torch.equal(new.scale_OG, packed.scale_OG)

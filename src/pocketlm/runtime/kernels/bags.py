@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.runtime.kernels.base import Grid, rows_per_tile
 
 BLOCK_ROWS = 256  # fastest of 64 to 4096 on 4096 x 4096 (Xeon of the Cascade Lake kind, 2026-11)
@@ -65,13 +65,12 @@ class Bags:
             return "this PyTorch is built without FBGEMM"
         return None
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Table [N·I, B]: the codes of one block and column, then its scale 1 and offset.
 
         Scales and zero points become [N, G, R], in the dtype they are stored in.
         """
+        assert isinstance(weight, PackedInt)
         blocks, block = block_shape(weight.codes_OI.shape[0])
         lane = lane_bits(weight.bits)
         offset = 1 << (lane - 1)

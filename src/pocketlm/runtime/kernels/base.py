@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.tensors import Packed, PackedInt
 
 TILE_BYTES = 4 << 20  # of one decoded tile: it should stay in the second- or third-level cache
 
@@ -29,6 +30,7 @@ class Grid:
         bits: Bits of a code, 2 to 8.
         group_size: Columns that share a scale; equal to `columns` where the row does.
         symmetric: Whether there are no zero points.
+        spec: The number format where it is no integer.
     """
 
     rows: int
@@ -36,12 +38,21 @@ class Grid:
     bits: int
     group_size: int
     symmetric: bool
+    spec: QuantSpec | None = None
 
     @classmethod
-    def of(cls, weight: PackedInt) -> Grid:
+    def of(cls, weight: Packed) -> Grid:
         """The grid of a weight."""
-        rows, columns = weight.codes_OI.shape
+        rows, columns = weight.shape
+        if not isinstance(weight, PackedInt):
+            spec = weight.spec
+            return cls(rows, columns, spec.bits, spec.group_size or columns, True, spec)
         return cls(rows, columns, weight.bits, weight.group_size, weight.zero_OG is None)
+
+    @property
+    def name(self) -> str:
+        """The number format's name, such as ``INT4`` or ``NVFP4``."""
+        return f"INT{self.bits}" if self.spec is None else self.spec.name
 
     @property
     def groups(self) -> int:
@@ -62,10 +73,8 @@ class Kernel(Protocol):
         """Why this kernel cannot take a weight on this machine; None where it can."""
         ...
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
-        """The weight in this kernel's layout.
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The weight in this kernel's layout; only of a grid that it has not refused.
 
         Args:
             weight: Codes and scales, on the CPU.

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.runtime.kernels.base import Grid, rows_per_tile
 
 INT4_GROUPS = (256, 128, 64, 32)  # what the int4 ops take, on CPU and CUDA alike
@@ -63,10 +63,9 @@ class Int4Cpu:
             return f"is not vectorised for this CPU ({capability})"
         return None
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Codes in the op's own order, uint8 [O, I / 2], and scales with zeros [G, O, 2]."""
+        assert isinstance(weight, PackedInt)
         rows, columns = weight.codes_OI.shape
         packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
         step = 64 * max(1, (1 << 22) // (64 * columns))  # rows at once: the op wants codes in int32
@@ -141,10 +140,9 @@ class Int8Cpu:
             return f"{grid.rows} x {grid.columns} is no multiple of 16 x 32"
         return None
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Codes int8 [O, I] and scales [O]."""
+        assert isinstance(weight, PackedInt)
         return {
             "codes_OI": weight.codes_OI,
             "scale_O": weight.scale_OG[:, 0].to(dtype).contiguous(),

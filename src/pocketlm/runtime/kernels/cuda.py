@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.cpu import int4_group, int4_scales
 
@@ -45,10 +45,9 @@ class Int4Cuda:
             return "needs compute capability 8.0"
         return None
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Codes, int32 [O/8, I/(16k), 32, k/2], and scales with zeros [G, O, 2]."""
+        assert isinstance(weight, PackedInt)
         unsigned = (weight.codes_OI + 8).to(torch.uint8).to(device)
         pairs = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
         tiles = inner_tiles(weight.codes_OI.shape[1])

@@ -1,8 +1,8 @@
-"""The truth of every other kernel: plain torch, any bits, any group, any device.
+"""The truth of every other kernel: plain torch, any number format, any group, any device.
 
 Codes lie packed as densely as on disk (formats/packing.py). Each call decodes a few rows to the
-activations' dtype, w = scale · (code - zero) as PackedInt.dequantize() rounds it, multiplies, and
-drops them. Slow where few activations meet many weights: the decoding is not hidden by anything.
+activations' dtype, w = scale · (level - zero) as `dequantize()` rounds it, multiplies, and drops
+them. Slow where few activations meet many weights: the decoding is not hidden by anything.
 
 Legend: M rows of activations, I input columns, O output rows; a row has G groups and W words.
 """
@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pocketlm.core.tensors import PackedInt
-from pocketlm.formats.packing import pack, unpack
+from pocketlm.core.scales import Scale
+from pocketlm.core.tensors import Packed, PackedInt, decode_rows
+from pocketlm.formats.packing import pack, pack_bytes, unpack, unpack_bytes
 from pocketlm.runtime.kernels.base import Grid, rows_per_tile
 
 
@@ -28,10 +29,14 @@ class Reference:
         """Nothing is refused."""
         return None
 
-    def pack(
-        self, weight: PackedInt, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
-        """Words [O, W], scales [O, G] as stored, zero points [O, G] if there are any."""
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Words [O, W] or bytes [O, B], scales as stored, zero points [O, G] if there are any."""
+        if not isinstance(weight, PackedInt):
+            names = ("scale_RG", "outer", "offset")
+            scales = zip(names, weight.scale.tensors, strict=False)
+            buffers = {name: tensor.to(device) for name, tensor in scales}
+            buffers["bytes_OB"] = pack_bytes(weight.codes_OI, weight.bits).to(device)
+            return buffers
         buffers = {
             "words_OW": pack(weight.codes_OI, weight.bits).to(device),
             "scale_OG": weight.scale_OG.to(device),
@@ -45,14 +50,30 @@ class Reference:
         y_MO = x_MI.new_empty(x_MI.shape[0], grid.rows)
         step = rows_per_tile(grid.columns * x_MI.element_size())
         for start in range(0, grid.rows, step):
-            tile_oI = self.decode(buffers, grid, start, start + step).dequantize(x_MI.dtype)
+            tile_oI = self._tile(buffers, grid, start, start + step, x_MI.dtype)
             torch.mm(x_MI, tile_oI.T, out=y_MO[:, start : start + step])
         return y_MO
 
     matmul_tiles = matmul
 
+    def _tile(
+        self,
+        buffers: Mapping[str, Tensor],
+        grid: Grid,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rows start to stop of the weight, in `dtype`."""
+        spec = grid.spec
+        if spec is None:
+            return self.decode(buffers, grid, start, stop).dequantize(dtype)
+        codes_oI = unpack_bytes(buffers["bytes_OB"][start:stop], spec.bits)
+        scale = Scale(spec.scale, buffers["scale_RG"], buffers.get("outer"), buffers.get("offset"))
+        return decode_rows(codes_oI, start, scale, spec, dtype, grid.rows)
+
     def decode(self, buffers: Mapping[str, Tensor], grid: Grid, start: int, stop: int) -> PackedInt:
-        """Rows start to stop as codes and scales again."""
+        """Rows start to stop of integers as codes and scales again."""
         zero_OG = buffers.get("zero_OG")
         return PackedInt(
             unpack(buffers["words_OW"][start:stop], grid.bits, grid.columns),

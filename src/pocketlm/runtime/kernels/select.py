@@ -120,6 +120,9 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
         if grid.bits not in row.bits:
             refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
             continue
+        if grid.spec is not None and not isinstance(row.kernel, Reference):
+            refused[name] = "takes integers only"
+            continue
         reason = row.kernel.refuses(grid, dtype, device) or probe(row.kernel, dtype, device)
         if reason is None:
             return Choice(row.kernel, row.tiles_from, row.reason, refused)
@@ -131,7 +134,7 @@ def announce(choice: Choice, grid: Grid) -> None:
     """Warns of a fallback, once for each reason."""
     if choice.is_fallback:
         why = "; ".join(f"{name} {reason}" for name, reason in choice.refused.items())
-        _warn_once(f"{grid.bits} bits: no fast kernel ({why or 'none for this device'}).")
+        _warn_once(f"{grid.name}: no fast kernel ({why or 'none for this device'}).")
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 Runs in llm-compressor's own environment, never in ours. Calibration comes as ready token windows
 (.npy or .pt, int64 [N, T]), so both tools see the very same tokens. Settings are the tool's own
 defaults and recommendations: GPTQ with static activation order and dampening 0.01, min-max
-observer, true-sequential layers by its `sequential` pipeline, head left alone.
+observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
+search, on an asymmetric grid with --asym as its examples have it; head left alone.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
 disk (warm cache) to the artifact saved. `oneshot_seconds` is the compression call inside it.
@@ -30,7 +31,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("output", type=Path, help="directory for the artifact")
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, int64 [N, T]; not for rtn")
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
+    parser.add_argument("--asym", action="store_true", help="a grid with zero points")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -62,7 +64,7 @@ def build_recipe(arguments: argparse.Namespace):
     weights = {
         "num_bits": arguments.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": not arguments.asym,
         "strategy": "group",
         "group_size": arguments.group_size,
     }
@@ -72,7 +74,21 @@ def build_recipe(arguments: argparse.Namespace):
     groups = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
     if arguments.method == "rtn":
         return QuantizationModifier(**groups)
+    if arguments.method == "awq":
+        from llmcompressor.modifiers.awq import AWQModifier
+
+        # The tool pins memory even where there is no accelerator, and stops there.
+        _without_pinned_memory()
+        return AWQModifier(**groups)
     return GPTQModifier(dampening_frac=arguments.dampening, actorder="static", **groups)
+
+
+def _without_pinned_memory() -> None:
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.cuda.is_available() and hasattr(IntermediatesCache, "pin_memory"):
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
 
 
 def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
@@ -150,7 +166,7 @@ def main() -> int:
         "output": str(arguments.output),
         "output_bytes": sum(file.stat().st_size for file in arguments.output.iterdir()),
         "threads": arguments.threads,
-        "device": f"cpu {platform.processor() or platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "date": date.today().isoformat(),
         "versions": {
             "torch": torch.__version__,

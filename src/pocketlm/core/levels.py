@@ -1,0 +1,157 @@
+"""What the codes of each number format mean, and the nearest level of a value: one place for all.
+
+A level is what a code stands for before its scale: an integer, an E2M1 or E4M3 float, an entry of a
+table. `rounder` gives the one rounding that every method uses; `codes_of` and `levels_of` go from
+levels to stored codes and back.
+
+- int: level = code - zero.
+- float: E2M1 (OCP Microscaling Formats 1.0: 0, ½, 1, 1½, 2, 3, 4, 6) and E4M3 (OCP 8-bit Floating
+  Point 1.0: up to 448); ties to the even mantissa, as compressed-tensors and IEEE 754 round.
+- nf: NF4, the quantiles of QLoRA (arXiv:2305.14314, appendix E).
+- bnb_fp: FP4 of bitsandbytes, whose bit patterns are in the order of its table. Between two levels
+  of a table the midpoint goes to the lower one, as in bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.spec import QuantSpec
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by bit pattern; the fourth bit is the sign
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BNB_FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # as E2M1: sign apart
+
+E4M3_MAX = 448.0
+# bits → mantissa bits, smallest step, largest level
+_MINIFLOATS = {4: (1, 0.5, 6.0), 8: (3, 2.0**-9, E4M3_MAX)}
+_ONE_EXPONENT = 1 << 23  # of a float32's bits
+_EXPONENT_BITS = 0x7F800000
+LEAST_DIVISOR = 1e-38  # below it a scale has no float32 reciprocal; so in bitsandbytes
+
+Rounder = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def largest_level(spec: QuantSpec) -> float:
+    """The largest magnitude of a level; the scale of a tile is its largest weight over this."""
+    if spec.type == "int":
+        return float(-spec.code_min)
+    return _MINIFLOATS[spec.bits][2] if spec.type == "float" else 1.0
+
+
+def mirrored(spec: QuantSpec) -> bool:
+    """Whether the levels are the same with all signs turned; if not, a negative scale may pay."""
+    return spec.type in ("float", "bnb_fp")
+
+
+def rounder(spec: QuantSpec) -> Rounder:
+    """The rounding of a number format: nearest(x, scale, zero) → level, x ≈ scale · level.
+
+    `scale` and `zero` broadcast against `x`; the zero point is None where there is none. Values
+    beyond the largest level become it. Works on float32 (float64 for integers too).
+    """
+    if spec.type == "int":
+        return _integer_rounder(spec.code_min, spec.code_max)
+    if spec.type == "float":
+        return _minifloat_rounder(*_MINIFLOATS[spec.bits])
+    return _table_rounder(spec)
+
+
+def _integer_rounder(code_min: int, code_max: int) -> Rounder:
+    def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        level = torch.round(x / scale)
+        if zero is None:
+            return level.clamp_(code_min, code_max)
+        return level.add_(zero).clamp_(code_min, code_max).sub_(zero)
+
+    return nearest
+
+
+def _minifloat_rounder(mantissa_bits: int, least_step: float, largest: float) -> Rounder:
+    """Rounds in steps of 2^(exponent - mantissa bits), the exponent taken from float32's bits."""
+    least = int(torch.tensor(least_step).view(torch.int32))
+
+    def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        level = (x / scale).clamp_(-largest, largest)
+        step = (level.view(torch.int32) & _EXPONENT_BITS).sub_(mantissa_bits * _ONE_EXPONENT)
+        step = step.clamp_(min=least).view(torch.float32)
+        return level.div_(step).round_().mul_(step)
+
+    return nearest
+
+
+def _table_rounder(spec: QuantSpec) -> Rounder:
+    table, _ = _sorted_table(spec.type)
+    bounds = (table[:-1] + table[1:]) / 2
+
+    def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        nonlocal table, bounds
+        table, bounds = table.to(x.device), bounds.to(x.device)
+        # bitsandbytes multiplies by the reciprocal; a quotient differs at the midpoints.
+        usable = torch.where(scale.abs() < LEAST_DIVISOR, LEAST_DIVISOR, scale)
+        place = torch.bucketize(x * usable.reciprocal(), bounds, out_int32=True)
+        return table.index_select(0, place.flatten()).view(place.shape)
+
+    return nearest
+
+
+@lru_cache(maxsize=8)
+def _code_table(kind: str) -> Tensor:
+    """The levels of a 4-bit table by code, float32 [16], on the CPU."""
+    if kind == "nf":
+        return torch.tensor(NF4)
+    half = torch.tensor(E2M1 if kind == "float" else BNB_FP4)
+    return torch.cat([half, -half])
+
+
+@lru_cache(maxsize=8)
+def _sorted_table(kind: str) -> tuple[Tensor, Tensor]:
+    """The distinct levels of a 4-bit table in rising order, and the code of each (zero as +0)."""
+    table = _code_table(kind)
+    order = torch.argsort(table, stable=True)
+    if kind != "nf":
+        order = order[order != 8]  # minus zero
+    return table[order], order.to(torch.uint8)
+
+
+def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tensor:
+    """The codes that are stored for levels.
+
+    Args:
+        level: What `rounder` gives, of any shape.
+        spec: The number format.
+        zero: Zero points that broadcast against the levels, of an asymmetric grid.
+
+    Returns:
+        int8 for integers, else uint8: the bit pattern, four bits in a byte of their own.
+    """
+    if spec.type == "int":
+        return (level if zero is None else level + zero).to(torch.int8)
+    if spec.bits == 8:
+        return level.to(torch.float8_e4m3fn).view(torch.uint8)
+    if spec.type == "float":
+        half = torch.tensor(E2M1, device=level.device)
+        place = torch.bucketize(level.abs(), (half[:-1] + half[1:]) / 2, out_int32=True)
+        return (place + 8 * torch.signbit(level)).to(torch.uint8)
+    table, codes = (t.to(level.device) for t in _sorted_table(spec.type))
+    place = torch.bucketize(level, (table[:-1] + table[1:]) / 2, out_int32=True)
+    return codes.index_select(0, place.flatten()).view(place.shape)
+
+
+def levels_of(codes: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tensor:
+    """The levels, float32, that codes stand for: the inverse of `codes_of`."""
+    if spec.type == "int":
+        return codes.float() if zero is None else codes.float() - zero
+    if spec.bits == 8:
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    table = _code_table(spec.type).to(codes.device)
+    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)

@@ -1,0 +1,71 @@
+"""Predicts how long a run takes, stage by stage: shapes times rates that are measured briefly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+
+from pocketlm.core.state import BlockStep
+from pocketlm.core.views import ModelView
+from pocketlm.engine.machine import call_seconds, matmul_flops
+from pocketlm.engine.memory import hidden_width
+from pocketlm.engine.options import Job
+
+STAGES = ("calibrate", "compress", "assemble")
+READ_BYTES_PER_SECOND = 400e6  # a slow NVMe disk; read, hashed, packed and written again
+
+
+def stage_seconds(
+    model: ModelView,
+    job: Job,
+    shapes: Mapping[str, tuple[int, int]],
+    samples: int,
+    tokens: int,
+    source_bytes: int,
+) -> tuple[dict[str, float], float]:
+    """Seconds of each stage, and of one forward pass over the calibration data.
+
+    Args:
+        model: The source.
+        job: What is to be done.
+        shapes: (O, I) of the linears that are compressed.
+        samples: Calibration windows.
+        tokens: Of all windows; 0 where no step needs data.
+        source_bytes: Of the source's tensors.
+
+    Returns:
+        Stage → seconds, and the seconds of a pass.
+    """
+    rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
+    # Statistics and sweeps run in float32 whatever the blocks compute in.
+    single = matmul_flops(model.device, torch.float32, job.tokens_at_once, hidden_width(model))
+    each_call = call_seconds(model.device)
+    all_shapes = model.linear_shapes().values()
+    forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
+    seconds = source_bytes / READ_BYTES_PER_SECOND
+    if tokens:
+        seconds += forward
+        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / single
+    for rows, columns in shapes.values():
+        for step in job.steps:
+            cost = step.cost(rows, columns)
+            seconds += cost.flops / single + cost.calls * each_call
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    for step in job.steps:
+        if step.kind == "block":
+            block_step = cast(BlockStep, step)
+            seconds += weights * block_step.flops_per_weight(samples, tokens // samples) / rate
+        elif step.kind == "fold":
+            seconds += forward
+    if job.needs_original:
+        seconds += forward
+    return dict(zip(STAGES, (0.0, seconds, 0.0), strict=True)), forward
+
+
+def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:
+    """Widths of the distinct inputs: linears of one parent and width are taken to share theirs."""
+    shared = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
+    return [columns for _, columns in shared]

@@ -1,0 +1,94 @@
+"""Codes of floats and tables as bytes, two 4-bit codes in one, the first in its lower half.
+
+``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized`` of compressed-tensors, and in the format
+``pocketlm`` every number format that is no integer:
+
+- ``weight_packed``  uint8 [O, I·bits/8];
+- ``weight_scale``   [R, G]: float, uint8 (powers of two; double-quantized) or float8_e4m3fn;
+- ``weight_global_scale``  float32 [1], what E4M3 scales are divided by (NVFP4);
+- ``weight_scale_absmax``  float32 [⌈R·G/256⌉] and ``weight_scale_offset`` float32 [1], of
+  double-quantized scales (`core/scales.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.errors import ArtifactError
+from pocketlm.core.scales import Scale
+from pocketlm.core.spec import DOUBLE_BLOCK, QuantSpec
+from pocketlm.core.tensors import Packed, PackedFloat
+from pocketlm.formats.layouts import Parts, take, take_as
+from pocketlm.formats.packing import pack_bytes, unpack_bytes
+
+_OUTER = {"e4m3": "weight_global_scale", "dynamic8": "weight_scale_absmax"}
+_OFFSET = "weight_scale_offset"
+
+
+def roles(spec: QuantSpec) -> tuple[str, ...]:
+    """The tensors of a weight, in the order in which they are written."""
+    outer = (_OUTER[spec.scale],) if spec.scale in _OUTER else ()
+    offset = (_OFFSET,) if spec.scale == "dynamic8" else ()
+    return ("weight_packed", "weight_scale", *outer, *offset)
+
+
+def parts(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
+    """Shapes and dtypes for a weight (O, I), I even where codes have 4 bits."""
+    below, beside = spec.tiles(shape)
+    dtypes = {"float": scale_dtype, "e4m3": torch.float8_e4m3fn}
+    known: Parts = {
+        "weight_packed": ((shape[0], shape[1] * spec.bits // 8), torch.uint8),
+        "weight_scale": ((below, beside), dtypes.get(spec.scale, torch.uint8)),
+        "weight_global_scale": ((1,), torch.float32),
+        "weight_scale_absmax": ((-(-below * beside // DOUBLE_BLOCK),), torch.float32),
+        _OFFSET: ((1,), torch.float32),
+    }
+    return {role: known[role] for role in roles(spec)}
+
+
+def encode(module: str, packed: Packed) -> dict[str, Tensor]:
+    """The stored tensors of a weight by name.
+
+    Raises:
+        ArtifactError: If a row of 4-bit codes does not fill whole bytes.
+    """
+    assert isinstance(packed, PackedFloat)
+    if packed.shape[1] * packed.bits % 8:
+        raise ArtifactError(
+            f"rows of {packed.shape[1]} codes of 4 bits do not fill whole bytes.", where=module
+        )
+    tensors = (pack_bytes(packed.codes_OI, packed.bits), *packed.scale.tensors)
+    named = zip(roles(packed.spec), tensors, strict=True)
+    return {f"{module}.{role}": tensor.contiguous() for role, tensor in named}
+
+
+def decode(tensors: Mapping[str, Tensor], module: str, spec: QuantSpec) -> PackedFloat:
+    """The codes and scales of a weight.
+
+    Raises:
+        ArtifactError: If a tensor is missing or not what the spec says.
+    """
+    rows, row_bytes = take(tensors, module, "weight_packed").shape
+    columns = row_bytes * 8 // spec.bits
+    found: dict[str, Tensor] = {}
+    for role, (role_shape, dtype) in parts(spec, (rows, columns), torch.float32).items():
+        plain_scale = role == "weight_scale" and spec.scale == "float"
+        name = "float" if plain_scale else str(dtype).removeprefix("torch.")
+        found[role] = take_as(tensors, module, role, role_shape, name)
+    outer = found[_OUTER[spec.scale]] if spec.scale in _OUTER else None
+    scale = Scale(spec.scale, found["weight_scale"], outer, found.get(_OFFSET))
+    return PackedFloat(unpack_bytes(found["weight_packed"], spec.bits), scale, spec)
+
+
+def shape(
+    module: str,
+    spec: QuantSpec,
+    shapes: Callable[[str], tuple[int, ...]],
+    read: Callable[[str], Tensor],
+) -> tuple[int, int]:
+    """(O, I), from the width of the packed rows."""
+    rows, row_bytes = shapes(f"{module}.weight_packed")
+    return rows, row_bytes * 8 // spec.bits
