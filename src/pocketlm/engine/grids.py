@@ -108,10 +108,18 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
 
 
 def grid_text(spec: QuantSpec) -> str:
-    """A grid in words, such as ``4 bits, symmetric, groups of 64``."""
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    groups = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
-    return f"{spec.bits} bits, {kind}, {groups}"
+    """A number format: ``4 bits, symmetric, groups of 64``, ``NVFP4, groups of 16``."""
+    if spec.group_rows is None:
+        tiles = "one scale for the tensor"
+    elif spec.group_rows > 1:
+        tiles = f"blocks of {spec.group_rows} × {spec.group_size}"
+    else:
+        tiles = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
+    if spec.type == "int":
+        kind = "symmetric" if spec.symmetric else "asymmetric"
+        return f"{spec.bits} bits, {kind}, {tiles}"
+    twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
+    return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
 
 
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ from pocketlm.engine.grids import Grids
 from pocketlm.engine.plan import stored_sizes
 from pocketlm.formats import format_for
 from pocketlm.formats.shards import MAX_SHARD_BYTES
-from pocketlm.search.units import Unit, file_bytes, stored_bits
+from pocketlm.search.units import Unit, file_bytes
 
 HEADER_BYTES = 112  # of a tensor's line in a header beside its name, at most
 INDEX_BYTES = 56  # of its line in the index beside its name, at most
@@ -89,7 +89,7 @@ def spent(
     largest = sum(unit.candidates[-1].file_bytes for unit in units)
     return Spent(
         weights=sum(math.prod(shapes[name]) for name in grids.specs),
-        bits=sum(stored_bits(spec, shapes[name]) for name, spec in fixed.items()),
+        bits=sum(spec.stored_bits(shapes[name]) for name, spec in fixed.items()),
         file_bytes=written + _overhead(model, grids, written + largest),
         kept_bytes=kept,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pocketlm import __version__
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
@@ -130,6 +131,7 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
 
 def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
     return {
+        "pocketlm": __version__,
         "source": model.source.fingerprint(),
         "windows": windows.sha256,
         "quick": [step.model_dump(mode="json") for step in STEPS],

@@ -59,7 +59,17 @@ class Unit:
 
 
 def default_candidates(recipe: Recipe) -> tuple[QuantSpec, ...]:
-    """The recipe's grid at 2, 3, 4, 5, 6 and 8 bits."""
+    """The recipe's grid at 2, 3, 4, 5, 6 and 8 bits.
+
+    Raises:
+        ConfigError: If it is no grid of integers.
+    """
+    if recipe.weights.type != "int":
+        raise ConfigError(
+            f"{recipe.weights.name} has one width; a budget needs grids to choose from.",
+            where="recipe",
+            remedy="Start from integers such as w4a16, or name `candidates` in Python.",
+        )
     return tuple(recipe.weights.model_copy(update={"bits": bits}) for bits in BITS)
 
 
@@ -154,7 +164,7 @@ def _candidates(
             Candidate(
                 spec,
                 specs,
-                bits=sum(stored_bits(specs[name], shapes[name]) for name in linears),
+                bits=sum(specs[name].stored_bits(shapes[name]) for name in linears),
                 file_bytes=file_bytes(model, specs, format_name),
             ),
         )
@@ -162,11 +172,6 @@ def _candidates(
         assert refusal is not None
         raise refusal
     return tuple(sorted(found.values(), key=lambda candidate: candidate.file_bytes))
-
-
-def stored_bits(spec: QuantSpec, shape: tuple[int, int]) -> int:
-    """Bits of codes, scales and zero points: what `bits per weight` counts everywhere."""
-    return round(spec.bits_per_weight(shape[1]) * math.prod(shape))
 
 
 def file_bytes(model: ModelView, specs: Mapping[str, QuantSpec], format_name: str) -> int:

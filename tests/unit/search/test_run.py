@@ -17,7 +17,6 @@ from pocketlm.search.errors import Energy
 from pocketlm.search.results import SearchResult
 from pocketlm.search.run import Question, run_search
 from pocketlm.search.store import Store
-from pocketlm.search.units import stored_bits
 
 RECIPE = Recipe.parse(
     {"steps": ["clip", "rtn"], "weights": {"bits": 4, "group_size": 32}, "ignore": ["lm_head"]}
@@ -50,7 +49,7 @@ def test_the_recipe_keeps_to_the_budget_and_beats_uniform(model, searched):
     assert found.chosen.damage < uniform.damage
     shapes = model.linear_shapes()
     grids = choose_grids(shapes, False, found.recipe, "transformers")
-    bits = sum(stored_bits(spec, shapes[name]) for name, spec in grids.specs.items())
+    bits = sum(spec.stored_bits(shapes[name]) for name, spec in grids.specs.items())
     weights = sum(rows * columns for rows, columns in shapes.values())
     assert bits / weights == pytest.approx(found.chosen.bits_per_weight)
     damages = [point.damage for point in found.frontier]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
-from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.core.spec import SCHEMES, QuantSpec, Recipe
 from pocketlm.engine.grids import choose_grids
 from pocketlm.models import open_model
 from pocketlm.search.units import Unit, choice_units, default_candidates
@@ -68,6 +68,15 @@ def test_zero_points_where_the_target_decodes_by_one_grid(model, recipe):
     asymmetric = recipe.weights.model_copy(update={"symmetric": False})
     with pytest.raises(UnsupportedLayer, match="one grid"):
         units_of(model, recipe.model_copy(update={"weights": asymmetric}), "transformers")
+
+
+def test_a_number_format_of_one_width_leaves_nothing_to_choose(model, recipe):
+    nvfp4 = recipe.model_copy(update={"weights": SCHEMES["NVFP4"]})
+    with pytest.raises(ConfigError, match="NVFP4 has one width"):
+        default_candidates(nvfp4)
+    named = [SCHEMES["NVFP4"], SCHEMES["FP8_CHANNEL"]]
+    units = units_of(model, nvfp4, "transformers", named)
+    assert [c.spec.name for c in units[0].candidates] == ["NVFP4", "FP8_CHANNEL"]
 
 
 def test_no_candidate_that_the_target_runs(model, recipe):
