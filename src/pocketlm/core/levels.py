@@ -53,6 +53,34 @@ def mirrored(spec: QuantSpec) -> bool:
     return spec.type in ("float", "bnb_fp")
 
 
+def level_ends(spec: QuantSpec) -> tuple[float, float]:
+    """The lowest and the highest level, zero points apart."""
+    if spec.type == "int":
+        return float(spec.code_min), float(spec.code_max)
+    return -largest_level(spec), largest_level(spec)
+
+
+def level_gap(x: Tensor, spec: QuantSpec) -> Tensor:
+    """How far apart the two levels are that lie around values, or nearest to those beyond the ends.
+
+    Args:
+        x: float32, in levels: a weight over its scale.
+        spec: The number format.
+
+    Returns:
+        Distances in levels, of the shape of `x`; 1 for integers.
+    """
+    if spec.type == "int":
+        return torch.ones_like(x)
+    if spec.type == "float":
+        mantissa_bits, least_step, largest = _MINIFLOATS[spec.bits]
+        return _step(x.clamp(-largest, largest), mantissa_bits, least_step)
+    table = _sorted_table(spec.type)[0].to(x.device)
+    above = torch.bucketize(x, table, out_int32=True).clamp_(1, len(table) - 1).flatten()
+    distances = table.diff()
+    return distances.index_select(0, above - 1).view(x.shape)
+
+
 def rounder(spec: QuantSpec) -> Rounder:
     """The rounding of a number format: nearest(x, scale, zero) → level, x ≈ scale · level.
 
@@ -77,16 +105,19 @@ def _integer_rounder(code_min: int, code_max: int) -> Rounder:
 
 
 def _minifloat_rounder(mantissa_bits: int, least_step: float, largest: float) -> Rounder:
-    """Rounds in steps of 2^(exponent - mantissa bits), the exponent taken from float32's bits."""
-    least = int(torch.tensor(least_step).view(torch.int32))
-
     def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         level = (x / scale).clamp_(-largest, largest)
-        step = (level.view(torch.int32) & _EXPONENT_BITS).sub_(mantissa_bits * _ONE_EXPONENT)
-        step = step.clamp_(min=least).view(torch.float32)
+        step = _step(level, mantissa_bits, least_step)
         return level.div_(step).round_().mul_(step)
 
     return nearest
+
+
+def _step(level: Tensor, mantissa_bits: int, least_step: float) -> Tensor:
+    """2^(exponent - mantissa bits), the exponent taken from float32's bits."""
+    least = int(torch.tensor(least_step).view(torch.int32))
+    step = (level.view(torch.int32) & _EXPONENT_BITS).sub_(mantissa_bits * _ONE_EXPONENT)
+    return step.clamp_(min=least).view(torch.float32)
 
 
 def _table_rounder(spec: QuantSpec) -> Rounder:

@@ -13,7 +13,10 @@ all data than the start; the authors' code keeps those of the best batch.
 
 Cost: core/reconstruct.py; 28 bytes a weight beside the block.
 
-Legend: O output rows, I input columns, G groups of a row, i columns of a group.
+Number formats beside integers learn offsets in gaps between their levels, and the scale as far as
+it can be stored; scales that are quantized together (NF4 with double quantization) stay.
+
+Legend: R tiles below and G beside each other, n weights of a tile (quant/grid.py).
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from pocketlm.core.reconstruct import FORWARDS, Parameter, Schedule
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import BlockTask, Cost, LinearState
 from pocketlm.core.stats import Stat
-from pocketlm.quant.fake_quant import LearnedGrid, ends_of, learn, passes_cost, start_grid
-from pocketlm.quant.grid import grouped
+from pocketlm.quant.fake_quant import LearnedGrid, ends_of, learn, passes_cost
+from pocketlm.quant.grid import grid_of, grouped
 
 LOW, HIGH = 0.5, 1.5  # of α and β
 ITERATIONS = {"light": 50, "default": 200, "best": 1000}
@@ -67,15 +70,16 @@ class Autoround(Strict):
         return learn(task, self._learner, Schedule("sign", self.iterations, self.batch_size))
 
     def _learner(self, state: LinearState) -> LearnedGrid:
-        ends = ends_of(start_grid(state), state)
-        offsets_OGi = torch.zeros_like(grouped(state.reference_OI, state.spec))
         each = 1.0 / self.iterations
-        multipliers = [
-            Parameter(torch.ones_like(end), self.grid_rate * each, low=LOW, high=HIGH)
-            for end in ends
-            if self.grid_rate
-        ]
-        return LearnedGrid(state, ends, multipliers, Parameter(offsets_OGi, self.rate * each))
+        multipliers = []
+        if self.grid_rate and state.spec.scale != "dynamic8":  # those scales hang together
+            multipliers = [
+                Parameter(torch.ones_like(end), self.grid_rate * each, low=LOW, high=HIGH)
+                for end in ends_of(grid_of(state), state.spec)
+            ]
+        offsets_RGn = torch.zeros_like(grouped(state.reference_OI, state.spec))
+        offsets = Parameter(offsets_RGn, self.rate * each)
+        return LearnedGrid(state, multipliers=multipliers, offsets=offsets)
 
     def flops_per_weight(self, samples: int, seq_len: int) -> float:
         """Forward and backward passes of all iterations, and two checks on all data."""

@@ -1,15 +1,17 @@
-"""A weight on its grid as a differentiable function of what learned methods move.
+"""A weight in its number format as a differentiable function of what learned methods move.
 
-    ŵ = s · (clamp(round(w / s + v + z)) - z)
+    ŵ = s · (nearest level to w / s + v, z)
 
-v are offsets in codes; s and z come from the grid's ends, of which each may be multiplied:
+v are offsets, in gaps between levels: for integers in codes, nearest = clamp(round(·) + z) - z.
+s and z come from the grid's ends, of which each may be multiplied:
     symmetric:   s = m · s₀
     asymmetric:  s = (m₁ · high - m₂ · low) / (2^bits - 1),   z = round(code_min - m₂ · low / s)
 Both are rounded as they will be stored. Rounding passes gradients straight through
-(arXiv:1308.3432). With `in` 1 for what lies within the codes and 0 beyond:
-    ∂ŵ/∂v = s · in,   ∂ŵ/∂s = (code - z) - in · w / s,   ∂ŵ/∂z = s · (in - 1).
+(arXiv:1308.3432). With `in` 1 for what lies within the levels and 0 beyond:
+    ∂ŵ/∂v = s · in,   ∂ŵ/∂s = level - in · w / s,   ∂ŵ/∂z = s · (in - 1).
 
-Legend: O output rows, I input columns, G groups of a row, i columns of a group.
+Legend: O output rows, I input columns, R tiles below and G beside each other, n weights of a tile
+(quant/grid.py); in most formats a tile is a group of one row's columns, and R is O.
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketlm.core.levels import level_ends, level_gap, rounder
 from pocketlm.core.reconstruct import Parameter, Schedule, reconstruct
+from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import BlockTask, Cost, LinearState
-from pocketlm.core.tensors import PackedInt
-from pocketlm.quant.grid import Grid, grouped, minmax_grid, smallest_scale
+from pocketlm.core.tensors import Packed
+from pocketlm.quant.grid import Grid, grid_of, grouped, packed, renewed, smallest_scale, ungrouped
 
 
 class FakeQuant(torch.autograd.Function):
-    """ŵ [O, G, i]; nothing but the arguments is kept for the backward pass."""
+    """ŵ [R, G, n]; nothing but the arguments is kept for the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, v: Tensor | None, s: Tensor, z: Tensor | None, low: int, high: int
+        ctx: Any, w: Tensor, v: Tensor | None, s: Tensor, z: Tensor | None, spec: QuantSpec
     ) -> Tensor:
-        """ŵ from w [O, G, i], v of the same shape, s and z [O, G, 1]."""
+        """ŵ from w [R, G, n], v of the same shape, in levels, s and z [R, G, 1]."""
         ctx.save_for_backward(w, v, s, z)
-        ctx.low, ctx.high = low, high
-        code = _place(w, v, s, z).round_().clamp_(low, high)
-        return (code if z is None else code.sub_(z)).mul_(s)
+        ctx.spec = spec
+        return _level(_place(w, v, s), z, spec).mul_(s)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,26 +48,37 @@ class FakeQuant(torch.autograd.Function):
         (g,) = gradients
         w, v, s, z = ctx.saved_tensors
         _, needs_v, needs_s, needs_z = ctx.needs_input_grad[:4]
-        code = _place(w, v, s, z).round_()
-        inside_g = g * ((code >= ctx.low) & (code <= ctx.high))
-        of_s = of_z = None
+        place = _place(w, v, s)
+        low, high = _reach(ctx.spec)
+        if z is None:
+            inside_g = g * ((place >= low) & (place <= high))
+        else:
+            inside_g = g * ((place >= low - z) & (place <= high - z))
+        of_v = of_s = of_z = None
         if needs_s:
-            level = code.clamp_(ctx.low, ctx.high)
-            level = level if z is None else level.sub_(z)
+            level = _level(place, z, ctx.spec)
             of_s = (g * level).sum(-1, keepdim=True) - (inside_g * w).sum(-1, keepdim=True) / s
         if needs_z:
             of_z = (inside_g - g).sum(-1, keepdim=True) * s
-        return None, inside_g.mul_(s) if needs_v else None, of_s, of_z, None, None
+        if needs_v:
+            of_v = inside_g.mul_(s)
+        return None, of_v, of_s, of_z, None
 
 
-def _place(w: Tensor, v: Tensor | None, s: Tensor, z: Tensor | None) -> Tensor:
-    """Where weights lie among the codes, before rounding."""
-    place = w / s
-    if v is not None:
-        place += v
-    if z is not None:
-        place += z
-    return place
+def _place(w: Tensor, v: Tensor | None, s: Tensor) -> Tensor:
+    """Where weights lie among the levels, before rounding."""
+    return w / s if v is None else (w / s).add_(v)
+
+
+def _level(place: Tensor, z: Tensor | None, spec: QuantSpec) -> Tensor:
+    return rounder(spec)(place, torch.ones((), device=place.device), z)
+
+
+def _reach(spec: QuantSpec) -> tuple[float, float]:
+    """Between what values rounding is not clipping: half a gap beyond the ends."""
+    low, high = level_ends(spec)
+    below, above = level_gap(torch.tensor([low, high]), spec).tolist()
+    return low - below / 2, high + above / 2
 
 
 OPERATIONS = 40  # of an iteration's W(θ) and its gradient, each a pass over the weight
@@ -77,38 +91,30 @@ def passes_cost(rows: int, columns: int, iterations: int, bytes_a_weight: int) -
     return Cost(bytes_a_weight * rows * columns, flops, OPERATIONS * iterations)
 
 
-def start_grid(state: LinearState) -> Grid:
-    """The grid that an earlier step chose, else min-max."""
-    earlier = state.grid()
-    if earlier is not None:
-        return Grid(earlier.scale_OG, earlier.zero_OG)
-    return minmax_grid(state.reference_OI, state.spec, state.scale_dtype)
-
-
-def ends_of(grid: Grid, state: LinearState) -> tuple[Tensor, ...]:
-    """What a grid is made of, float32 [O, G] each: its scale, or its high and its low end."""
+def ends_of(grid: Grid, spec: QuantSpec) -> tuple[Tensor, ...]:
+    """What a grid is made of, float32 [R, G] each: its scale, or its high and its low end."""
     scale_OG = grid.scale_OG.float()
     if grid.zero_OG is None:
         return (scale_OG,)
     zero_OG = grid.zero_OG.float()
-    return (state.spec.code_max - zero_OG) * scale_OG, (state.spec.code_min - zero_OG) * scale_OG
+    return (spec.code_max - zero_OG) * scale_OG, (spec.code_min - zero_OG) * scale_OG
 
 
 class LearnedGrid:
-    """A Learner (core/reconstruct.py): the weight on a grid, of which some parts are learned.
+    """A Learner (core/reconstruct.py): the weight on its grid, of which some parts are learned.
 
     Args:
         state: The linear.
-        ends: From `ends_of`: what the multipliers multiply.
-        multipliers: One [O, G] for each end; none where the grid stays.
-        offsets: v [O, G, i]; None: none.
+        ends: As of `ends_of`: what the multipliers multiply; None: the grid's own.
+        multipliers: One [R, G] for each end; none where the grid stays.
+        offsets: v [R, G, n], in gaps; None: none.
         shape: Applied to the multipliers, such as a sigmoid.
     """
 
     def __init__(
         self,
         state: LinearState,
-        ends: tuple[Tensor, ...],
+        ends: tuple[Tensor, ...] | None = None,
         multipliers: Sequence[Parameter] = (),
         offsets: Parameter | None = None,
         shape: Callable[[Tensor], Tensor] = lambda values: values,
@@ -117,49 +123,69 @@ class LearnedGrid:
             *multipliers,
             *(() if offsets is None else (offsets,)),
         )
-        self._state, self._ends, self._multipliers, self._shape = state, ends, multipliers, shape
+        self._state, self._spec, self._start = state, state.spec, grid_of(state)
+        self._fixed = ends is None and not multipliers
+        self._ends = ends_of(self._start, state.spec) if ends is None else ends
+        self._multipliers, self._shape = multipliers, shape
         self._offsets = None if offsets is None else offsets.values
-        self._weight_OGi = grouped(state.reference_OI, state.spec)
+        self._weight_RGn = grouped(state.reference_OI, state.spec)
+        self._gap_RGn = None
+        if offsets is not None and state.spec.type != "int":
+            place_RGn = self._weight_RGn / self._start.scale_OG.float()[:, :, None]
+            self._gap_RGn = level_gap(place_RGn, state.spec)
 
     def weight_OI(self) -> Tensor:
         """The weight [O, I], float32, differentiable in the parameters."""
-        scale_OG, zero_OG = self._grid()
-        spec, zero_OG1 = self._state.spec, None if zero_OG is None else zero_OG[:, :, None]
-        weight_OGi = FakeQuant.apply(
-            self._weight_OGi, self._offsets, scale_OG[:, :, None], zero_OG1,
-            spec.code_min, spec.code_max,
-        )  # fmt: skip
-        return weight_OGi.view_as(self._state.reference_OI)
-
-    def packed(self) -> PackedInt:
-        """The weight as it is kept; it decodes to `weight_OI`, bit by bit."""
-        spec = self._state.spec
-        with torch.no_grad():
-            scale_OG, zero_OG = self._grid()
-            zero_OG1 = None if zero_OG is None else zero_OG[:, :, None]
-            place_OGi = _place(self._weight_OGi, self._offsets, scale_OG[:, :, None], zero_OG1)
-            codes_OGi = place_OGi.round_().clamp_(spec.code_min, spec.code_max).to(torch.int8)
-        return PackedInt(
-            codes_OGi.view_as(self._state.reference_OI),
-            scale_OG.to(self._state.scale_dtype),
-            None if zero_OG is None else zero_OG.to(torch.int8),
-            spec.bits,
+        _, scale_RG, zero_RG = self._grid()
+        weight_RGn = FakeQuant.apply(
+            self._weight_RGn, self._moved(), scale_RG[:, :, None], _each(zero_RG), self._spec
         )
+        return ungrouped(weight_RGn, self._shape_OI, self._spec)
 
-    def _grid(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point [O, G], float32, rounded as they will be stored."""
-        spec, moved = self._state.spec, self._ends
+    def packed(self) -> Packed:
+        """The weight as it is kept; it decodes to `weight_OI`."""
+        with torch.no_grad():
+            grid, scale_RG, zero_RG = self._grid()
+            place_RGn = _place(self._weight_RGn, self._moved(), scale_RG[:, :, None])
+            level_RGn = _level(place_RGn, _each(zero_RG), self._spec)
+            return packed(ungrouped(level_RGn, self._shape_OI, self._spec), grid, self._spec)
+
+    @property
+    def _shape_OI(self) -> tuple[int, int]:
+        rows, columns = self._state.reference_OI.shape
+        return rows, columns
+
+    def _moved(self) -> Tensor | None:
+        """Offsets in levels."""
+        if self._gap_RGn is None or self._offsets is None:
+            return self._offsets
+        return self._offsets * self._gap_RGn
+
+    def _grid(self) -> tuple[Grid, Tensor, Tensor | None]:
+        """The grid as it will be stored, and its scale and zero point, float32, differentiable."""
+        spec, moved = self._spec, self._ends
+        if self._fixed:
+            zero_OG = self._start.zero_OG
+            return (
+                self._start,
+                self._start.scale_OG.float(),
+                None if zero_OG is None else zero_OG.float(),
+            )
         if self._multipliers:
             pairs = zip(self._ends, self._multipliers, strict=True)
-            moved = [end * self._shape(multiplier.values) for end, multiplier in pairs]
+            moved = tuple(end * self._shape(multiplier.values) for end, multiplier in pairs)
         if len(moved) == 1:
-            return _stored(moved[0], self._state.scale_dtype), None
-        high_OG, low_OG = moved
-        scale_OG = (high_OG - low_OG) / (spec.code_max - spec.code_min)
-        scale_OG = _stored(scale_OG, self._state.scale_dtype)
-        zero_OG = spec.code_min - low_OG / scale_OG
-        rounded_OG = zero_OG.detach().round().clamp_(spec.code_min, spec.code_max)
-        return scale_OG, _straight_through(zero_OG, rounded_OG)
+            grid = renewed(self._start, moved[0].detach(), spec)
+            return grid, _straight_through(moved[0], grid.scale_OG.float()), None
+        high_RG, low_RG = moved
+        scale_RG = (high_RG - low_RG) / (spec.code_max - spec.code_min)
+        kept_RG = scale_RG.detach().to(self._start.scale_OG.dtype)
+        kept_RG = kept_RG.clamp(min=smallest_scale(kept_RG.dtype))
+        scale_RG = _straight_through(scale_RG, kept_RG.float())
+        zero_RG = spec.code_min - low_RG / scale_RG
+        whole_RG = zero_RG.detach().round().clamp_(spec.code_min, spec.code_max)
+        grid = Grid(kept_RG, whole_RG.to(torch.int8))
+        return grid, scale_RG, _straight_through(zero_RG, whole_RG)
 
 
 def learn(
@@ -180,12 +206,8 @@ def learn(
     }
 
 
-def _stored(scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded as they are stored, never to nothing; the gradient goes straight through."""
-    tiny = smallest_scale(dtype)
-    kept_OG = scale_OG.detach().to(dtype).float()
-    least_OG = torch.where(kept_OG < 0, -tiny, tiny)
-    return _straight_through(scale_OG, torch.where(kept_OG.abs() < tiny, least_OG, kept_OG))
+def _each(zero_RG: Tensor | None) -> Tensor | None:
+    return None if zero_RG is None else zero_RG[:, :, None]
 
 
 def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ is not here: a fold is decided before a block is compressed (see awq, smoothquan
 
 Cost: core/reconstruct.py with `epochs` · samples / `batch_size` iterations; 16 bytes a weight.
 
-Legend: O output rows, G groups of a row, i columns of a group.
+Legend: R tiles below and G beside each other, n weights of a tile (quant/grid.py).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.errors import UnsupportedLayer
+from pocketlm.core.levels import level_ends
 from pocketlm.core.reconstruct import FORWARDS, Parameter, Schedule
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import BlockTask, Cost, LinearState
 from pocketlm.core.stats import Stat
-from pocketlm.quant.fake_quant import LearnedGrid, ends_of, learn, passes_cost, start_grid
-from pocketlm.quant.grid import Grid, grouped
+from pocketlm.quant.fake_quant import LearnedGrid, ends_of, learn, passes_cost
+from pocketlm.quant.grid import Grid, grid_of, grouped
 
 SAMPLES = 128  # taken for `cost`, which is not told how many there are
 START = 4.0  # γ and β where nothing is clipped yet
@@ -55,7 +57,11 @@ class LearnedClip(Strict):
     rate: float = Field(1e-2, gt=0, le=1)
 
     def compress(self, task: BlockTask) -> Mapping[str, LinearState]:
-        """The linears, rounded to the nearest code of the learned grid."""
+        """The linears, rounded to the nearest level of the learned grid.
+
+        Raises:
+            UnsupportedLayer: If scales are quantized themselves (NF4 with double quantization).
+        """
         samples = sum(task.inputs(batch).shape[0] for batch in range(task.batches))
         schedule = Schedule("adam", self._iterations(samples), self.batch_size)
         return learn(task, self._learner, schedule)
@@ -64,13 +70,19 @@ class LearnedClip(Strict):
         return self.epochs * -(-samples // self.batch_size)
 
     def _learner(self, state: LinearState) -> LearnedGrid:
-        grid = start_grid(state)
+        if state.spec.scale == "dynamic8":
+            raise UnsupportedLayer(
+                "its scales are quantized together: none can be learned for itself.",
+                where=state.name,
+                remedy="Leave learned_clip out, or choose a format without double quantization.",
+            )
+        grid = grid_of(state)
         ends = unclipped_ends(grid, state)
         multipliers = []
-        for reach_OG, start_OG in zip(ends, ends_of(grid, state), strict=True):
-            share_OG = (start_OG / reach_OG).nan_to_num(1.0)
-            logit_OG = torch.logit(share_OG.clamp(LEAST, 1.0)).clamp_(max=START)
-            multipliers.append(Parameter(logit_OG, self.rate))
+        for reach_RG, start_RG in zip(ends, ends_of(grid, state.spec), strict=True):
+            share_RG = (start_RG / reach_RG).nan_to_num(1.0)
+            logit_RG = torch.logit(share_RG.clamp(LEAST, 1.0)).clamp_(max=START)
+            multipliers.append(Parameter(logit_RG, self.rate))
         return LearnedGrid(state, ends, multipliers, shape=torch.sigmoid)
 
     def flops_per_weight(self, samples: int, seq_len: int) -> float:
@@ -83,13 +95,14 @@ class LearnedClip(Strict):
 
 
 def unclipped_ends(grid: Grid, state: LinearState) -> tuple[Tensor, ...]:
-    """The ends [O, G], as of `ends_of`, of the least grid of the same sign that clips no weight."""
-    weight_OGi, spec = grouped(state.reference_OI, state.spec), state.spec
-    high_OG, low_OG = weight_OGi.amax(-1), weight_OGi.amin(-1)
+    """The ends [R, G], as of `ends_of`, of the least grid of the same sign that clips no weight."""
+    weight_RGn = grouped(state.reference_OI, state.spec)
+    high_RG, low_RG = weight_RGn.amax(-1), weight_RGn.amin(-1)
     if grid.zero_OG is not None:
-        return high_OG.clamp(min=0), low_OG.clamp(max=0)
-    sign_OG = torch.where(grid.scale_OG.float() < 0, -1.0, 1.0)
-    along_OG = torch.where(sign_OG > 0, high_OG, -low_OG)
-    against_OG = torch.where(sign_OG > 0, -low_OG, high_OG)
-    reach_OG = torch.maximum(along_OG / spec.code_max, against_OG / -spec.code_min)
-    return (sign_OG * reach_OG,)
+        return high_RG.clamp(min=0), low_RG.clamp(max=0)
+    lowest, highest = level_ends(state.spec)
+    negative_RG = grid.scale_OG < 0
+    upward_RG = torch.where(negative_RG, -low_RG, high_RG)
+    downward_RG = torch.where(negative_RG, high_RG, -low_RG)
+    reach_RG = torch.maximum(upward_RG / highest, downward_RG / -lowest)
+    return (torch.where(negative_RG, -reach_RG, reach_RG),)

@@ -3,8 +3,8 @@
     minimise over W   |L_k(X) - L̂_k(X; Q(W))|²
 
 (ZeroQuant, Yao et al., arXiv:2206.01861, section 4.3): the original block is the teacher, gradients
-pass rounding straight through, and one block is in memory at a time. W moves in units of its grid's
-scale, so that a rate means the same for every group and number of bits; the grid stays where an
+pass rounding straight through, and one block is in memory at a time. W moves in gaps between its
+levels, so that a rate means the same for every tile and number format; the grid stays where an
 earlier step, or min-max, put it.
 
 Deviation: the student's X is what the compressed model feeds the block, the teacher's what the
@@ -12,7 +12,7 @@ original had; the paper gives both the original's. So a block also mends what ea
 
 Cost: core/reconstruct.py; 32 bytes a weight beside the block.
 
-Legend: O output rows, G groups of a row, i columns of a group.
+Legend: R tiles below and G beside each other, n weights of a tile (quant/grid.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pocketlm.core.reconstruct import FORWARDS, Parameter, Schedule
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import BlockTask, Cost, LinearState
 from pocketlm.core.stats import Stat
-from pocketlm.quant.fake_quant import LearnedGrid, ends_of, learn, passes_cost, start_grid
+from pocketlm.quant.fake_quant import LearnedGrid, learn, passes_cost
 from pocketlm.quant.grid import grouped
 
 
@@ -37,7 +37,7 @@ class Lkd(Strict):
     Attributes:
         iters: Iterations for each block.
         batch_size: Sequences of an iteration.
-        rate: Adam's learning rate, in codes.
+        rate: Adam's learning rate, in gaps between levels.
     """
 
     kind: ClassVar[Literal["block"]] = "block"
@@ -54,9 +54,8 @@ class Lkd(Strict):
         return learn(task, self._learner, Schedule("adam", self.iters, self.batch_size))
 
     def _learner(self, state: LinearState) -> LearnedGrid:
-        ends = ends_of(start_grid(state), state)
-        moved_OGi = torch.zeros_like(grouped(state.reference_OI, state.spec))
-        return LearnedGrid(state, ends, offsets=Parameter(moved_OGi, self.rate))
+        moved_RGn = torch.zeros_like(grouped(state.reference_OI, state.spec))
+        return LearnedGrid(state, offsets=Parameter(moved_RGn, self.rate))
 
     def flops_per_weight(self, samples: int, seq_len: int) -> float:
         """Forward and backward passes of all iterations, and two checks on all data."""

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketlm.core.levels import codes_of, largest_level, levels_of, mirrored, rounder
+from pocketlm.core.levels import (
+    codes_of,
+    largest_level,
+    level_ends,
+    level_gap,
+    levels_of,
+    mirrored,
+    rounder,
+)
 from pocketlm.core.scales import (
     Scale,
     dynamic_map,
@@ -163,3 +171,15 @@ def test_scales_move_together() -> None:
     assert moved.kind == "e4m3"
     assert len(moved.tensors) == 2
     assert torch.equal(moved.values_RG(), kept.values_RG())
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_gap_is_the_distance_of_the_levels_around(name: str) -> None:
+    spec = SCHEMES[name]
+    known = all_levels(spec).unique()
+    low, high = level_ends(spec)
+    assert (float(known[0]), float(known[-1])) == (low, high)
+    middles = (known[:-1] + known[1:]) / 2
+    assert torch.equal(level_gap(middles, spec), known.diff())
+    beyond = torch.tensor([2 * low, 2 * high])
+    assert torch.equal(level_gap(beyond, spec), known.diff()[[0, -1]])
