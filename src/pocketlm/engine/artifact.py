@@ -110,8 +110,9 @@ def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
     config = dict(model.config)
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
+        transposed = list(grids.specs) if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), list(grids.specs)
+            grids.specs, list(grids.kept), transposed
         )
     else:
         config["quantization_config"] = section.config_section(grids.specs, list(grids.kept))

@@ -46,6 +46,7 @@ class Compress:
         *,
         steps: tuple[str, ...] = ("clip", "gptq", "refine"),
         bits: int = 4,
+        weights: dict[str, object] | None = None,
         activation_bytes: int = 1 << 30,
         restart: bool = False,
         listener: Listener | None = None,
@@ -54,7 +55,7 @@ class Compress:
         recipe = Recipe.parse(
             {
                 "steps": list(steps),
-                "weights": {"bits": bits, "group_size": 32},
+                "weights": weights or {"bits": bits, "group_size": 32},
                 "ignore": ["lm_head"],
             }
         )
@@ -75,7 +76,7 @@ class Compress:
             generator = torch.Generator().manual_seed(seed)
             tokens_NT = torch.randint(0, 300, (6, 32), generator=generator)
             windows = Windows(tokens_NT, "random", "0" * 64, False, seed)
-        if self._plan is None:  # it measures the machine: once will do
+        if self._plan is None or weights is not None:  # it measures the machine: once will do
             self._plan = make_plan(model, job, grids, 6, 32)
         return run_job(model, job, grids, windows, self._plan, restart=restart, listener=listener)
 

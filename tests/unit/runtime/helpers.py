@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.formats import compressed_tensors, pocketlm
+from pocketlm.formats.compressed_config import holds
 from pocketlm.models.names import checkpoint_tensors
+from pocketlm.quant.grid import minmax_grid, round_to_grid
 
 
 def random_packed(
@@ -30,8 +32,11 @@ def random_packed(
     return PackedInt(codes_OI, scale_OG, zero_OG, bits)
 
 
-def rounded(weight_OI: Tensor, spec: QuantSpec) -> PackedInt:
+def rounded(weight_OI: Tensor, spec: QuantSpec) -> Packed:
     """Round to nearest."""
+    if spec.type != "int":
+        weight_OI = weight_OI.float()
+        return round_to_grid(weight_OI, minmax_grid(weight_OI, spec, torch.float16), spec)
     rows, columns = weight_OI.shape
     x_OGi = weight_OI.float().reshape(rows, -1, spec.group_size or columns)
     if spec.symmetric:
@@ -67,19 +72,21 @@ def write_twins(
     Returns:
         The two directories.
     """
+    own = transposed or not all(holds(spec) for spec in specs.values())
+    form = pocketlm if own else compressed_tensors
     stored, dense = {}, {}
     for name, value in checkpoint_tensors(model).items():
         module = name.removesuffix(".weight")
         dense[name] = value.clone().contiguous()
         if module in specs:
             packed = rounded(value.T if transposed else value, specs[module])
-            stored |= compressed_tensors.encode(name, packed)
+            stored |= form.encode(name, packed)
             decoded = packed.dequantize()
             dense[name] = (decoded.T if transposed else decoded).contiguous()
         else:
             stored[name] = dense[name]
-    if transposed:
-        section = pocketlm.config_section(specs, [], transposed=list(specs))
+    if own:
+        section = pocketlm.config_section(specs, [], list(specs) if transposed else [])
     else:
         section = compressed_tensors.config_section(specs, [])
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}

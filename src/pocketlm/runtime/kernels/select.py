@@ -117,11 +117,11 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
         if row.device not in (None, device.type) or dtype not in row.dtypes:
             continue
         name = row.kernel.name
-        if grid.bits not in row.bits:
-            refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
-            continue
         if grid.spec is not None and not isinstance(row.kernel, Reference):
             refused[name] = "takes integers only"
+            continue
+        if grid.bits not in row.bits:
+            refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
             continue
         reason = row.kernel.refuses(grid, dtype, device) or probe(row.kernel, dtype, device)
         if reason is None:
