@@ -14,6 +14,7 @@ import yaml
 import pocketlm
 from pocketlm.core.spec import Recipe
 from pocketlm.core.views import ModelView, TensorInfo
+from pocketlm.engine.grids import grid_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.engine.plan import Plan
 from pocketlm.evaluate.hardware import device_name
@@ -29,7 +30,6 @@ from pocketlm.report.data import (
 )
 from pocketlm.report.html import write_report
 from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
-from pocketlm.report.words import grid_text
 
 LEDGER = "ledger.json"
 

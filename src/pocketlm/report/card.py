@@ -22,7 +22,6 @@ from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData
 from pocketlm.report.words import (
     bytes_text,
-    grid_text,
     interval_text,
     number_text,
     percent_text,

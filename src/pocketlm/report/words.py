@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # its home imports numpy, which the first lines of a terminal need not wait for
-    from pocketlm.core.spec import QuantSpec
     from pocketlm.evaluate.bootstrap import Interval
 
 MISSING = "–"
@@ -62,21 +61,6 @@ def interval_text(interval: Interval, signed: bool = False) -> str:
     """The two ends: ``0.0201 to 0.0233``."""
     ends = (interval.low, interval.high)
     return " to ".join(signed_text(end) if signed else number_text(end) for end in ends)
-
-
-def grid_text(spec: QuantSpec) -> str:
-    """A number format: ``4 bits, symmetric, groups of 64``, ``NVFP4, groups of 16``."""
-    if spec.group_rows is None:
-        tiles = "one scale for the tensor"
-    elif spec.group_rows > 1:
-        tiles = f"blocks of {spec.group_rows} × {spec.group_size}"
-    else:
-        tiles = "one scale a row" if spec.group_size is None else f"groups of {spec.group_size}"
-    if spec.type == "int":
-        kind = "symmetric" if spec.symmetric else "asymmetric"
-        return f"{spec.bits} bits, {kind}, {tiles}"
-    twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
-    return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
 
 
 def quantity_text(value: float | None, unit: str) -> str:
