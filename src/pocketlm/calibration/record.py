@@ -11,7 +11,8 @@ import io
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pocketlm.calibration.overlap import run_hashes
+from pocketlm.calibration.health import TextHealth
+from pocketlm.calibration.runs import run_hashes
 from pocketlm.calibration.windows import Windows
 
 
@@ -26,6 +27,7 @@ class CalibrationAccount(BaseModel):
         seq_len: Tokens of each.
         bos: Whether each starts with the tokenizer's BOS.
         seed: Of the sampling.
+        health: What the windows are made of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +39,7 @@ class CalibrationAccount(BaseModel):
     seq_len: int
     bos: bool
     seed: int | None
+    health: TextHealth | None = None
 
     def sentence(self) -> str:
         """The account in words, for reports."""
@@ -57,13 +60,14 @@ def account_of(windows: Windows) -> CalibrationAccount:
         seq_len=seq_len,
         bos=windows.bos,
         seed=windows.seed,
+        health=windows.health,
     )
 
 
 def hashes_file(windows: Windows) -> bytes:
     """The hashes of the windows' runs, as a file in numpy's format."""
     file = io.BytesIO()
-    np.save(file, run_hashes(windows.tokens_NT), allow_pickle=False)
+    np.save(file, np.unique(run_hashes(windows.tokens_NT)), allow_pickle=False)
     return file.getvalue()
 
 

@@ -19,6 +19,11 @@ class Tokenizer(Protocol):
         """The chat template; None where the tokenizer has none."""
         ...
 
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the tokens that stand for no text."""
+        ...
+
     def __call__(self, text: Any, *, add_special_tokens: bool, verbose: bool) -> Any:
         """Token ids under the key ``input_ids``."""
         ...

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketlm.calibration.health import TextHealth, text_health, token_health
 from pocketlm.calibration.texts import TextSet
 from pocketlm.calibration.tokens import Tokenizer, encode, prefix_ids
 from pocketlm.core.errors import CalibrationError, ConfigError
@@ -37,6 +38,7 @@ class Windows:
         bos: Whether each window starts with the tokenizer's BOS.
         seed: Of the sampling; None for successive windows.
         notes: What a user must be told: fewer or shorter windows than asked.
+        health: What they are made of; None for evaluation.
     """
 
     tokens_NT: Tensor
@@ -45,6 +47,7 @@ class Windows:
     bos: bool
     seed: int | None
     notes: tuple[str, ...] = ()
+    health: TextHealth | None = None
 
     @property
     def sha256(self) -> str:
@@ -82,14 +85,17 @@ def token_windows(
     pieces = _pieces(text, seq_len * CHARACTERS_PER_TOKEN)
     random.Random(seed).shuffle(pieces)
     prefix = prefix_ids(tokenizer)
-    rows, seen = _pack(encode(tokenizer, pieces), prefix, samples, seq_len)
-    tokens_NT = _tensor(rows, seen, seq_len, text)
-    if len(rows) < samples:
+    packed = _pack(encode(tokenizer, pieces), prefix, samples, seq_len)
+    tokens_NT = _tensor(packed, seq_len, text)
+    if len(packed.rows) < samples:
         notes.append(
-            f"calibration on {len(rows)} windows of {seq_len} tokens, not {samples}: "
-            f"{text.name} has {seen} tokens."
+            f"calibration on {len(packed.rows)} windows of {seq_len} tokens, not {samples}: "
+            f"{text.name} has {packed.seen} tokens."
         )
-    return Windows(tokens_NT, text.name, text.sha256, bool(prefix), seed, (*text.notes, *notes))
+    health = token_health(tokens_NT, tokenizer.all_special_ids, bool(prefix))
+    health = text_health(health, text, packed.joined, seq_len * CHARACTERS_PER_TOKEN)
+    notes = [*text.notes, *notes, *health.remarks()]
+    return Windows(tokens_NT, text.name, text.sha256, bool(prefix), seed, tuple(notes), health)
 
 
 def eval_windows(
@@ -125,11 +131,11 @@ def eval_windows(
         if wanted is None or cut == len(joined) or len(ids) >= wanted + TAIL_TOKENS:
             break
         characters *= 2
-    rows, seen = _pack([ids], prefix, limit, seq_len)
-    tokens_NT = _tensor(rows, seen, seq_len, text)
-    if limit is not None and len(rows) < limit:
+    packed = _pack([ids], prefix, limit, seq_len)
+    tokens_NT = _tensor(packed, seq_len, text)
+    if limit is not None and len(packed.rows) < limit:
         notes.append(
-            f"evaluation on {len(rows)} windows of {seq_len} tokens, not {limit}: "
+            f"evaluation on {len(packed.rows)} windows of {seq_len} tokens, not {limit}: "
             f"{text.name} has {len(ids)} tokens."
         )
     return Windows(tokens_NT, text.name, text.sha256, bool(prefix), None, (*text.notes, *notes))
@@ -173,35 +179,52 @@ def _pieces(text: TextSet, characters: int) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
+@dataclass
+class _Packed:
+    """Windows from a stream of texts.
+
+    Attributes:
+        rows: Their ids.
+        seen: Ids of all texts that were looked at.
+        joined: Windows that hold the end of one text and the start of the next.
+    """
+
+    rows: list[list[int]]
+    seen: int = 0
+    joined: int = 0
+
+
 def _pack(
     texts: Iterable[list[int]], prefix: list[int], limit: int | None, seq_len: int
-) -> tuple[list[list[int]], int]:
-    """Windows from a stream of ids, and how many ids were seen."""
-    rows: list[list[int]] = []
+) -> _Packed:
+    packed = _Packed([])
     rest: list[int] = []
-    seen = 0
+    starts: list[int] = []  # of texts, within the rest
     for ids in texts:
-        seen += len(ids)
+        packed.seen += len(ids)
+        starts.append(len(rest))
         rest, position = rest + ids, 0
-        while limit is None or len(rows) < limit:
+        while limit is None or len(packed.rows) < limit:
             # a rendered conversation may bring its own BOS
             head = [] if rest[position : position + len(prefix)] == prefix else prefix
             body = rest[position : position + seq_len - len(head)]
             if len(head) + len(body) < seq_len:
                 break
-            rows.append(head + body)
+            packed.rows.append(head + body)
+            packed.joined += any(position < start < position + len(body) for start in starts)
             position += len(body)
-        if limit is not None and len(rows) == limit:
+        if limit is not None and len(packed.rows) == limit:
             break
         rest = rest[position:]
-    return rows, seen
+        starts = [start - position for start in starts if start > position]
+    return packed
 
 
-def _tensor(rows: list[list[int]], seen: int, seq_len: int, text: TextSet) -> Tensor:
-    if not rows:
+def _tensor(packed: _Packed, seq_len: int, text: TextSet) -> Tensor:
+    if not packed.rows:
         raise CalibrationError(
-            f"the text has {seen} tokens; one window needs {seq_len}.",
+            f"the text has {packed.seen} tokens; one window needs {seq_len}.",
             where=text.name,
             remedy="Give a longer text or a smaller --seq-len.",
         )
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(packed.rows, dtype=torch.int64)

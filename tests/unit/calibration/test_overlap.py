@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketlm.calibration.overlap import CLASS, overlap_warning, run_hashes
+from pocketlm.calibration.overlap import overlap_warning
 from pocketlm.calibration.record import hashes_file, read_hashes
+from pocketlm.calibration.runs import CLASS, run_hashes
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import Windows
 
