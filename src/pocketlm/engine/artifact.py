@@ -75,6 +75,7 @@ def write_artifact(
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
+    ledger.warnings += ledger.calibration_warnings()
     ledger.files.update(assemble(growing, entries, on_progress=on_progress))
     for name, data in sorted(model.side_files().items()):
         (growing / name).parent.mkdir(parents=True, exist_ok=True)

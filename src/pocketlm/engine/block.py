@@ -9,7 +9,7 @@ block pass:   one step on all linears against the block's output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -34,7 +34,10 @@ from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
 from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
+from pocketlm.engine.health import InputHealth, InputWatch
 from pocketlm.engine.task import Task
+
+FEW_TOKENS = Note("few_tokens", "fewer calibration tokens reached it than it has inputs.")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Compressed:
         spec: Its grid.
         error: Relative squared output error on the calibration inputs.
         notes: Of every fallback.
+        inputs: What reached it; None without calibration data.
     """
 
     view: LinearView
@@ -54,6 +58,7 @@ class Compressed:
     spec: QuantSpec
     error: float
     notes: tuple[Note, ...]
+    inputs: InputHealth | None
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,10 @@ def compress_block(
             task = Task(block, states, batches, device, seed, tell)
             step: BlockStep = one.steps[0]
             after = step.compress(task)
-            results = {name: _finish(block.linears[name], after[name], None) for name in states}
+            results = {
+                name: _finish(block.linears[name], after[name], None, _seen(results, name))
+                for name in states
+            }
     if batches is not None and todo[-1].kind != "linear":  # a sweep has run them itself
         for batch, call in enumerate(batches.calls):
             batches.store.put(batch, block.forward(batches.store.get(batch).to(device), call))
@@ -200,13 +208,15 @@ def _linear_pass(
         chosen = [block.linears[name] for name in group.linears if name in specs]
         if not chosen:
             continue
-        stats = _gather(group, chosen[0].in_features, steps, sweep, exchange, device)
+        stats, seen = _gather(group, chosen[0].in_features, steps, sweep, exchange, device)
         shared = shared_absmax(chosen, specs)
         for view in chosen:
             state = _state(view, specs, earlier, notes, shared)
+            if seen is not None and seen.few:
+                state = replace(state, notes=(*state.notes, FEW_TOKENS))
             for step in steps:
                 state = step.compress(state, stats)
-            results[view.name] = _finish(view, state, stats.get(Hessian))
+            results[view.name] = _finish(view, state, stats.get(Hessian), seen)
             tell(len(results), total, None)
     return results
 
@@ -218,13 +228,15 @@ def _gather(
     sweep: Sweep | None,
     exchange: Callable[[bool], None],
     device: torch.device,
-) -> Statistics:
+) -> tuple[Statistics, InputHealth | None]:
     kinds = dict.fromkeys(kind for step in steps for kind in step.needs)
     stats: list[Stat] = [kind(columns, device) for kind in kinds]
     if sweep is None or not stats:
-        return Statistics(*stats)
+        return Statistics(*stats), None
+    watch = InputWatch(columns, device)
 
     def take(x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        watch.add(x_TI)
         for stat in stats:
             if not stat.paired or original_TI is not None:
                 stat.add(x_TI, original_TI)
@@ -233,7 +245,9 @@ def _gather(
         sweep.inputs(group.index, take)
     else:
         sweep.pairs(group.index, take, exchange)
-    return Statistics(*stats)
+    watch.require_finite(group.linears[0])
+    gathered = Statistics(*stats)
+    return gathered, watch.health(gathered.get(Hessian))
 
 
 def shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -> float | None:
@@ -260,7 +274,13 @@ def _state(
     return LinearState(view.name, reference_OI, spec, scale_dtype, packed, done.notes, shared)
 
 
-def _finish(view: LinearView, state: LinearState, hessian: Hessian | None) -> Compressed:
+def _seen(results: Mapping[str, Compressed], name: str) -> InputHealth | None:
+    return results[name].inputs if name in results else None
+
+
+def _finish(
+    view: LinearView, state: LinearState, hessian: Hessian | None, inputs: InputHealth | None
+) -> Compressed:
     """What a pass leaves of a linear; the block goes on with the weight as decoded from it."""
     packed = state.current
     if not isinstance(packed, PackedInt | PackedFloat):
@@ -275,4 +295,4 @@ def _finish(view: LinearView, state: LinearState, hessian: Hessian | None) -> Co
         view.weight_OI(), decoded_OI, None if hessian is None else hessian.matrix_II()
     )
     view.set_weight_OI(decoded_OI)
-    return Compressed(view, packed.to("cpu"), state.spec, error, state.notes)
+    return Compressed(view, packed.to("cpu"), state.spec, error, state.notes, inputs)

@@ -17,6 +17,7 @@ from pocketlm.core.stats import Stat
 from pocketlm.core.views import BlockView, Group
 from pocketlm.engine.batches import Batches
 from pocketlm.engine.grids import scale_dtype_for
+from pocketlm.engine.health import InputWatch
 
 
 def fold_groups(
@@ -89,13 +90,19 @@ def _gather(
 ) -> dict[int, Statistics]:
     """Statistics of the block as it is, of all these groups in one run of every batch."""
     stats: dict[int, list[Stat]] = {}
+    watches: dict[int, InputWatch] = {}
     for group in groups:
         columns = block.linears[group.linears[0]].in_features
         stats[group.index] = [kind(columns, device) for kind in step.needs]
+        watches[group.index] = InputWatch(columns, device)
     if batches is not None and step.needs:
         for batch, call in enumerate(batches.calls):
             run = block.start(batches.store.get(batch).to(device), call)
             while (pause := run.advance()) is not None:
                 for stat in stats.get(pause.group, ()):
                     stat.add(pause.inputs)
+                if pause.group in watches:
+                    watches[pause.group].add(pause.inputs)
+    for group in groups:
+        watches[group.index].require_finite(group.linears[0])
     return {index: Statistics(*found) for index, found in stats.items()}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pocketlm.calibration.record import CalibrationAccount
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
+from pocketlm.engine.health import InputHealth
 
 
 class Entry(BaseModel):
@@ -22,6 +23,7 @@ class Entry(BaseModel):
         spec: The grid, where quantized.
         error: Relative squared error of the linear's output, |(W - Q)X|² / |WX|², measured on the
             calibration inputs; of the weight itself where there are none.
+        inputs: What calibration data reached the linear, where quantized with data.
         notes: Fallbacks and approximations, as sentences.
         outputs: The tensors that stand for it in the artifact.
     """
@@ -34,6 +36,7 @@ class Entry(BaseModel):
     bits: int
     spec: QuantSpec | None = None
     error: float | None = None
+    inputs: InputHealth | None = None
     notes: list[str] = Field(default_factory=list)
     outputs: list[str] = Field(default_factory=list)
 
@@ -66,6 +69,25 @@ class Ledger(BaseModel):
         chosen = [e for e in self.tensors.values() if action in (None, e.action)]
         weights = sum(_count(entry.shape) for entry in chosen)
         return sum(entry.bits for entry in chosen) / weights if weights else 0.0
+
+    def calibration_warnings(self) -> list[str]:
+        """Which linears little or no calibration data reached, experts mostly, as sentences."""
+        seen = {name: e.inputs for name, e in self.tensors.items() if e.inputs is not None}
+        none = [name for name, inputs in seen.items() if not inputs.tokens]
+        few = sorted((i.tokens, i.columns, name) for name, i in seen.items() if i.few)
+        found: list[str] = []
+        if none:
+            found.append(
+                f"no calibration token reached {len(none)} linears, such as {none[0]}: "
+                "they were compressed without data. More --samples may help."
+            )
+        if few:
+            tokens, columns, name = few[0]
+            found.append(
+                f"{len(few)} linears were reached by fewer calibration tokens than they have "
+                f"inputs ({name}: {tokens} for {columns}). More --samples may help."
+            )
+        return found
 
     def require_complete(self, names: list[str]) -> None:
         """Checks that every tensor of the source is explained.

@@ -271,6 +271,7 @@ class Runner:
             bits=result.packed.stored_bits,
             spec=result.spec,
             error=round(result.error, 9),
+            inputs=result.inputs,
             notes=notes,
             outputs=outputs,
         )
