@@ -53,6 +53,7 @@ class CompressResult(BaseModel):
         output_bytes: Of its tensors.
         bits_per_weight: Real bits of the compressed linears.
         mean_error: Mean relative output error of the linears on the calibration data.
+        inputs: What calibration data reached the linears, by kind (`report.data.InputRow`).
         seconds: Of this attempt, by stage.
         peak_ram_bytes: Of this process; None where the system does not tell.
         plan: What was predicted.
@@ -67,6 +68,7 @@ class CompressResult(BaseModel):
     output_bytes: int
     bits_per_weight: float
     mean_error: float | None
+    inputs: list[Any]
     seconds: dict[str, float]
     peak_ram_bytes: int | None
     plan: Any
@@ -247,6 +249,7 @@ def compress(
     from pocketlm.evaluate.memory import peak_memory_bytes
     from pocketlm.models.stream import SafetensorsSource
     from pocketlm.report.build import write_run_report
+    from pocketlm.report.ledger import input_rows
 
     output = Path(output).absolute()
     if resume:
@@ -273,6 +276,7 @@ def compress(
         output_bytes=_output_bytes(ledger),
         bits_per_weight=ledger.bits_per_weight(),
         mean_error=_mean_error(ledger),
+        inputs=list(input_rows(ledger)),
         seconds=seconds,
         peak_ram_bytes=peak_memory_bytes(),
         plan=prepared.plan,
@@ -401,6 +405,7 @@ def _prepare(
         windows = _windows(model, calibration, count, seq_len, seed, fewer)
         if windows.tokens_NT.shape[0] != count:
             predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
+        predicted = predicted.model_copy(update={"text": windows.health})
     prepared = _Prepared(model, job, grids, windows, predicted)
     prepared.seconds = time.monotonic() - started
     return prepared

@@ -30,6 +30,13 @@ def test_plan_and_outcome_agree_on_bytes(cli: Cli, source, tmp_path):
     assert not (tmp_path / "out.pocketlm-work").exists()
 
 
+def test_plan_tells_of_the_calibration_text(cli: Cli, source):
+    planned = cli("plan", source, "--json", *QUICK).json
+    assert planned["text"]["tokens"] == 4 * 32
+    assert planned["tokens_per_expert"] is None
+    assert "0 duplicate windows" in cli("plan", source, *QUICK).out.replace("\n", " ")
+
+
 def test_a_second_call_finds_it_done(cli: Cli, source, tmp_path):
     output = tmp_path / "out"
     assert cli("compress", source, "-o", output, "--json", *QUICK).json["already_done"] is False
@@ -41,6 +48,7 @@ def test_a_person_reads_prediction_and_outcome(cli: Cli, source, tmp_path):
     assert done.code == 0
     for words in ("Wrote", "predicted", "came out", "bits per weight", "pocketlm verify"):
         assert words in done.out
+    assert "inputs of the linears: 128 tokens or more, effective rank" in done.out
     assert "block 2 of 2" in done.err
 
 

@@ -77,9 +77,9 @@ class TextHealth(BaseModel):
         """The figures in words, by what they are of."""
         facts = {
             "tokens": f"{self.tokens:,}, {self.different_tokens:,} different ones",
-            "special tokens": f"{self.special_share:.1%}",
+            "special tokens": f"{100 * self.special_share:.1f} %",
             "duplicate windows": f"{self.duplicate_windows} of {self.windows}",
-            "repeated text": f"{self.repeated_share:.1%} of runs of 32 tokens",
+            "repeated text": f"{100 * self.repeated_share:.1f} % of runs of 32 tokens",
         }
         if self.paragraphs:
             facts["duplicate paragraphs"] = f"{self.duplicate_paragraphs} of {self.paragraphs:,}"

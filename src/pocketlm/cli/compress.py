@@ -47,6 +47,7 @@ from pocketlm.report.words import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from pocketlm.api import CompressResult
+    from pocketlm.report.data import InputRow
 
 
 def run(
@@ -163,8 +164,25 @@ def _draw(console: Console, result: CompressResult) -> None:
     if result.mean_error is not None:
         error = f"{100 * result.mean_error:.2f} %"
         console.print(f"mean output error of a linear on the calibration text: {error}")
+    if result.inputs:
+        console.print(_inputs(result.inputs))
     draw.grouped(console, "Kept as they are", plan.kept)
     draw.grouped(console, "Changed", plan.notes)
     draw.warnings(console, result.warnings)
     console.print(f"report: {escape(str(result.report))}")
     console.print(f"next:   pocketlm verify {escape(str(result.output))}")
+
+
+def _inputs(rows: list[InputRow]) -> str:
+    """What reached the linears, in one line; the report has it by kind."""
+    widths = sorted({row.columns for row in rows})
+    ranks = [rank for row in rows for rank in (row.rank_least, row.rank_most) if rank is not None]
+    parts = [f"{min(row.tokens_least for row in rows):,} tokens or more"]
+    if ranks:
+        span = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
+        parts.append(f"effective rank {min(ranks):,.0f} to {max(ranks):,.0f} of {span}")
+    parts.append(f"{sum(row.dead_columns for row in rows)} dead")
+    few, unreached = sum(row.few for row in rows), sum(row.unreached for row in rows)
+    if few or unreached:
+        parts.append(f"{few} linears with few tokens, {unreached} with none")
+    return f"inputs of the linears: {', '.join(parts)}"

@@ -36,7 +36,7 @@ from pocketlm.cli.options import (
 )
 from pocketlm.cli.output import Answer
 from pocketlm.cli.units import parse_bytes
-from pocketlm.report.words import bytes_text, seconds_text
+from pocketlm.report.words import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
     from pocketlm.core.spec import Recipe
@@ -152,6 +152,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             f"{plan.blocks} blocks",
             "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
             "calibration": _calibration(plan),
+            **_text(plan),
             "peak RAM": bytes_text(plan.peak_ram_bytes),
             "peak VRAM": bytes_text(plan.peak_vram_bytes) if plan.peak_vram_bytes else "none",
             "disk beside the output": bytes_text(plan.disk_transient_bytes),
@@ -167,3 +168,20 @@ def _calibration(plan: Plan) -> str:
     if not plan.samples:
         return "none needed"
     return f"{plan.samples} × {plan.seq_len} tokens, activations in {plan.activations}"
+
+
+def _text(plan: Plan) -> dict[str, str]:
+    """What is known of the calibration text, in one line; experts in another."""
+    lines: dict[str, str] = {}
+    if plan.text is not None:
+        lines["calibration text"] = (
+            f"{plan.text.tokens:,} tokens ({plan.text.different_tokens:,} different), "
+            f"{plan.text.duplicate_windows} duplicate windows, "
+            f"{percent_text(plan.text.repeated_share)} repeated, "
+            f"{percent_text(plan.text.special_share)} special tokens"
+        )
+    if plan.tokens_per_expert is not None:
+        lines["tokens for an expert"] = (
+            f"{plan.tokens_per_expert:,.0f} if all are used alike; some get far fewer"
+        )
+    return lines

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pocketlm.calibration.health import TextHealth
 from pocketlm.core.errors import BudgetError
 from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
@@ -50,6 +51,8 @@ class Plan(BaseModel):
         bits_per_weight: Real bits of the compressed linears.
         samples: Calibration windows; 0 where no step needs data.
         seq_len: Tokens of each.
+        tokens_per_expert: If all experts are used alike; None for a dense model or without data.
+        text: What the calibration windows are made of; None where they are not drawn yet.
         activations: "memory" or "disk".
         peak_ram_bytes: Of the process.
         peak_vram_bytes: On the GPU.
@@ -76,6 +79,8 @@ class Plan(BaseModel):
     bits_per_weight: float
     samples: int
     seq_len: int
+    tokens_per_expert: float | None
+    text: TextHealth | None = None
     activations: str
     peak_ram_bytes: int
     peak_vram_bytes: int
@@ -124,6 +129,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         bits_per_weight=linear_bits / sum(math.prod(shape) for shape in shapes.values()),
         samples=samples if tokens else 0,
         seq_len=seq_len if tokens else 0,
+        tokens_per_expert=_tokens_per_expert(model.config, tokens),
         activations="memory" if in_memory else "disk",
         peak_ram_bytes=host if on_gpu else host + working,
         peak_vram_bytes=working if on_gpu else 0,
@@ -135,6 +141,14 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         kept=dict(grids.kept),
         notes=dict(grids.notes),
     )
+
+
+def _tokens_per_expert(config: Mapping[str, Any], tokens: int) -> float | None:
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((config[key] for key in keys if config.get(key)), None)
+    if experts is None or not tokens:
+        return None
+    return tokens * config.get("num_experts_per_tok", 1) / experts
 
 
 def boundary_bytes(model: ModelView, job: Job, tokens: int) -> int:

@@ -29,7 +29,13 @@ from pocketlm.report.data import (
     write_metrics,
 )
 from pocketlm.report.html import write_report
-from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
+from pocketlm.report.ledger import (
+    input_rows,
+    ledger_remarks,
+    ledger_rows,
+    linear_results,
+    size_parts,
+)
 
 LEDGER = "ledger.json"
 
@@ -98,6 +104,8 @@ def write_run_report(
         ),
         remarks=ledger_remarks(ledger),
         ledger=ledger_rows(ledger),
+        text=None if ledger.calibration is None else ledger.calibration.health,
+        inputs=input_rows(ledger),
     )
     return write_all(artifact, data)
 

@@ -6,17 +6,16 @@ each bar carries a <title> for pointer and screen reader. Colours are the page's
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from pocketlm.report.data import LinearResult, SizePart
+from pocketlm.report.kinds import kind_of
 from pocketlm.report.words import bytes_text, number_text, percent_text
 
 HEIGHT = 40.0
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ def error_rows(linears: Sequence[LinearResult]) -> list[ErrorRow]:
     kinds: dict[str, list[tuple[int, str, float]]] = {}
     for linear in linears:
         if linear.error is not None:
-            match = _NUMBERED.match(linear.name)
-            kind, block = (match[3], int(match[2])) if match else (linear.name, 0)
-            kinds.setdefault(_merged(kind), []).append((block, linear.name, linear.error))
+            kind, block = kind_of(linear.name)
+            kinds.setdefault(kind, []).append((block, linear.name, linear.error))
     if not kinds:
         return []
     top = max(error for found in kinds.values() for _, _, error in found) or 1.0
@@ -88,11 +86,6 @@ def share_bar(value: float, full: float) -> Markup:
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         '<rect width="{:.2f}" height="10" class="c0"/></svg>'
     ).format(max(width, 0.4))
-
-
-def _merged(kind: str) -> str:
-    """Experts of one layer share a row: ``mlp.experts.*.up_proj``."""
-    return re.sub(r"\.\d+\.", ".*.", kind)
 
 
 def _bars(values: Sequence[tuple[str, float]], top: float) -> Markup:

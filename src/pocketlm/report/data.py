@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pocketlm.calibration.health import TextHealth
 from pocketlm.core.errors import ArtifactError
 from pocketlm.evaluate.results import QualityReport, Result, SpeedReport
 from pocketlm.formats.shards import write_file
@@ -43,6 +44,37 @@ class LinearResult(Result):
     name: str
     bits: float | None
     error: float | None
+
+
+class InputRow(Result):
+    """What calibration data reached the linears of one kind, all blocks and experts together.
+
+    Attributes:
+        kind: Path inside the block; experts share one.
+        linears: How many.
+        columns: Their inputs.
+        tokens_least: Of the linear that the fewest reached.
+        tokens_most: Of the one that the most reached.
+        rank_least: Least effective rank of the inputs (`Hessian.effective_rank`), of those that
+            tokens reached; None without Hessians.
+        rank_most: The largest.
+        dead_columns: Of all these linears, inputs that were always zero.
+        constant_columns: Inputs that always had one other value.
+        few: Linears with fewer tokens than inputs.
+        unreached: Linears without any token.
+    """
+
+    kind: str
+    linears: int
+    columns: int
+    tokens_least: int
+    tokens_most: int
+    rank_least: float | None
+    rank_most: float | None
+    dead_columns: int
+    constant_columns: int
+    few: int
+    unreached: int
 
 
 class LedgerRow(Result):
@@ -113,6 +145,8 @@ class ReportData(Result):
         scheme: Such as ``W4A16 symmetric, group 64``.
         methods: Of the recipe's steps, in order.
         calibration: Text, hash, windows and seed, in words.
+        text: What the calibration windows are made of.
+        inputs: What reached the linears, by kind.
         recipe_yaml: The resolved recipe.
         parameters: Of the model, tied weights once.
         original_bytes: Of the source's weights on disk.
@@ -156,6 +190,8 @@ class ReportData(Result):
     predictions: tuple[Prediction, ...] = ()
     remarks: tuple[Remark, ...] = ()
     ledger: tuple[LedgerRow, ...] = ()
+    text: TextHealth | None = None
+    inputs: tuple[InputRow, ...] = ()
 
 
 def write_metrics(artifact_dir: str | Path, data: ReportData) -> Path:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from pocketlm.core.views import TensorInfo
+from pocketlm.engine.health import InputHealth
 from pocketlm.engine.ledger import Entry, Ledger
-from pocketlm.report.data import LedgerRow, LinearResult, Remark, SizePart
+from pocketlm.report.data import InputRow, LedgerRow, LinearResult, Remark, SizePart
+from pocketlm.report.kinds import kind_of
 
 SCALES = "scales and zero points"
 _SCALE_ENDINGS = ("scale", "zero_point", "weight_shape")
@@ -35,6 +37,34 @@ def linear_results(ledger: Ledger) -> tuple[LinearResult, ...]:
         )
         for name, entry in ledger.tensors.items()
         if entry.action == "quantized"
+    )
+
+
+def input_rows(ledger: Ledger) -> tuple[InputRow, ...]:
+    """What calibration data reached the linears, by kind and width, in the ledger's order."""
+    kinds: dict[tuple[str, int], list[InputHealth]] = {}
+    for name, entry in ledger.tensors.items():
+        if entry.inputs is not None:
+            kind, _ = kind_of(name.removesuffix(".weight"))
+            kinds.setdefault((kind, entry.inputs.columns), []).append(entry.inputs)
+    return tuple(_input_row(kind, columns, seen) for (kind, columns), seen in kinds.items())
+
+
+def _input_row(kind: str, columns: int, seen: list[InputHealth]) -> InputRow:
+    tokens = [one.tokens for one in seen]
+    ranks = [one.effective_rank for one in seen if one.tokens and one.effective_rank is not None]
+    return InputRow(
+        kind=kind,
+        linears=len(seen),
+        columns=columns,
+        tokens_least=min(tokens),
+        tokens_most=max(tokens),
+        rank_least=min(ranks, default=None),
+        rank_most=max(ranks, default=None),
+        dead_columns=sum(one.dead_columns for one in seen),
+        constant_columns=sum(one.constant_columns for one in seen),
+        few=sum(one.few for one in seen),
+        unreached=sum(not one.tokens for one in seen),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pocketlm.calibration.health import TextHealth
 from pocketlm.evaluate.bootstrap import Interval
 from pocketlm.evaluate.results import (
     Divergence,
@@ -14,6 +15,7 @@ from pocketlm.evaluate.results import (
 )
 from pocketlm.report.data import (
     Answer,
+    InputRow,
     LedgerRow,
     LinearResult,
     Prediction,
@@ -205,5 +207,33 @@ def full(bare: ReportData, quality: QualityReport) -> ReportData:
                 *(Remark(kind="fallback", where=row.tensor, text=group) for row in rows),
             ),
             "ledger": (kept, *rows),
+            "text": TextHealth(
+                windows=64,
+                tokens=65_536,
+                different_tokens=9_545,
+                special_tokens=64,
+                duplicate_windows=1,
+                repeated_share=0.021,
+                joined_windows=62,
+                paragraphs=4_444,
+                duplicate_paragraphs=2,
+                documents=1,
+            ),
+            "inputs": tuple(
+                InputRow(
+                    kind=kind,
+                    linears=BLOCKS,
+                    columns=576,
+                    tokens_least=65_536,
+                    tokens_most=65_536,
+                    rank_least=33.0,
+                    rank_most=146.3,
+                    dead_columns=3,
+                    constant_columns=0,
+                    few=0,
+                    unreached=0,
+                )
+                for kind in KINDS
+            ),
         }
     )

@@ -8,11 +8,18 @@ import torch
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import TensorInfo
+from pocketlm.engine.health import InputHealth
 from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.report import charts, words
 from pocketlm.report.data import LinearResult, ReportData, read_metrics
 from pocketlm.report.data import write_metrics as write
-from pocketlm.report.ledger import ledger_remarks, ledger_rows, linear_results, size_parts
+from pocketlm.report.ledger import (
+    input_rows,
+    ledger_remarks,
+    ledger_rows,
+    linear_results,
+    size_parts,
+)
 from pocketlm.report.summary import before_after, headline, tiles
 
 
@@ -160,3 +167,31 @@ def test_bars_are_on_one_scale_and_by_kind() -> None:
     assert "model.layers.0.mlp.up: 1.00 %" in rows[0].chart
     unmeasured = LinearResult(name="a.0.b", bits=None, error=None)
     assert charts.error_rows([unmeasured]) == []
+
+
+def test_inputs_are_told_by_kind() -> None:
+    def entry(tokens: int, rank: float, dead: int = 0) -> Entry:
+        return Entry(
+            action="quantized", reason="", shape=(8, 16), bits=512,
+            inputs=InputHealth(tokens=tokens, columns=16, effective_rank=rank, dead_columns=dead,
+                               constant_columns=1),
+        )  # fmt: skip
+
+    tensors = {
+        "model.layers.0.mlp.experts.0.up_proj.weight": entry(0, 0.0),
+        "model.layers.0.mlp.experts.1.up_proj.weight": entry(9, 4.0, dead=2),
+        "model.layers.1.mlp.experts.0.up_proj.weight": entry(400, 11.5),
+        "model.layers.1.self_attn.q_proj.weight": entry(500, 2.5),
+        "model.norm.weight": Entry(action="kept", reason="", shape=(16,), bits=256),
+    }
+    ledger = Ledger(source="m", format="compressed-tensors", fingerprint={}, tensors=tensors)
+    experts, query = input_rows(ledger)
+    assert (experts.kind, experts.linears) == ("mlp.experts.*.up_proj", 3)
+    assert (experts.tokens_least, experts.tokens_most) == (0, 400)
+    assert (experts.rank_least, experts.rank_most) == (4.0, 11.5)
+    assert (experts.dead_columns, experts.constant_columns) == (2, 3)
+    assert (experts.few, experts.unreached) == (1, 1)
+    assert (query.kind, query.rank_least) == ("self_attn.q_proj", 2.5)
+    none, few = ledger.calibration_warnings()
+    assert "reached 1 linears" in none
+    assert "model.layers.0.mlp.experts.1.up_proj.weight: 9 for 16" in few
