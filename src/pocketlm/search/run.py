@@ -18,7 +18,7 @@ from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import Grids, choose_grids
 from pocketlm.search.allocate import allocate
-from pocketlm.search.budget import Budget, room, spent
+from pocketlm.search.budget import Budget, Spent, room, spent
 from pocketlm.search.choices import Choices, findings
 from pocketlm.search.measure import Measurer
 from pocketlm.search.quick import STEPS
@@ -98,7 +98,7 @@ def run_search(
     chosen = None
     if question.budget is not None:
         chosen = allocate(damages, *room(question.budget, units, before))
-    notes = [*windows.notes, *measurer.notes]
+    notes = [*windows.notes, *measurer.notes, *_kept(question.budget, before, model)]
     for note in notes:
         log.emit("warning", note, where="search")
     return SearchResult(
@@ -146,6 +146,18 @@ def _text(windows: Windows) -> str:
         f"{samples} windows of {seq_len} tokens of {windows.text_name} "
         f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
     )
+
+
+def _kept(budget: Budget | None, before: Spent, model: ModelView) -> list[str]:
+    """What a budget in bytes goes to before any linear: said, since it is much of a small model."""
+    if budget is None or budget.file_bytes is None:
+        return []
+    which = "the embedding, which is the head too," if model.tied else "embedding and head"
+    share = before.kept_bytes / budget.file_bytes
+    return [
+        f"{before.kept_bytes:,} bytes of the budget ({100 * share:.0f} %) are tensors that keep "
+        f"their precision, {which} above all: only linears inside blocks are compressed."
+    ]
 
 
 def _recipe(

@@ -117,6 +117,15 @@ def test_a_budget_that_is_too_small_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_size_says_what_of_it_is_not_up_for_choice(model, windows, searched):
+    budget = Budget(file_bytes=200_000)
+    found = run_search(model, windows, question(RECIPE, budget=budget), searched[0])
+    assert found.chosen is not None
+    assert found.chosen.file_bytes <= 200_000
+    kept = 4 * (2 * 97 * 64 + 7 * 64)
+    assert any(f"{kept:,} bytes of the budget (26 %)" in note for note in found.notes)
+
+
 def test_without_a_budget_the_frontier_alone(model, windows, tmp_path):
     grids = (QuantSpec(bits=3, group_size=32), QuantSpec(bits=5, group_size=32))
     found = run_search(model, windows, question(RECIPE, None, candidates=grids), tmp_path)
