@@ -212,7 +212,7 @@ def _linear_pass(
         shared = shared_absmax(chosen, specs)
         for view in chosen:
             state = _state(view, specs, earlier, notes, shared)
-            if seen is not None and seen.few:
+            if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
             for step in steps:
                 state = step.compress(state, stats)
