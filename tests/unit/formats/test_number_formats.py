@@ -107,7 +107,11 @@ def test_rounding_to_nearest_is_the_librarys(name: str, shape: tuple[int, int]) 
         assert form.stored_bytes(spec, shape, torch.float32) == bytes_stored
 
 
-finite = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False)
+# Scales below float32's normal numbers are not stored here (they are in the reference): a weight
+# so small that its scale is one becomes a multiple of the smallest normal number instead.
+finite = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False).filter(
+    lambda value: value == 0 or abs(value) > 2.0**-80
+)
 
 
 @pytest.mark.parametrize("name", HELD)
