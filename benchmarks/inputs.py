@@ -38,8 +38,8 @@ class Inputs:
                     "repository: see benchmarks/README.md."
                 )
 
-    def tokens_file(self) -> Path:
-        """The calibration windows of `pocketlm compress` with the settings above, as .npy."""
+    def tokens_file(self, samples: int = SAMPLES, seq_len: int = SEQ_LEN) -> Path:
+        """The calibration windows that `pocketlm compress` samples itself, as .npy."""
         import numpy
 
         from pocketlm.calibration.texts import load_text
@@ -48,7 +48,7 @@ class Inputs:
 
         tokenizer = load_tokenizer(self.original)
         text = load_text(self.calibration, tokenizer=tokenizer)
-        windows = token_windows(tokenizer, text, SAMPLES, SEQ_LEN, SEED)
+        windows = token_windows(tokenizer, text, samples, seq_len, SEED)
         file = SCRATCH / f"tokens-{windows.sha256[:12]}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         numpy.save(file, windows.tokens_NT.numpy())
