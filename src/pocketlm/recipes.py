@@ -25,6 +25,7 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
         *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
         StepSpec(method="refine", options={"rounds": 3}),
     ),
+    "lkd": tuple(StepSpec(method=name) for name in ("clip", "lkd")),
 }
 
 
