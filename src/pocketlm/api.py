@@ -38,6 +38,7 @@ __all__ = [
 SAMPLES, SEQ_LEN = 128, 2048
 CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
+WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
 BATCH_TOKENS = 4096
 SEARCH_MINUTES = 30.0
 RecipeLike = str | Path | dict[str, Any] | Recipe
@@ -393,8 +394,10 @@ def _prepare(
     fewer = None
     if samples is None and job.needs_data and model.device.type == "cpu":
         while settled is None and predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
-            count //= 2
-            predicted = make_plan(model, job, grids, count, seq_len)
+            half = make_plan(model, job, grids, count // 2, seq_len)
+            if half.seconds > WORTH_HALVING * predicted.seconds:  # iterations take the time
+                break
+            count, predicted = count // 2, half
         if count < SAMPLES:
             fewer = (
                 f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
