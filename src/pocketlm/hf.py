@@ -23,14 +23,15 @@ asked dtype, the product is rounded once in it. MXFP4, MXFP8 and NVFP4 are decod
 whatever dtype is asked for. MXFP4 and MXFP8 are exact in it (at most four significant bits times a
 power of two), NVFP4 weights are rounded to it: 2^-9 relative. In a float32 model such layers cannot
 run, so that config.json asks for ``dequantize: true``, which casts them; that route knows one grid.
-A mix of them with others (``mixed-precision``) therefore loads in bfloat16 alone.
+A mix of them with others (``mixed-precision``) therefore loads in bfloat16 alone, and so does every
+model with them in transformers 5.17 and 5.19, which do not know ``dequantize``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.formats import pocketlm as own_format
+from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
 
 
 class PocketlmConfig(QuantizationConfigMixin):
@@ -166,12 +168,29 @@ def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     section = json.loads((Path(path) / "config.json").read_text("utf-8"))["quantization_config"]
-    if section.get("format") == "mixed-precision" and not section.get("dequantize"):
-        quantizer: Any = model.hf_quantizer
-        quantizer.compressor.decompress_model(model)
-        nn.Module.float(model)  # its own method refuses a model that was quantized once
+    if _has_bfloat16_layers(model, section):
+        _decode_to_float32(model)
     with torch.no_grad():
         return model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+
+def _has_bfloat16_layers(model: nn.Module, section: Mapping[str, Any]) -> bool:
+    """Whether the library decodes any layer to bfloat16, now or at the first forward."""
+    storages = {group.get("format") for group in section.get("config_groups", {}).values()}
+    apart = any(hasattr(module, "quantization_scheme") for module in model.modules())
+    return apart and not storages.isdisjoint(STORAGES[name] for name in DECODED_IN_BFLOAT16)
+
+
+def _decode_to_float32(model: nn.Module) -> None:
+    """Decodes every layer by the library now, instead of at the first forward, and casts it."""
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
+
+    model._forward_pre_hooks.clear()  # the library's, which would decode a second time
+    for module in model.modules():
+        if getattr(module, "quantization_status", None) == QuantizationStatus.COMPRESSED:
+            decompress_module(module)
+    nn.Module.float(model)  # transformers' own method refuses a model that was quantized once
 
 
 def main(arguments: Sequence[str]) -> None:
