@@ -242,6 +242,52 @@ def _schemes() -> dict[str, QuantSpec]:
 SCHEMES = _schemes()
 
 
+class ActivationSpec(Strict):
+    """How a linear's inputs are rounded while the model runs: x ≈ scale · (code - zero).
+
+    Attributes:
+        type: "int": codes from -2^(bits-1) to 2^(bits-1)-1; "float": E4M3.
+        bits: Of a code: 4 to 8 for "int", 8 for "float".
+        symmetric: Whether zero is 0; "float" always is.
+        granularity: What shares a scale: a "token" (ZeroQuant, arXiv:2206.01861, section 4.1), a
+            "group" of neighbouring columns of a token, or the whole "tensor".
+        group_size: Columns of a group.
+        dynamic: Whether scales are found anew for every input; "tensor" alone may be static, with
+            a scale from calibration, and always is: else a token would depend on its neighbours.
+    """
+
+    type: Literal["int", "float"] = "int"
+    bits: int = Field(8, ge=4, le=8)
+    symmetric: bool = True
+    granularity: Literal["token", "group", "tensor"] = "token"
+    group_size: int | None = Field(None, ge=8)
+    dynamic: bool = True
+
+    @model_validator(mode="after")
+    def _stand_together(self) -> Self:
+        if self.type == "float" and (self.bits != 8 or not self.symmetric):
+            raise ValueError("'float' inputs have 8 bits and no zero points")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size is given with granularity 'group', and only with it")
+        if self.dynamic == (self.granularity == "tensor"):
+            kind = "static" if self.granularity == "tensor" else "dynamic"
+            raise ValueError(f"scales per {self.granularity} are {kind}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """A short name, such as ``int8-token``, ``int8-tensor-asymmetric`` or ``float8-group``."""
+        kind = f"{self.type}{self.bits}-{self.granularity}"
+        return kind if self.symmetric else f"{kind}-asymmetric"
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a linear's scale and zero point take on disk; 0 where scales are dynamic."""
+        if self.dynamic:
+            return 0
+        return 32 + (0 if self.symmetric else 8)
+
+
 def parse_scheme(name: str) -> QuantSpec:
     """The number format of the weights that a scheme's name stands for.
 
@@ -275,12 +321,14 @@ class Recipe(Strict):
         weights: The grid of every linear that no override names.
         overrides: Pattern → another grid; the last matching pattern rules.
         ignore: Patterns of linears kept as they are.
+        activations: How the inputs of every compressed linear are rounded; None: not at all.
     """
 
     steps: tuple[StepSpec, ...] = Field(min_length=1)
     weights: QuantSpec = Field(default_factory=lambda: QuantSpec.parse({}))
     overrides: dict[str, QuantSpec] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    activations: ActivationSpec | None = None
 
     @field_validator("steps", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stats import Stat
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
@@ -44,6 +44,8 @@ class LinearState:
         notes: What the steps have to tell, oldest first.
         shared_absmax: The largest magnitude among the linears that share one constant of the
             tensor (NVFP4: engines fuse those that read one value); None: this one's own.
+        inputs: How the model will round what this linear reads; None: not at all. Statistics of
+            linear steps are of inputs so rounded, those of folds of the inputs as they come.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LinearState:
     current: WeightTensor | None = None
     notes: tuple[Note, ...] = ()
     shared_absmax: float | None = None
+    inputs: ActivationSpec | None = None
 
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""

@@ -180,6 +180,82 @@ class AbsMax(Stat):
         return self._max_I
 
 
+class Range(Stat):
+    """The least and the largest of all inputs, float32 scalars; both 0 where no token was seen."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self.low = self.high = torch.zeros((), device=self.device)
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I]."""
+        x_TI = x_TI.detach().reshape(-1, self.columns)
+        if x_TI.shape[0]:
+            low, high = torch.aminmax(x_TI)
+            self.low = torch.minimum(self.low, low.float())
+            self.high = torch.maximum(self.high, high.float())
+        self.tokens += x_TI.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Takes the wider of both."""
+        self.low, self.high = (
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+        )
+        self.tokens += other.tokens
+
+
+class Sample(Stat):
+    """The inputs of some tokens themselves, spread evenly over all: at most `ROWS`, float32.
+
+    Token n is kept where the fraction of n · golden ratio is below a share that is halved whenever
+    too many are held: neither the order of batches nor their number decides beforehand, and the
+    first tokens of windows, whose inputs are often unlike all others, get no more than their due.
+    """
+
+    ROWS: ClassVar[int] = 1024
+    GOLDEN: ClassVar[float] = 0.6180339887498949
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self._rows: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._share = 1.0
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I]."""
+        x_TI = x_TI.detach().reshape(-1, self.columns)
+        places_T = torch.arange(self.tokens, self.tokens + x_TI.shape[0], dtype=torch.float64)
+        places_T = (places_T * self.GOLDEN).frac()
+        self.tokens += x_TI.shape[0]
+        self._keep(x_TI, places_T)
+
+    def _keep(self, x_TI: Tensor, places_T: Tensor) -> None:
+        chosen_T = places_T < self._share
+        self._rows.append(x_TI[chosen_T.to(x_TI.device)].float().to(self.device))
+        self._places.append(places_T[chosen_T])
+        while sum(len(places) for places in self._places) > self.ROWS:
+            self._share /= 2
+            keeps = [places < self._share for places in self._places]
+            self._rows = [r[k.to(r.device)] for r, k in zip(self._rows, keeps, strict=True)]
+            self._places = [p[k] for p, k in zip(self._places, keeps, strict=True)]
+
+    def merge(self, other: Self) -> None:
+        """Takes over another's rows, thinned to the smaller share of both."""
+        self._share = min(self._share, other._share)
+        rows, places = [*self._rows, *other._rows], [*self._places, *other._places]
+        self._rows, self._places = [], []
+        for row_TI, place_T in zip(rows, places, strict=True):
+            self._keep(row_TI, place_T)
+        self.tokens += other.tokens
+
+    def rows_TI(self) -> Tensor:
+        """The kept inputs; none where no token was seen."""
+        if not self._rows:
+            return torch.empty(0, self.columns, device=self.device)
+        return torch.cat(self._rows)
+
+
 class Drift(Stat):
     """D = (2 / T) (X₀ - X)ᵀX: how the original model's inputs X₀ differ from X, seen through X."""
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -132,6 +134,10 @@ class LinearView(Protocol):
         """Replaces the weight that the block's forward uses."""
         ...
 
+    def set_input_quantizer(self, quantizer: InputQuantizer | None) -> None:
+        """What the block's forward rounds this linear's inputs with from now on; None: nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pause:
@@ -139,7 +145,7 @@ class Pause:
 
     Attributes:
         group: Index of the group.
-        inputs: The value that the group's linears read, [..., I].
+        inputs: The value that the group's linears read, [..., I], before it is rounded.
     """
 
     group: int

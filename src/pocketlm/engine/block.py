@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.measure import relative_error
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.state import (
     BlockStep,
     FoldStep,
@@ -35,6 +36,7 @@ from pocketlm.engine.batches import Batches, Sweep
 from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
 from pocketlm.engine.health import InputHealth, InputWatch
+from pocketlm.engine.inputs import Inputs
 from pocketlm.engine.task import Task
 
 FEW_TOKENS = Note("few_tokens", "fewer calibration tokens reached it than it has inputs.")
@@ -48,9 +50,10 @@ class Compressed:
         view: Where it came from.
         packed: What is written.
         spec: Its grid.
-        error: Relative squared output error on the calibration inputs.
+        error: Relative squared output error of the weight on the calibration inputs.
         notes: Of every fallback.
         inputs: What reached it; None without calibration data.
+        quantizer: What its inputs are rounded with; None: nothing.
     """
 
     view: LinearView
@@ -59,6 +62,7 @@ class Compressed:
     error: float
     notes: tuple[Note, ...]
     inputs: InputHealth | None
+    quantizer: InputQuantizer | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def compress_block(
     batches: Batches | None,
     device: torch.device,
     *,
+    activations: ActivationSpec | None = None,
     kept_dtype: torch.dtype | None = None,
     seed: int = 0,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
@@ -127,6 +132,7 @@ def compress_block(
         specs: Grids by module path; linears without one are kept.
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
+        activations: How the inputs of compressed linears are rounded; None: not at all.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
         seed: Of block steps.
         report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
@@ -138,23 +144,29 @@ def compress_block(
     notes: dict[str, tuple[Note, ...]] = {}
     results: dict[str, Compressed] = {}
     todo = passes(steps)
+    if todo[0].kind == "fold":
+        fold_steps: tuple[FoldStep, ...] = todo[0].steps
+        folded, notes = fold_groups(
+            block, fold_steps, specs, batches, device, kept_dtype, activations
+        )
+    inputs = Inputs(block, specs, activations, batches, device)
+    for name, note in inputs.notes.items():
+        notes[name] = (*notes.get(name, ()), note)
     for place, one in enumerate(todo):
         tell = _within(report, place, len(todo))
-        if one.kind == "fold":
-            fold_steps: tuple[FoldStep, ...] = one.steps
-            tensors, remarks = fold_groups(block, fold_steps, specs, batches, device, kept_dtype)
-            folded.update(tensors)
-            notes.update(remarks)
-        elif one.kind == "linear":
+        if one.kind == "linear":
             sweep = None if batches is None else batches.sweep()
-            results = _linear_pass(block, one.steps, specs, sweep, device, results, notes, tell)
+            results = _linear_pass(
+                block, one.steps, specs, sweep, inputs, device, results, notes, tell
+            )
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
             del sweep  # the next pass starts from the block's inputs, and with free memory
-        else:
+        elif one.kind == "block":
             assert batches is not None
+            inputs.set_all()
             states = {
-                view.name: _state(view, specs, results, notes, shared)
+                view.name: _state(view, specs, inputs, results, notes, shared)
                 for views in _chosen(block, specs)
                 for shared in (shared_absmax(views, specs),)
                 for view in views
@@ -163,7 +175,7 @@ def compress_block(
             step: BlockStep = one.steps[0]
             after = step.compress(task)
             results = {
-                name: _finish(block.linears[name], after[name], None, _seen(results, name))
+                name: _finish(block.linears[name], after[name], inputs, None, _seen(results, name))
                 for name in states
             }
     if batches is not None and todo[-1].kind != "linear":  # a sweep has run them itself
@@ -191,6 +203,7 @@ def _linear_pass(
     steps: Sequence[LinearStep],
     specs: Mapping[str, QuantSpec],
     sweep: Sweep | None,
+    inputs: Inputs,
     device: torch.device,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
@@ -200,46 +213,53 @@ def _linear_pass(
     results: dict[str, Compressed] = {}
 
     def exchange(original: bool) -> None:
-        for done in results.values():
+        for name, done in {**earlier, **results}.items():
             weight_OI = done.view.weight_OI() if original else done.packed.dequantize().to(device)
             done.view.set_weight_OI(weight_OI)
+            inputs.set(name, on=not original)
 
     for group in block.groups:
         chosen = [block.linears[name] for name in group.linears if name in specs]
         if not chosen:
             continue
-        stats, seen = _gather(group, chosen[0].in_features, steps, sweep, exchange, device)
+        stats, seen = _gather(group, chosen[0], steps, sweep, inputs, exchange, device)
         shared = shared_absmax(chosen, specs)
         for view in chosen:
-            state = _state(view, specs, earlier, notes, shared)
+            state = _state(view, specs, inputs, earlier, notes, shared)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
             for step in steps:
                 state = step.compress(state, stats)
-            results[view.name] = _finish(view, state, stats.get(Hessian), seen)
+            results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen)
             tell(len(results), total, None)
     return results
 
 
 def _gather(
     group: Group,
-    columns: int,
+    view: LinearView,
     steps: Sequence[LinearStep],
     sweep: Sweep | None,
+    inputs: Inputs,
     exchange: Callable[[bool], None],
     device: torch.device,
 ) -> tuple[Statistics, InputHealth | None]:
     kinds = dict.fromkeys(kind for step in steps for kind in step.needs)
-    stats: list[Stat] = [kind(columns, device) for kind in kinds]
+    stats: list[Stat] = [kind(view.in_features, device) for kind in kinds]
     if sweep is None or not stats:
         return Statistics(*stats), None
-    watch = InputWatch(columns, device)
+    watch = InputWatch(view.in_features, device)
 
-    def take(x_TI: Tensor, original_TI: Tensor | None = None) -> None:
-        watch.add(x_TI)
+    def add(x_TI: Tensor, original_TI: Tensor | None) -> None:
         for stat in stats:
             if not stat.paired or original_TI is not None:
                 stat.add(x_TI, original_TI)
+
+    rounded = inputs.rounded(add, view.name)
+
+    def take(x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        watch.add(x_TI)  # what reaches the linear, before it is rounded
+        rounded(x_TI, original_TI)
 
     if not any(stat.paired for stat in stats):
         sweep.inputs(group.index, take)
@@ -259,19 +279,26 @@ def shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -
 def _state(
     view: LinearView,
     specs: Mapping[str, QuantSpec],
+    inputs: Inputs,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     shared: float | None,
 ) -> LinearState:
     """A linear before a pass: its original weight after folds, and what earlier passes made."""
-    reference_OI, spec = view.weight_OI(), specs[view.name]
-    scale_dtype = scale_dtype_for(view.dtype)
+    state = LinearState(
+        view.name,
+        view.weight_OI(),
+        specs[view.name],
+        scale_dtype_for(view.dtype),
+        notes=notes.get(view.name, ()),
+        shared_absmax=shared,
+        inputs=inputs.activations,
+    )
     done = earlier.get(view.name)
     if done is None:
-        told = notes.get(view.name, ())
-        return LinearState(view.name, reference_OI, spec, scale_dtype, None, told, shared)
-    packed = done.packed.to(reference_OI.device)
-    return LinearState(view.name, reference_OI, spec, scale_dtype, packed, done.notes, shared)
+        return state
+    current = done.packed.to(state.reference_OI.device)
+    return replace(state, current=current, notes=done.notes)
 
 
 def _seen(results: Mapping[str, Compressed], name: str) -> InputHealth | None:
@@ -279,9 +306,13 @@ def _seen(results: Mapping[str, Compressed], name: str) -> InputHealth | None:
 
 
 def _finish(
-    view: LinearView, state: LinearState, hessian: Hessian | None, inputs: InputHealth | None
+    view: LinearView,
+    state: LinearState,
+    inputs: Inputs,
+    hessian: Hessian | None,
+    seen: InputHealth | None,
 ) -> Compressed:
-    """What a pass leaves of a linear; the block goes on with the weight as decoded from it."""
+    """What a pass leaves of a linear; the block goes on with it as it will be executed."""
     packed = state.current
     if not isinstance(packed, PackedInt | PackedFloat):
         raise UnsupportedLayer(
@@ -295,4 +326,7 @@ def _finish(
         view.weight_OI(), decoded_OI, None if hessian is None else hessian.matrix_II()
     )
     view.set_weight_OI(decoded_OI)
-    return Compressed(view, packed.to("cpu"), state.spec, error, state.notes, inputs)
+    inputs.set(view.name, on=True)
+    rounding = inputs.of(view.name)
+    on_cpu = packed.to("cpu")
+    return Compressed(view, on_cpu, state.spec, error, state.notes, seen, rounding)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.state import FoldStep, LinearState, Note, Statistics
 from pocketlm.core.stats import Stat
 from pocketlm.core.views import BlockView, Group
@@ -27,6 +27,7 @@ def fold_groups(
     batches: Batches | None,
     device: torch.device,
     kept_dtype: torch.dtype | None,
+    activations: ActivationSpec | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Note, ...]]]:
     """Decides and carries out the folds of a block.
 
@@ -37,6 +38,7 @@ def fold_groups(
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
+        activations: How the inputs of compressed linears will be rounded; None: not at all.
 
     Returns:
         Changed tensors by checkpoint name, and what is to be told of linears left alone.
@@ -54,16 +56,19 @@ def fold_groups(
                 notes.update(dict.fromkeys(group.linears, (note,)))
         gathered = _gather(foldable, block, step, batches, device)
         for group in foldable:
-            states = [_state(block, name, specs[name]) for name in group.linears]
+            states = [_state(block, name, specs[name], activations) for name in group.linears]
             scale_I = step.scale(states, gathered[group.index])
             if scale_I is not None:
                 tensors.update(block.fold(group, scale_I, kept_dtype).tensors)
     return tensors, notes
 
 
-def _state(block: BlockView, name: str, spec: QuantSpec) -> LinearState:
+def _state(
+    block: BlockView, name: str, spec: QuantSpec, activations: ActivationSpec | None
+) -> LinearState:
     view = block.linears[name]
-    return LinearState(name, view.weight_OI(), spec, scale_dtype_for(view.dtype))
+    scale_dtype = scale_dtype_for(view.dtype)
+    return LinearState(name, view.weight_OI(), spec, scale_dtype, inputs=activations)
 
 
 def _why_not(group: Group, specs: Mapping[str, QuantSpec]) -> str | None:

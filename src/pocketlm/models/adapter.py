@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.views import Fold, Group, TensorSource
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
@@ -30,7 +31,7 @@ from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap
 from pocketlm.models.observe import Observation, observe
-from pocketlm.models.run import pause_before
+from pocketlm.models.run import pause_before, round_inputs
 from pocketlm.models.skeleton import Skeleton
 
 PROBE_TOKENS = 8  # enough for every token-dependent path of a block
@@ -49,6 +50,7 @@ class Model:
         compute_dtype: What they compute in.
         side_files: Files an artifact carries over.
         load_tokenizer: Loads the tokenizer.
+        quantizers: Module path, as the checkpoint spells it → how its inputs are rounded.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Model:
         compute_dtype: torch.dtype,
         side_files: Callable[[], Mapping[str, bytes]],
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        quantizers: Mapping[str, InputQuantizer] | None = None,
     ) -> None:
+        self.quantizers = quantizers or {}
         self.source, self.config, self.names = source, config, names
         self.device, self.compute_dtype = device, compute_dtype
         self.skeleton = skeleton
@@ -221,7 +225,9 @@ class Model:
                 n: Linear(m, layout.tensors[by_name[n]], self.source) for n, m in modules.items()
             }
             order = {modules[name]: group.index for group in groups for name in group.linears}
-            handles = pause_before(order)
+            for name, view in linears.items():
+                view.set_input_quantizer(self.quantizers.get(name))
+            handles = [*pause_before(order), *round_inputs(linears.values())]
             skipped = {**layout.skipped, **idle}
             probe = partial(self._probe_folds, index, module, layout)
             path = self.skeleton.block_paths[index]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.views import TensorSource
 
 PROBE_I, PROBE_O, PROBE_TOLERANCE = 12, 10, 1e-12  # narrow, and exact but for float64's rounding
@@ -70,6 +71,7 @@ class Linear:
         self.stored_transposed = isinstance(module, Conv1D)
         self.dtype = source.infos()[tensor_name].dtype
         self._source = source
+        self.input_quantizer: InputQuantizer | None = None
         self._replaced = False
         self._columns_I: Tensor | None = None  # folds: the columns are multiplied,
         self._rows_O: Tensor | None = None  # the rows divided
@@ -99,6 +101,10 @@ class Linear:
         """Replaces the weight that the block's forward uses."""
         self._weight.copy_(weight_OI.T if self.stored_transposed else weight_OI)
         self._replaced = True
+
+    def set_input_quantizer(self, quantizer: InputQuantizer | None) -> None:
+        """What the block's forward rounds this linear's inputs with from now on; None: nothing."""
+        self.input_quantizer = None if quantizer is None else quantizer.to(self._weight.device)
 
     def scale(self, columns_I: Tensor | None = None, rows_O: Tensor | None = None) -> None:
         """Folds scales into the original: columns are multiplied, rows divided; once or again."""

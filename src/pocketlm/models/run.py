@@ -7,7 +7,7 @@ results are those of a plain forward. A run belongs to the thread that started i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from pocketlm.core.views import Pause
+from pocketlm.models.linear import Linear
 
 
 class _Runner(greenlet):
@@ -48,6 +49,26 @@ def pause_before(linears: Mapping[nn.Module, int]) -> list[torch.utils.hooks.Rem
         Handles that undo it.
     """
     return [linear.register_forward_pre_hook(_hook(group)) for linear, group in linears.items()]
+
+
+def round_inputs(linears: Iterable[Linear]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Makes linears round their inputs with the quantizer that their view has at that moment.
+
+    To be called after `pause_before`: a run stands before its group with the inputs as they came.
+
+    Returns:
+        Handles that undo it.
+    """
+    return [view.module.register_forward_pre_hook(_rounding(view)) for view in linears]
+
+
+def _rounding(view: Linear) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if view.input_quantizer is None:
+            return None
+        return (view.input_quantizer(args[0]), *args[1:])
+
+    return hook
 
 
 def _hook(group: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
