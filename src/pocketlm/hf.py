@@ -43,7 +43,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketlm.core.errors import ArtifactError
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
 
@@ -61,6 +62,12 @@ class PocketlmConfig(QuantizationConfigMixin):
         self.groups: list[dict[str, Any]] = section.get("groups", [])
         self.transposed: list[str] = section.get("transposed", [])
         self.ignore: list[str] = section.get("ignore", [])
+        self.activations: dict[str, Any] | None = section.get("activations")
+
+    def inputs(self) -> ActivationSpec | None:
+        """How the inputs of every compressed layer are rounded; None: not at all."""
+        words = self.activations
+        return None if words is None else ActivationSpec.parse(words, where="quantization_config")
 
     def specs(self) -> dict[str, QuantSpec]:
         """Module path, as in the checkpoint → number format."""
@@ -81,12 +88,15 @@ class PackedStandIn(nn.Module):
         layer: The dense layer it stands in for, on the meta device.
         spec: The number format of its weight.
         transposed: Whether the layer's weight is [I, O].
+        inputs: How its inputs are rounded; None: not at all.
     """
 
-    def __init__(self, layer: nn.Module, spec: QuantSpec, transposed: bool) -> None:
+    def __init__(
+        self, layer: nn.Module, spec: QuantSpec, transposed: bool, inputs: ActivationSpec | None
+    ) -> None:
         super().__init__()
         self.dense = [layer]  # in a list, so that its weight is no parameter of the model meanwhile
-        self.spec, self.transposed = spec, transposed
+        self.spec, self.transposed, self.inputs = spec, transposed, inputs
         weight = layer.get_parameter("weight")
         self.dtype = weight.dtype
         rows, columns = weight.shape[::-1] if transposed else weight.shape
@@ -94,6 +104,10 @@ class PackedStandIn(nn.Module):
         scale_dtype = weight.dtype if spec.type == "int" else torch.float32
         for role, (shape, dtype) in own_format.parts(spec, (rows, columns), scale_dtype).items():
             data = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(role, nn.Parameter(data, requires_grad=False))
+        for role in stored_inputs.roles(inputs):
+            dtype = torch.int8 if role == stored_inputs.ZERO else torch.float32
+            data = torch.empty(1, dtype=dtype, device="meta")
             self.register_parameter(role, nn.Parameter(data, requires_grad=False))
         self.bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
         # Models initialise by name before they look what is loaded (GPT-2: `c_proj.weight`).
@@ -108,6 +122,11 @@ class PackedStandIn(nn.Module):
         layer.register_parameter("weight", nn.Parameter(weight))
         if self.bias is not None:
             layer.register_parameter("bias", self.bias)
+        quantizer = stored_inputs.decode(tensors, "layer", self.inputs)
+        if quantizer is not None:
+            layer.register_forward_pre_hook(
+                lambda _, arguments: (quantizer(arguments[0]), *arguments[1:])
+            )
         return layer
 
 
@@ -132,7 +151,9 @@ class PocketlmQuantizer(HfQuantizer):
             path = name if name in modules else f"{model.base_model_prefix}.{name}"
             if path not in modules:
                 raise ArtifactError("is no layer of the model.", where=name)
-            stand_in = PackedStandIn(modules[path], spec, name in config.transposed)
+            stand_in = PackedStandIn(
+                modules[path], spec, name in config.transposed, config.inputs()
+            )
             model.set_submodule(path, stand_in)
 
     def _process_model_after_weight_loading(

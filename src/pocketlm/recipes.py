@@ -9,7 +9,15 @@ import yaml
 
 from pocketlm import catalog
 from pocketlm.core.errors import ConfigError, nearest
-from pocketlm.core.spec import SCHEMES, QuantSpec, Recipe, StepSpec, parse_scheme
+from pocketlm.core.spec import (
+    INPUTS,
+    SCHEMES,
+    QuantSpec,
+    Recipe,
+    StepSpec,
+    parse_inputs,
+    parse_scheme,
+)
 
 DEFAULT = "w4a16"
 IGNORED = ("lm_head",)
@@ -29,9 +37,22 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
 }
 
 
+# What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
+SCHEME_METHODS = {
+    "W8A8": "smoothquant",
+    "W8A8_STATIC": "smoothquant",
+    "W4A8": "smoothquant",
+}
+
+
 def presets() -> dict[str, Recipe]:
-    """Recipes by name: each scheme in small letters (w4a16, nvfp4, …), with the default method."""
-    return {name.lower(): _chain("gptq", spec) for name, spec in SCHEMES.items()}
+    """Recipes by name: each scheme in small letters (w4a16, w8a8, nvfp4, …), with its method."""
+    return {name.lower(): _preset(name) for name in SCHEMES}
+
+
+def _preset(scheme: str) -> Recipe:
+    chain = _chain(SCHEME_METHODS.get(scheme, "gptq"), SCHEMES[scheme])
+    return chain.model_copy(update={"activations": INPUTS.get(scheme)})
 
 
 def _chain(method: str, weights: QuantSpec) -> Recipe:
@@ -92,7 +113,8 @@ def build_recipe(
     Args:
         recipe: What `read_recipe` takes; not together with `method`.
         method: A method's name, standing for its chain of steps.
-        scheme: Such as W4A16, which leaves the groups to the recipe, or NVFP4.
+        scheme: Such as W4A16, which leaves the groups to the recipe, NVFP4, or W8A8, which brings
+            its own method where none is given.
         bits: Bits of a code.
         group_size: Columns that share a scale; -1 for whole rows.
         symmetric: Whether the grid is symmetric.
@@ -110,14 +132,18 @@ def build_recipe(
             where="--recipe and --method",
             remedy="Give one of them.",
         )
-    base = read_recipe(DEFAULT if recipe is None else recipe)
+    inputs = None if scheme is None else parse_inputs(scheme)
+    default = DEFAULT if scheme is None or inputs is None else scheme
+    base = read_recipe(default if recipe is None else recipe)
     if method is not None:
-        base = _chain(method, base.weights)
+        chain = _chain(method, base.weights)
+        base = chain.model_copy(update={"activations": base.activations})
     changes: dict[str, Any] = {}
     if scheme is not None:
         asked = parse_scheme(scheme)
-        integers = asked.type == "int" and base.weights.type == "int"
+        integers = asked.type == "int" and base.weights.type == "int" and inputs is None
         changes = {"bits": asked.bits} if integers else _fields(asked)
+        base = base.model_copy(update={"activations": inputs})
     if bits is not None:
         if changes.get("bits", bits) != bits:
             raise ConfigError(

@@ -151,6 +151,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
             f"{plan.blocks} blocks",
             "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
+            "inputs": plan.inputs or "as they come",
             "calibration": _calibration(plan),
             **_text(plan),
             "peak RAM": bytes_text(plan.peak_ram_bytes),

@@ -113,10 +113,12 @@ def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
     if grids.format_name == "pocketlm":
         transposed = list(grids.specs) if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), transposed
+            grids.specs, list(grids.kept), transposed, grids.activations
         )
     else:
-        config["quantization_config"] = section.config_section(grids.specs, list(grids.kept))
+        config["quantization_config"] = section.config_section(
+            grids.specs, list(grids.kept), grids.activations
+        )
     if job.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(job.dtype).removeprefix("torch.")

@@ -60,6 +60,8 @@ def stage_seconds(
             seconds += weights * block_step.flops_per_weight(samples, tokens // samples) / rate
         elif step.kind == "fold":
             seconds += forward
+    if job.calibrates_inputs:
+        seconds += forward
     if job.needs_original:
         seconds += forward
     return dict(zip(STAGES, (0.0, seconds, 0.0), strict=True)), forward

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pocketlm.core.errors import ConfigError, nearest
-from pocketlm.core.spec import QuantSpec, Recipe, matches
-from pocketlm.formats.capabilities import capability, check_layer, check_model
+from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
+from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
 
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
@@ -24,12 +24,14 @@ class Grids:
         kept: Module path → why it keeps its precision.
         notes: Module path → what was changed about its groups.
         format_name: The format that can hold all of it.
+        activations: How the inputs of every compressed linear are rounded; None: not at all.
     """
 
     specs: Mapping[str, QuantSpec]
     kept: Mapping[str, str]
     notes: Mapping[str, str]
     format_name: str
+    activations: ActivationSpec | None = None
 
 
 def choose_grids(
@@ -77,17 +79,21 @@ def choose_grids(
                     f"groups of {asked.group_size} do not divide {shape[1]} columns: "
                     f"the group is {becomes}."
                 )
-            check_layer(format_name, fitted, shape, target, name)
+            check_layer(format_name, fitted, shape, target, name, recipe.activations)
             specs[name] = fitted
     if not specs:
         raise ConfigError(
             "nothing is left to compress.", where="--ignore", remedy="Ignore fewer layers."
         )
-    check_model(specs, kept, target)
+    check_model(specs, kept, target, recipe.activations)
+    if recipe.activations is not None and capability(target).expert_inputs is None:
+        text = f"{target} loads experts, but does not round their inputs; they were made for it."
+        for name in filter(is_expert, specs):
+            notes[name] = f"{notes[name]} {text}" if name in notes else text
     for name in mixed_in_bfloat16(specs) if target == "transformers" else ():
         said = f"transformers decodes {specs[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return Grids(specs, kept, notes, format_name)
+    return Grids(specs, kept, notes, format_name, recipe.activations)
 
 
 def _all_held(recipe: Recipe) -> bool:
@@ -120,6 +126,17 @@ def grid_text(spec: QuantSpec) -> str:
         return f"{spec.bits} bits, {kind}, {tiles}"
     twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
     return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
+
+
+def inputs_text(spec: ActivationSpec) -> str:
+    """A rounding of inputs in words, such as ``inputs in 8 bits, one scale a token``."""
+    kind = "FP8" if spec.type == "float" else f"{spec.bits} bits"
+    shared = {
+        "token": "one scale a token",
+        "group": f"one scale for {spec.group_size} columns of a token",
+        "tensor": "one scale from calibration",
+    }[spec.granularity]
+    return f"inputs in {kind}, {'' if spec.symmetric else 'asymmetric, '}{shared}"
 
 
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pocketlm.calibration.record import CalibrationAccount
 from pocketlm.core.errors import ArtifactError
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.engine.health import InputHealth
 
 
@@ -21,6 +21,7 @@ class Entry(BaseModel):
         shape: As in the source.
         bits: Stored bits, scales and zero points counted.
         spec: The grid, where quantized.
+        activations: How the linear's inputs are rounded; None: not at all.
         error: Relative squared error of the linear's output, |(W - Q)X|² / |WX|², measured on the
             calibration inputs; of the weight itself where there are none.
         inputs: What calibration data reached the linear, where quantized with data.
@@ -35,6 +36,7 @@ class Entry(BaseModel):
     shape: tuple[int, ...]
     bits: int
     spec: QuantSpec | None = None
+    activations: ActivationSpec | None = None
     error: float | None = None
     inputs: InputHealth | None = None
     notes: list[str] = Field(default_factory=list)

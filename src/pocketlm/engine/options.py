@@ -46,8 +46,15 @@ class Job:
 
     @property
     def needs_data(self) -> bool:
-        """Whether a step needs calibration data."""
-        return self.needs_original or any(step.needs for step in self.steps)
+        """Whether a step, or a static rounding of inputs, needs calibration data."""
+        stats = any(step.needs for step in self.steps)
+        return stats or self.needs_original or self.calibrates_inputs
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether inputs are rounded with static scales, which are found on calibration data."""
+        activations = self.recipe.activations
+        return activations is not None and not activations.dynamic
 
     @property
     def needs_original(self) -> bool:

@@ -45,6 +45,7 @@ class Plan(BaseModel):
         device: Where blocks compute.
         blocks: Decoder blocks.
         linears: Linears that are compressed.
+        inputs: How their inputs are rounded, such as ``int8-token``; None: not at all.
         grids: Grid in words → how many of them have it.
         source_bytes: Of the source's tensors.
         output_bytes: Of the artifact's tensors.
@@ -73,6 +74,7 @@ class Plan(BaseModel):
     device: str
     blocks: int
     linears: int
+    inputs: str | None = None
     grids: dict[str, int]
     source_bytes: int
     output_bytes: int
@@ -123,6 +125,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         device=str(model.device),
         blocks=len(model.block_paths),
         linears=len(shapes),
+        inputs=None if grids.activations is None else grids.activations.name,
         grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
@@ -208,7 +211,9 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         module = name.removesuffix(".weight")
         if module in grids.specs and module in shapes:
             scale = scale_dtype_for(info.dtype)
-            stored = section.stored_bytes(grids.specs[module], shapes[module], scale)
+            stored = section.stored_bytes(
+                grids.specs[module], shapes[module], scale, grids.activations
+            )
             totals["blocks"] += stored
             totals["output"] += stored
         elif dtype is not None and info.dtype.is_floating_point:
@@ -219,7 +224,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
 
 
 def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
-    return grids.specs[name].stored_bits(shape)
+    inputs = 0 if grids.activations is None else grids.activations.stored_bits
+    return grids.specs[name].stored_bits(shape) + inputs
 
 
 def _working_bytes(

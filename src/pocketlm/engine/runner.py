@@ -31,6 +31,7 @@ from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
 from pocketlm.engine.progress import Progress
 from pocketlm.formats import format_for
+from pocketlm.formats.inputs import decode as decode_inputs
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Runner:
         self._progress.step((1 + done) / (1 + first), text, block=index, done=done, total=first)
 
     def _take_over(self, index: int, block: BlockView) -> None:
-        """Gives a block the weights that were written of it."""
+        """Gives a block the weights and the rounding of inputs that were written of it."""
         tensors, entries = self._journal.read_block(index)
         for name, entry in entries.items():
             if entry.action == "folded":
@@ -178,6 +179,8 @@ class Runner:
             if name in self._grids.specs:
                 packed = self._format.decode(tensors, name, self._grids.specs[name])
                 view.set_weight_OI(packed.dequantize().to(self._model.device))
+                quantizer = decode_inputs(tensors, name, self._grids.activations)
+                view.set_input_quantizer(quantizer)
 
     # --- blocks ---
 
@@ -193,6 +196,7 @@ class Runner:
                 self._grids.specs,
                 self._block_batches(block),
                 self._model.device,
+                activations=self._grids.activations,
                 kept_dtype=self._job.dtype,
                 seed=self._job.seed,
                 report=self._inside(index, first, total),
@@ -200,7 +204,7 @@ class Runner:
             tensors: dict[str, Tensor] = dict(compressed.folded)
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
             for result in compressed.linears:
-                encoded = self._format.encode(result.view.tensor_name, result.packed)
+                encoded = self._format.encode(result.view.tensor_name, result.packed, result.inputs)
                 tensors.update(encoded)
                 entries[result.view.tensor_name] = self._account(result, list(encoded))
         self._journal.write_block(index, tensors, entries)
@@ -264,12 +268,16 @@ class Runner:
                 "its output error is not finite.", where=name, remedy="Add it to --ignore."
             )
         notes = list(self._notes(result))
+        inputs = self._grids.activations
         return Entry(
             action="quantized",
             reason=" → ".join(step.method for step in self._job.recipe.steps),
             shape=self._model.source.infos()[result.view.tensor_name].shape,
-            bits=result.packed.stored_bits,
+            bits=result.packed.stored_bits + inputs.stored_bits
+            if inputs
+            else result.packed.stored_bits,
             spec=result.spec,
+            activations=inputs,
             error=round(result.error, 9),
             inputs=result.inputs,
             notes=notes,

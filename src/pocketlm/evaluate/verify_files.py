@@ -220,6 +220,7 @@ def check_compressed(artifact: Artifact) -> str:
             words_OW = artifact.read(f"{module.name}.weight_packed")
             if not padding_is_zero(words_OW, packed.bits, packed.shape[1]):
                 raise ArtifactError("the padding of a packed row is not zero.", where=module.name)
+        index.quantizer(module.name, artifact.read)  # refuses a static scale that is unusable
         _check_shape(artifact, module, packed.shape)
     return f"{len(index.modules)} linears decode."
 
@@ -251,6 +252,11 @@ def check_accounts(artifact: Artifact) -> str:
             raise ArtifactError(f"is '{entry.action}' in the ledger only.", where=name)
         if module is not None and entry.spec != module.spec:
             raise ArtifactError(f"is {module.spec!r}, in the ledger {entry.spec!r}.", where=name)
+        if module is not None and entry.activations != module.activations:
+            raise ArtifactError(
+                f"rounds inputs as {module.activations!r}, in the ledger {entry.activations!r}.",
+                where=name,
+            )
         if entry.action == "dropped" and entry.outputs:
             raise ArtifactError("was dropped, yet has outputs.", where=name)
         same = entry.action in ("kept", "folded")
@@ -294,7 +300,8 @@ def check_bits(artifact: Artifact) -> str:
 def _stored_bits(artifact: Artifact, module: CompressedModule, shape: tuple[int, ...]) -> int:
     scale = artifact.tensors[f"{module.name}.weight_scale"][1]
     columns, rows = shape if module.transposed else shape[::-1]
-    return module.spec.stored_bits((rows, columns), 8 * element_bytes(scale.dtype))
+    inputs = 0 if module.activations is None else module.activations.stored_bits
+    return module.spec.stored_bits((rows, columns), 8 * element_bytes(scale.dtype)) + inputs
 
 
 def check_tied(artifact: Artifact) -> str:

@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.views import ModelView
 from pocketlm.engine.machine import available_ram_bytes
 from pocketlm.evaluate.verify_files import Artifact, NotChecked
 from pocketlm.formats import compressed_tensors
+from pocketlm.formats.capabilities import is_expert
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models import open_model
+from pocketlm.models.adapter import Model
 
 TOKENS = 16  # of the sequence
 KL_LIMIT = 1e-4  # nats, where bits cannot agree
@@ -41,18 +44,19 @@ def check_logits(artifact: Artifact) -> str:
         _require_library()
     _require_memory(artifact)
     view = open_model(artifact.path, allow_compressed=True)
+    unlike = _as_library(view) if index.format == compressed_tensors.NAME else ""
     tokens = [(3 + 7919 * i) % view.vocabulary for i in range(TOKENS)]
     ours_TV = view_logits(view, tokens)
     theirs_TV = _logits_elsewhere(artifact.path, tokens, ours_TV.shape)
     if torch.equal(ours_TV, theirs_TV):
         digest = hashlib.sha256(ours_TV.contiguous().numpy().tobytes()).hexdigest()
-        return f"bit-equal to transformers, float32, {TOKENS} tokens, sha256 {digest}."
+        return f"bit-equal to transformers{unlike}, float32, {TOKENS} tokens, sha256 {digest}."
     largest = float((ours_TV - theirs_TV).abs().max())
     kl = float(_divergence(ours_TV, theirs_TV))
     rounded = _rounded_by_transformers(artifact, index)
     if rounded and index.format == compressed_tensors.NAME and kl < KL_LIMIT:
         return (
-            f"KL to transformers {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
+            f"KL to transformers{unlike} {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
             f"transformers rounds {rounded}."
         )
     raise ArtifactError(
@@ -60,6 +64,25 @@ def check_logits(artifact: Artifact) -> str:
         remedy="Check that no other release of transformers or compressed-tensors is installed "
         "than the model card asks for.",
     )
+
+
+class _OneScale(InputQuantizer):
+    """What compressed-tensors 0.20 does per token: one scale for all tokens of a matrix [T, I]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x̂ of [B, T, I] per token, of [T, I] as a whole."""
+        return super().__call__(x) if x.dim() > 2 else super().__call__(x.view(1, -1)).view(x.shape)
+
+
+def _as_library(view: Model) -> str:
+    """Makes a view round inputs where and as transformers does; says what it leaves out."""
+    rounded = {name: q for name, q in view.quantizers.items() if not is_expert(name)}
+    unlike = len(rounded) < len(view.quantizers)
+    view.quantizers = {
+        name: _OneScale(q.spec) if q.spec.granularity == "token" else q
+        for name, q in rounded.items()
+    }
+    return " (the inputs of experts unrounded, as it runs them)" if unlike else ""
 
 
 def _rounded_by_transformers(artifact: Artifact, index: CompressedIndex) -> str | None:

@@ -6,6 +6,7 @@ that nobody has looked. The checks refuse what is known not to work, before any 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections import defaultdict
@@ -14,7 +15,7 @@ from functools import cache
 from importlib.resources import files
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
-from pocketlm.core.spec import QuantSpec, Strict
+from pocketlm.core.spec import ActivationSpec, QuantSpec, Strict
 
 # Linears that vLLM runs as one: they need one grid. By the last part of the module path.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -39,6 +40,11 @@ class Capability(Strict):
         fused_share_one_grid: Whether q, k, v and gate, up need one grid.
         asymmetric_needs_one_grid: Whether a model with zero points may have only one grid.
         asymmetric_experts: Whether zero points of experts are used.
+        inputs: How linears' inputs may be rounded, as `ActivationSpec.name` spells it → number
+            formats of weights beside which that is run: `QuantSpec.name`, of integers with
+            ``_CHANNEL`` (a scale for each row) or ``_GROUP``; patterns.
+        expert_inputs: Which of these roundings are run for experts; None: experts are loaded, but
+            their inputs are not rounded.
         negative_scales: Whether scales below zero compute correctly; None: not known.
         minimum_versions: Package → oldest release.
         minimum_versions_3_5_6_7_bits: The same where a grid has 3, 5, 6 or 7 bits.
@@ -58,6 +64,8 @@ class Capability(Strict):
     fused_share_one_grid: bool
     asymmetric_needs_one_grid: bool
     asymmetric_experts: bool
+    inputs: dict[str, tuple[str, ...]]
+    expert_inputs: tuple[str, ...] | None
     negative_scales: bool | None
     minimum_versions: dict[str, str]
     minimum_versions_3_5_6_7_bits: dict[str, str]
@@ -90,6 +98,11 @@ def capability(target: str) -> Capability:
     return known[target]
 
 
+def is_expert(module: str) -> bool:
+    """Whether a module path is that of a linear of an expert."""
+    return _EXPERT.match(module) is not None
+
+
 def unit_of(module: str, target: str) -> str:
     """The name of what a linear shares its grid with: linears of one unit must have one grid.
 
@@ -115,9 +128,14 @@ def unit_of(module: str, target: str) -> str:
 
 
 def check_layer(
-    format_name: str, spec: QuantSpec, shape: tuple[int, int], target: str, where: str | None = None
+    format_name: str,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    target: str,
+    where: str | None = None,
+    activations: ActivationSpec | None = None,
 ) -> None:
-    """Refuses a number format that the target cannot load or run.
+    """Refuses a number format, or a rounding of inputs, that the target cannot load or run.
 
     Args:
         format_name: Name of the format it would be written in.
@@ -125,6 +143,7 @@ def check_layer(
         shape: (O, I) of the weight.
         target: Name of the engine.
         where: Module path for the message.
+        activations: How the linear's inputs are rounded; None: not at all.
 
     Raises:
         UnsupportedLayer: With what to choose instead.
@@ -144,6 +163,9 @@ def check_layer(
             f"groups of {spec.group_size} do not divide {columns} columns.",
             "Put the layer into ignore." if fitted == spec else f"The grid {fitted!r} does.",
         )
+    if activations is not None:
+        _check_inputs(known, spec, shape, target, where, activations)
+        return
     if spec.type != "int":
         if spec.name not in known.floats:
             listed = ", ".join(known.floats) or "integers"
@@ -178,6 +200,49 @@ def check_layer(
         )
 
 
+def _check_inputs(
+    known: Capability,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    target: str,
+    where: str | None,
+    activations: ActivationSpec,
+) -> None:
+    """Refuses a rounding of inputs beside these weights; 16-bit inputs have other kernels."""
+    weights = spec.name
+    if spec.type == "int":
+        weights += "_CHANNEL" if spec.group_size is None else "_GROUP"
+    patterns = known.inputs.get(activations.name)
+    if patterns is None:
+        listed = ", ".join(known.inputs) or "unrounded inputs only"
+        raise UnsupportedLayer(
+            f"{target} does not round inputs as {activations.name}.",
+            where=where,
+            remedy=f"It runs {listed}.",
+        )
+    if not any(fnmatch.fnmatchcase(weights, pattern) for pattern in patterns):
+        raise UnsupportedLayer(
+            f"{target} has no kernel for {weights} weights beside {activations.name} inputs.",
+            where=where,
+            remedy=f"Choose of {', '.join(patterns)} for the weights.",
+        )
+    if not spec.symmetric:
+        raise UnsupportedLayer(
+            "has zero points, which no engine runs beside rounded inputs.",
+            where=where,
+            remedy="Make the grid symmetric.",
+        )
+    group = activations.group_size
+    if group is not None and shape[1] % group:
+        raise UnsupportedLayer(
+            f"inputs in groups of {group} do not divide {shape[1]} columns.",
+            where=where,
+            remedy="Round them per token (FP8_DYNAMIC, W8A8), or put the layer into ignore.",
+        )
+    if known.whole_blocks and spec.name == "FP8_BLOCK":
+        _demand_whole_blocks(spec, shape, target, where)
+
+
 def _demand_whole_blocks(
     spec: QuantSpec, shape: tuple[int, int], target: str, where: str | None
 ) -> None:
@@ -193,13 +258,19 @@ def _demand_whole_blocks(
         )
 
 
-def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: str) -> None:
+def check_model(
+    specs: Mapping[str, QuantSpec],
+    ignored: Iterable[str],
+    target: str,
+    activations: ActivationSpec | None = None,
+) -> None:
     """Refuses combinations of grids that the target cannot load, though each layer alone is fine.
 
     Args:
         specs: Module path → grid, of every compressed linear.
         ignored: Module paths of the linears that are kept.
         target: Name of the engine.
+        activations: How the inputs of all compressed linears are rounded; None: not at all.
 
     Raises:
         UnsupportedLayer: Fused linears with different grids, or experts that differ.
@@ -229,8 +300,15 @@ def check_model(specs: Mapping[str, QuantSpec], ignored: Iterable[str], target: 
             experts[found[1]].append(module)
     for members in experts.values():
         _demand_one_grid(members, grids, f"{target} stacks the experts of a layer")
-        spec = grids[members[0]]
-        if spec is not None and spec.type != "int" and spec.name not in known.expert_floats:
+        spec, rounded = grids[members[0]], activations is not None
+        if rounded and known.expert_inputs is not None and spec is not None:
+            if activations.name not in known.expert_inputs:
+                raise UnsupportedLayer(
+                    f"{target} does not round inputs of experts as {activations.name}.",
+                    where=members[0],
+                    remedy="Put the experts into ignore, or choose another scheme.",
+                )
+        elif spec is not None and spec.type != "int" and spec.name not in known.expert_floats:
             raise UnsupportedLayer(
                 f"{target} does not run {spec.name} for experts.",
                 where=members[0],

@@ -6,14 +6,14 @@ quantized (none, unless the caller says so) and how the weights are stored.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.formats.inputs import input_args
 
 NAME = "compressed-tensors"
 STORAGES = {
@@ -28,18 +28,15 @@ _SCALE_DTYPES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 # Decoded to bfloat16 by the library, whatever dtype the model is loaded in.
 DECODED_IN_BFLOAT16 = ("MXFP4", "MXFP8", "NVFP4")
 
-Activations = Mapping[str, Any]
-Group = tuple[QuantSpec, str]  # a number format, and the JSON of its input activations
-
 
 def storage(
-    spec: QuantSpec, activations: Activations | None = None, where: str | None = None
+    spec: QuantSpec, activations: ActivationSpec | None = None, where: str | None = None
 ) -> str:
     """The library's name for how a weight is stored.
 
     Args:
         spec: The weight's number format.
-        activations: The ``input_activations`` of its config group, if they are quantized.
+        activations: How the linear's inputs are rounded; None: not at all.
         where: Module path for the message.
 
     Raises:
@@ -64,7 +61,7 @@ def holds(spec: QuantSpec) -> bool:
 def config_section(
     specs: Mapping[str, QuantSpec],
     ignored: Sequence[str],
-    activations: Mapping[str, Activations] | None = None,
+    activations: ActivationSpec | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -75,7 +72,7 @@ def config_section(
     Args:
         specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept; ``lm_head`` is added where it is kept.
-        activations: Module path → the ``input_activations`` of its group, where they are quantized.
+        activations: How the inputs of all compressed linears are rounded; None: not at all.
 
     Returns:
         Plain JSON, deterministic.
@@ -91,20 +88,14 @@ def config_section(
     ignore = list(dict.fromkeys(ignored))
     if "lm_head" not in specs and "lm_head" not in ignore:
         ignore.append("lm_head")  # a tied head is no tensor of the file, yet a Linear of the model
-    inputs = activations or {}
-    members: dict[str, Group] = {
-        module: (spec, json.dumps(inputs.get(module), sort_keys=True))
-        for module, spec in specs.items()
-    }
     groups: dict[str, Any] = {}
-    for index, ((spec, text), targets) in enumerate(_targets(members)):
-        quantized_inputs = json.loads(text)
+    for index, (spec, targets) in enumerate(_targets(specs)):
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": weight_args(spec),
-            "input_activations": quantized_inputs,
+            "input_activations": None if activations is None else input_args(activations),
             "output_activations": None,
-            "format": storage(spec, quantized_inputs),
+            "format": storage(spec, activations),
         }
     storages = list(dict.fromkeys(group["format"] for group in groups.values()))
     section = {
@@ -172,19 +163,19 @@ def weight_args(spec: QuantSpec) -> dict[str, Any]:
     return args
 
 
-def _targets(members: Mapping[str, Group]) -> list[tuple[Group, list[str]]]:
-    """Distinct groups, in order of appearance, with what selects their modules."""
-    distinct = list(dict.fromkeys(members.values()))
+def _targets(specs: Mapping[str, QuantSpec]) -> list[tuple[QuantSpec, list[str]]]:
+    """Distinct formats, in order of appearance, with what selects their modules."""
+    distinct = list(dict.fromkeys(specs.values()))
     if len(distinct) == 1:
         return [(distinct[0], ["Linear"])]
-    owners: dict[str, set[Group]] = defaultdict(set)
-    for module, group in members.items():
-        owners[_pattern(module)].add(group)
-    chosen: dict[Group, dict[str, None]] = {group: {} for group in distinct}
-    for module, group in members.items():
+    owners: dict[str, set[QuantSpec]] = defaultdict(set)
+    for module, spec in specs.items():
+        owners[_pattern(module)].add(spec)
+    chosen: dict[QuantSpec, dict[str, None]] = {spec: {} for spec in distinct}
+    for module, spec in specs.items():
         pattern = _pattern(module)
-        chosen[group][pattern if len(owners[pattern]) == 1 else module] = None
-    return [(group, list(targets)) for group, targets in chosen.items()]
+        chosen[spec][pattern if len(owners[pattern]) == 1 else module] = None
+    return [(spec, list(targets)) for spec, targets in chosen.items()]
 
 
 def _pattern(module: str) -> str:

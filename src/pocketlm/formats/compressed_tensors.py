@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, UnsupportedLayer
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed
+from pocketlm.formats import inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_config import NAME, config_section, storage, weight_args
 from pocketlm.formats.layouts import Layout, float_packed, pack_quantized, plain_quantized
@@ -69,29 +70,29 @@ def module_of(tensor_name: str) -> str:
 
 
 def names(
-    tensor_name: str, spec: QuantSpec, activations: Mapping[str, Any] | None = None
+    tensor_name: str, spec: QuantSpec, activations: ActivationSpec | None = None
 ) -> tuple[str, ...]:
     """The tensors that take the place of a weight, in the order in which they are written.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
         spec: Its number format.
-        activations: The ``input_activations`` of its config group, if they are quantized.
+        activations: How the linear's inputs are rounded; None: not at all.
     """
     module = module_of(tensor_name)
-    roles = LAYOUTS[storage(spec, activations)].roles(spec)
+    roles = (*LAYOUTS[storage(spec, activations)].roles(spec), *inputs.roles(activations))
     return tuple(f"{module}.{role}" for role in roles)
 
 
 def encode(
-    tensor_name: str, packed: Packed, activations: Mapping[str, Any] | None = None
+    tensor_name: str, packed: Packed, quantizer: InputQuantizer | None = None
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight, by name.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
         packed: Codes and scales of [O, I].
-        activations: As in `names`.
+        quantizer: What the linear's inputs are rounded with; None: nothing.
 
     Returns:
         The tensors that `names` lists, contiguous, on the device of the codes.
@@ -102,7 +103,8 @@ def encode(
     module = module_of(tensor_name)
     if not packed.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
-    return LAYOUTS[storage(packed.spec, activations)].encode(module, packed)
+    layout = LAYOUTS[storage(packed.spec, None if quantizer is None else quantizer.spec)]
+    return {**layout.encode(module, packed), **inputs.encode(module, quantizer)}
 
 
 def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec | None = None) -> Packed:
@@ -129,7 +131,7 @@ def stored_bytes(
     spec: QuantSpec,
     shape: tuple[int, int],
     scale_dtype: torch.dtype,
-    activations: Mapping[str, Any] | None = None,
+    activations: ActivationSpec | None = None,
 ) -> int:
     """Bytes on disk of one weight, everything counted.
 
@@ -139,7 +141,8 @@ def stored_bytes(
         scale_dtype: The dtype in which plain scales are stored.
         activations: As in `names`.
     """
-    return parts_bytes(LAYOUTS[storage(spec, activations)], spec, shape, scale_dtype)
+    stored = parts_bytes(LAYOUTS[storage(spec, activations)], spec, shape, scale_dtype)
+    return stored + (0 if activations is None else activations.stored_bits // 8)
 
 
 def parts_bytes(

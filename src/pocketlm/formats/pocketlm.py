@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed
+from pocketlm.formats import inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_tensors import check_shape, module_of, parts_bytes
 from pocketlm.formats.layouts import Layout, Parts, float_packed, pack_quantized
@@ -37,28 +39,29 @@ def parts(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> 
 
 
 def names(
-    tensor_name: str, spec: QuantSpec, activations: Mapping[str, Any] | None = None
+    tensor_name: str, spec: QuantSpec, activations: ActivationSpec | None = None
 ) -> tuple[str, ...]:
     """The tensors that take the place of a weight, in the order in which they are written.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
         spec: Its number format.
-        activations: Not looked at: storage does not depend on them here.
+        activations: How the linear's inputs are rounded; None: not at all.
     """
     module = module_of(tensor_name)
-    return tuple(f"{module}.{role}" for role in layout_of(spec).roles(spec))
+    roles = (*layout_of(spec).roles(spec), *inputs.roles(activations))
+    return tuple(f"{module}.{role}" for role in roles)
 
 
 def encode(
-    tensor_name: str, packed: Packed, activations: Mapping[str, Any] | None = None
+    tensor_name: str, packed: Packed, quantizer: InputQuantizer | None = None
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight, by name.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
         packed: Codes and scales of [O, I].
-        activations: As in `names`.
+        quantizer: What the linear's inputs are rounded with; None: nothing.
 
     Raises:
         ArtifactError: If a code or zero point does not fit, or a scale is not finite.
@@ -66,7 +69,8 @@ def encode(
     module = module_of(tensor_name)
     if not packed.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
-    return layout_of(packed.spec).encode(module, packed)
+    stored = layout_of(packed.spec).encode(module, packed)
+    return {**stored, **inputs.encode(module, quantizer)}
 
 
 def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
@@ -87,7 +91,7 @@ def stored_bytes(
     spec: QuantSpec,
     shape: tuple[int, int],
     scale_dtype: torch.dtype,
-    activations: Mapping[str, Any] | None = None,
+    activations: ActivationSpec | None = None,
 ) -> int:
     """Bytes on disk of one weight, everything counted.
 
@@ -97,7 +101,8 @@ def stored_bytes(
         scale_dtype: The dtype in which plain scales are stored.
         activations: As in `names`.
     """
-    return parts_bytes(layout_of(spec), spec, shape, scale_dtype)
+    stored = parts_bytes(layout_of(spec), spec, shape, scale_dtype)
+    return stored + (0 if activations is None else activations.stored_bits // 8)
 
 
 def check(
@@ -120,7 +125,10 @@ def check(
 
 
 def config_section(
-    specs: Mapping[str, QuantSpec], ignored: Sequence[str], transposed: Sequence[str] = ()
+    specs: Mapping[str, QuantSpec],
+    ignored: Sequence[str],
+    transposed: Sequence[str] = (),
+    activations: ActivationSpec | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
@@ -128,6 +136,7 @@ def config_section(
         specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
+        activations: How the inputs of all compressed linears are rounded; None: not at all.
 
     Returns:
         Plain JSON, deterministic.
@@ -143,7 +152,7 @@ def config_section(
     groups: dict[QuantSpec, list[str]] = {}
     for module, spec in specs.items():
         groups.setdefault(spec, []).append(module)
-    return {
+    section: dict[str, Any] = {
         "quant_method": NAME,
         "format_version": FORMAT_VERSION,
         "groups": [
@@ -152,3 +161,6 @@ def config_section(
         "transposed": list(transposed),
         "ignore": list(ignored),
     }
+    if activations is not None:
+        section["activations"] = activations.model_dump()
+    return section

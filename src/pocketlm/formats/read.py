@@ -15,12 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, UnsupportedModel
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed
-from pocketlm.formats import compressed_tensors, pocketlm
+from pocketlm.formats import compressed_tensors, inputs, pocketlm
 from pocketlm.formats.compressed_config import spec_of
 from pocketlm.formats.layouts import ROLES, Layout
+
+Scheme = tuple[QuantSpec, Layout, ActivationSpec | None]
+"""A weight's number format, how it is stored, and how the inputs are rounded."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class CompressedModule:
         name: Module path, as the checkpoint spells it.
         spec: Its number format.
         layout: How it is stored.
+        activations: How its inputs are rounded; None: not at all.
         tensors: The stored tensors it consists of.
         transposed: The model's own weight is [I, O]; what is stored and decoded is [O, I].
     """
@@ -40,6 +45,7 @@ class CompressedModule:
     layout: Layout
     tensors: tuple[str, ...]
     transposed: bool = False
+    activations: ActivationSpec | None = None
 
     @property
     def tensor_name(self) -> str:
@@ -110,6 +116,21 @@ class CompressedIndex:
         tensors = {name: read(name) for name in known.tensors}
         return known.layout.decode(tensors, module, known.spec)
 
+    def quantizer(self, module: str, read: Callable[[str], Tensor]) -> InputQuantizer | None:
+        """What the inputs of one linear are rounded with; None: nothing.
+
+        Args:
+            module: Module path, a key of `modules`.
+            read: Gives a stored tensor by name.
+
+        Raises:
+            ArtifactError: If a static scale is unusable.
+        """
+        known = self.modules[module]
+        roles = inputs.roles(known.activations)
+        tensors = {f"{module}.{role}": read(f"{module}.{role}") for role in roles}
+        return inputs.decode(tensors, module, known.activations)
+
     def shape(
         self,
         module: str,
@@ -139,7 +160,7 @@ def _from_compressed_tensors(
         if section.get(key) and section[key] != {"format": "dense"}:
             raise _unread(f"'{key}' is set")
     groups = [
-        (tuple(group["targets"]), *_grid(group, section))
+        (tuple(group["targets"]), _grid(group, section))
         for group in section.get("config_groups", {}).values()
     ]
     modules = {}
@@ -162,61 +183,72 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
         raise _unread(f"format_version is {section.get('format_version')}")
     transposed = set(section["transposed"])
     modules = {}
+    words = section.get("activations")
+    rounding = None if words is None else ActivationSpec.parse(words, where="quantization_config")
     for group in section["groups"]:
         spec = QuantSpec.parse(group["weights"], where="quantization_config")
         layout = pocketlm.layout_of(spec)
         for module in group["modules"]:
-            modules[module] = _module(module, spec, layout, names, module in transposed)
+            modules[module] = _module(module, spec, layout, rounding, names, module in transposed)
     return modules
 
 
 def _module(
-    module: str, spec: QuantSpec, layout: Layout, names: set[str], transposed: bool = False
+    module: str,
+    spec: QuantSpec,
+    layout: Layout,
+    activations: ActivationSpec | None,
+    names: set[str],
+    transposed: bool = False,
 ) -> CompressedModule:
-    tensors = tuple(f"{module}.{role}" for role in layout.roles(spec))
+    roles = (*layout.roles(spec), *inputs.roles(activations))
+    tensors = tuple(f"{module}.{role}" for role in roles)
     missing = [name for name in tensors if name not in names]
     if missing:
         raise ArtifactError(f"the tensor '{missing[0]}' is missing.", where=module)
-    extra = [f"{module}.{role}" for role in ROLES if f"{module}.{role}" in names]
+    known = (*ROLES, *inputs.ROLES)
+    extra = [f"{module}.{role}" for role in known if f"{module}.{role}" in names]
     surplus = sorted(set(extra) - set(tensors))
     if surplus:
         raise ArtifactError(
             f"the tensor '{surplus[0]}' does not belong to its grid ({spec!r}).", where=module
         )
-    return CompressedModule(module, spec, layout, tensors, transposed)
+    return CompressedModule(module, spec, layout, tensors, transposed, activations)
 
 
-def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[QuantSpec, Layout]:
-    """The number format of a config group, in our words, and how it is stored."""
+def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> Scheme:
+    """What a config group says, in our words."""
     form = group.get("format") or section.get("format")
     if form not in compressed_tensors.LAYOUTS:
         raise _unread(f"the format is '{form}'")
     weights = group.get("weights")
-    if weights is None or group.get("input_activations") or group.get("output_activations"):
-        raise _unread("activations are quantized too")
+    if weights is None or group.get("output_activations"):
+        raise _unread("outputs are quantized too" if weights else "weights are not quantized")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise _unread("activation order is by group")
     spec = spec_of(weights, form)
     if spec is None:
         kind, strategy = weights.get("type", "int"), weights.get("strategy")
         raise _unread(f"weights are '{kind}' per '{strategy}' in '{form}'")
-    return spec, compressed_tensors.LAYOUTS[form]
+    words = group.get("input_activations")
+    activations = inputs.spec_of(words) if words else None
+    if words and activations is None:
+        raise _unread(f"inputs are '{words.get('type')}' per '{words.get('strategy')}'")
+    return spec, compressed_tensors.LAYOUTS[form], activations
 
 
-def _grid_of(
-    module: str, groups: list[tuple[tuple[str, ...], QuantSpec, Layout]]
-) -> tuple[QuantSpec, Layout]:
+def _grid_of(module: str, groups: list[tuple[tuple[str, ...], Scheme]]) -> Scheme:
     """What a module's group says: an exact target rules before a pattern, that before a class."""
-    targeted = [(target, spec, layout) for targets, spec, layout in groups for target in targets]
-    for target, spec, layout in targeted:
+    targeted = [(target, scheme) for targets, scheme in groups for target in targets]
+    for target, scheme in targeted:
         if target == module:
-            return spec, layout
-    for target, spec, layout in targeted:
+            return scheme
+    for target, scheme in targeted:
         if target.startswith("re:") and re.match(target[3:], module):
-            return spec, layout
-    for target, spec, layout in targeted:
+            return scheme
+    for target, scheme in targeted:
         if not target.startswith("re:") and "." not in target:  # a class, such as Linear
-            return spec, layout
+            return scheme
     raise ArtifactError("is packed, but no config group targets it.", where=module)
 
 
@@ -224,5 +256,5 @@ def _unread(what: str, where: str = "quantization_config") -> UnsupportedModel:
     return UnsupportedModel(
         f"{what}, which is not read here.",
         where=where,
-        remedy="Weights alone are read, in the storages that `compress` writes.",
+        remedy="Weights and inputs are read in the storages and schemes that `compress` writes.",
     )

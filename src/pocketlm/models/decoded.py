@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import SourceError
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
@@ -95,6 +96,11 @@ class DecodedSource:
         view, step = byte_view(self.read(name)), max(8, bytes_at_once // 8 * 8)
         for start in range(0, len(view), step):
             yield view[start : start + step]
+
+    def quantizers(self) -> Mapping[str, InputQuantizer]:
+        """Module path → what its inputs are rounded with; empty where nothing rounds them."""
+        found = {m: self._index.quantizer(m, self._stored.read) for m in self._index.modules}
+        return {module: quantizer for module, quantizer in found.items() if quantizer is not None}
 
     def fingerprint(self) -> str:
         """That of the stored tensors."""

@@ -6,13 +6,14 @@ import copy
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError, SourceError
 from pocketlm.core.views import TensorSource
 from pocketlm.models.adapter import Model, most_common_dtype
@@ -42,6 +43,7 @@ class Parts:
     side_files: Callable[[], Mapping[str, bytes]]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     where: str
+    quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
 
 
 def open_model(
@@ -96,6 +98,7 @@ def open_model(
         compute_dtype=compute_dtype,
         side_files=parts.side_files,
         load_tokenizer=parts.load_tokenizer,
+        quantizers=parts.quantizers,
     )
 
 
@@ -172,6 +175,7 @@ def _from_directory(
         side_files=lambda: side_files(directory),
         load_tokenizer=lambda: load_tokenizer(directory, trust_remote_code=trust_remote_code),
         where=str(directory),
+        quantizers={} if compressed is None else compressed.quantizers(),
     )
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
 from pocketlm.core.tensors import Packed
 from pocketlm.core.views import TensorSource
@@ -36,7 +37,7 @@ from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
-MakeLinear = Callable[[Packed, Tensor | None], nn.Module]
+MakeLinear = Callable[[Packed, Tensor | None, InputQuantizer | None], nn.Module]
 
 
 def runtime_model(
@@ -51,7 +52,8 @@ def runtime_model(
 
     Args:
         path: A directory or a `.gguf` file.
-        make_linear: Makes the module for codes [O, I] and a bias [O] or None, both on the CPU.
+        make_linear: Makes the module for codes [O, I], a bias [O] or None, and what rounds the
+            inputs or None; all on the CPU.
         device: Where the model lies.
         dtype: What it computes in.
         trust_remote_code: Whether code from the checkpoint may run.
@@ -113,7 +115,8 @@ def _packed_model(
                 where=parameter,
             )
         packed = index.decode(module, stored.read)
-        _replace(skeleton.model, path, packed, _bias(path, stored, names), make_linear)
+        bias, quantizer = _bias(path, stored, names), index.quantizer(module, stored.read)
+        _replace(skeleton.model, path, packed, bias, quantizer, make_linear)
     _finish(skeleton.model, source, names, device, dtype, side_files(directory))
     stored.close()
     return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -139,6 +142,7 @@ def _replace(
     path: str,
     packed: Packed,
     bias: Tensor | None,
+    quantizer: InputQuantizer | None,
     make_linear: MakeLinear,
 ) -> None:
     old = model.get_submodule(path)
@@ -150,7 +154,7 @@ def _replace(
             where=path,
         )
     parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, make_linear(packed, bias))
+    setattr(model.get_submodule(parent), leaf, make_linear(packed, bias, quantizer))
 
 
 def _finish(

@@ -78,7 +78,7 @@ class Smoothquant(Strict):
 
 
 def smoothing(inputs_I: Tensor, weights_I: Tensor, strength: float) -> Tensor:
-    """The scale of eq. 4 over the geometric mean of its extremes: a factor of all columns does nothing.
+    """The scale of eq. 4, centred about 1: a factor that all columns share changes nothing.
 
     Args:
         inputs_I: The size of each input.
@@ -103,7 +103,9 @@ def joint_error(linears: Sequence[LinearState], x_TI: Tensor, scale_I: Tensor) -
     total = torch.zeros((), dtype=torch.float64, device=x_TI.device)
     for state in linears:
         scaled_OI = state.reference_OI * scale_I
-        grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
+        grid = minmax_grid(
+            scaled_OI, state.spec, state.scale_dtype, shared_absmax=state.shared_absmax
+        )
         rounded_OI = round_to_grid(scaled_OI, grid, state.spec).dequantize()
         error_TO = rounded_TI @ rounded_OI.T - x_TI @ state.reference_OI.T
         total += error_TO.square().sum().double()

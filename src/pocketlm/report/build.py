@@ -14,7 +14,7 @@ import yaml
 import pocketlm
 from pocketlm.core.spec import Recipe
 from pocketlm.core.views import ModelView, TensorInfo
-from pocketlm.engine.grids import grid_text
+from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.engine.plan import Plan
 from pocketlm.evaluate.hardware import device_name
@@ -118,8 +118,10 @@ def recipe_of(artifact: Path) -> Recipe:
 
 def scheme_text(ledger: Ledger) -> str:
     """The number formats in words, such as ``4 bits, symmetric, groups of 64``."""
-    grids = dict.fromkeys(entry.spec for entry in ledger.tensors.values() if entry.spec is not None)
-    return "; ".join(grid_text(spec) for spec in grids)
+    entries = ledger.tensors.values()
+    grids = dict.fromkeys(entry.spec for entry in entries if entry.spec is not None)
+    inputs = dict.fromkeys(e.activations for e in entries if e.activations is not None)
+    return "; ".join([*map(grid_text, grids), *map(inputs_text, inputs)])
 
 
 def write_all(artifact: Path, data: ReportData) -> Path:

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from pocketlm.core.errors import UnsupportedLayer
-from pocketlm.core.spec import QuantSpec, Recipe
-from pocketlm.engine.grids import grid_text
+from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData
@@ -118,18 +117,31 @@ def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
 
 
 def _scheme(ledger: Ledger) -> str:
-    specs = _grids(ledger).values()
-    names = {f"W{spec.bits}A16" if spec.type == "int" else spec.name for spec in specs}
-    return "/".join(sorted(names)) or "not quantized"
+    inputs = _inputs(ledger)
+    width = 16 if inputs is None else inputs.bits
+    names = {
+        f"W{spec.bits}A{width}" if spec.type == "int" else spec.name
+        for spec in _grids(ledger).values()
+    }
+    listed = "/".join(sorted(names)) or "not quantized"
+    return f"{listed}, FP8 inputs" if inputs is not None and inputs.type == "float" else listed
+
+
+def _inputs(ledger: Ledger) -> ActivationSpec | None:
+    """How the compressed linears' inputs are rounded; all alike."""
+    found = (entry.activations for entry in ledger.tensors.values())
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
     grids = Counter(grid_text(spec) for spec in _grids(ledger).values())
     listed = "; ".join(f"{count} linears: {text}" for text, count in grids.most_common())
     at = f", revision `{revision}`" if revision else ""
+    inputs = _inputs(ledger)
+    rounded = "" if inputs is None else f" Engines round the {inputs_text(inputs)}."
     return (
         f"`{base}`{at}, its weights quantized by pocketlm ({listed}): "
-        f"**{ledger.bits_per_weight():.3f} bits per quantized weight**, scales included."
+        f"**{ledger.bits_per_weight():.3f} bits per quantized weight**, scales included.{rounded}"
     )
 
 
@@ -155,7 +167,7 @@ def _loading(config: Mapping[str, Any], ledger: Ledger) -> str:
 
 
 def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
-    grids = _grids(ledger)
+    grids, inputs = _grids(ledger), _inputs(ledger)
     kept = [
         name.removesuffix(".weight")
         for name, entry in ledger.tensors.items()
@@ -164,8 +176,8 @@ def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
     try:
         for module, spec in grids.items():
             shape = ledger.tensors[f"{module}.weight"].shape
-            check_layer(ledger.format, spec, (shape[0], shape[1]), "vllm", where=module)
-        check_model(grids, kept, "vllm")
+            check_layer(ledger.format, spec, (shape[0], shape[1]), "vllm", module, inputs)
+        check_model(grids, kept, "vllm", inputs)
     except UnsupportedLayer as error:
         return f"vLLM cannot load it: {error}"
     kind = (config.get("architectures") or ["this architecture"])[0]

@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError, UnsupportedModel
 from pocketlm.core.tensors import Packed
-from pocketlm.runtime.kernels.base import Grid
+from pocketlm.runtime.kernels.base import CodeKernel, Grid
 from pocketlm.runtime.kernels.select import announce, kernel_for
 
 
@@ -25,6 +26,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: Codes and scales [O, I], on the CPU.
         bias: [O] or None.
+        quantizer: What rounds the inputs; None: nothing.
         dtype: Of the activations.
         device: Where it runs.
     """
@@ -33,13 +35,15 @@ class PackedLinear(nn.Module):
         self,
         weight: Packed,
         bias: Tensor | None = None,
+        quantizer: InputQuantizer | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.grid = Grid.of(weight)
+        self.grid = Grid.of(weight, None if quantizer is None else quantizer.spec)
+        self.quantizer = None if quantizer is None else quantizer.to(device)
         self.in_features, self.out_features = self.grid.columns, self.grid.rows
         self.dtype = dtype
         self.choice = kernel_for(self.grid, dtype, device)
@@ -61,20 +65,31 @@ class PackedLinear(nn.Module):
         if x.numel() == 0:  # an expert without tokens
             return x.new_empty(*x.shape[:-1], self.out_features)
         x_MI = x.reshape(-1, self.in_features)
-        many = self._tiles_from is not None and x_MI.shape[0] >= self._tiles_from
-        kernel = self.choice.kernel
-        product = kernel.matmul_tiles if many else kernel.matmul
-        y_MO = product(x_MI, self._buffers, self.grid)  # type: ignore[arg-type]
+        y_MO = self._product(x_MI)
         if self.bias is not None:
             y_MO = y_MO + self.bias
         return y_MO.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x_MI: Tensor) -> Tensor:
+        """The inputs rounded, and multiplied as codes where the kernel does that."""
+        quantizer, kernel = self.quantizer, self.choice.kernel
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
+        if quantizer is not None:
+            if isinstance(kernel, CodeKernel):
+                return kernel.matmul_codes(quantizer.encode(x_MI), buffers, x_MI.dtype)
+            x_MI = quantizer(x_MI)
+        many = self._tiles_from is not None and x_MI.shape[0] >= self._tiles_from
+        product = kernel.matmul_tiles if many else kernel.matmul
+        return product(x_MI, buffers, self.grid)
 
     def extra_repr(self) -> str:
         """Shape, grid and kernel."""
         grid = self.grid
         return (
             f"{self.in_features}, {self.out_features}, {grid.name}, "
-            f"group_size={grid.group_size}, kernel={self.choice.kernel.name}"
+            f"group_size={grid.group_size}, "
+            + ("" if grid.inputs is None else f"inputs={grid.inputs.name}, ")
+            + f"kernel={self.choice.kernel.name}"
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

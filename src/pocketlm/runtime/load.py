@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.tensors import Packed
 from pocketlm.runtime.dtypes import default_dtype
@@ -66,8 +67,10 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"cannot compute in {dtype}.", where="dtype", remedy=f"One of {DTYPES}.")
 
-    def make_linear(weight: Packed, bias: Tensor | None) -> PackedLinear:
-        return PackedLinear(weight, bias, dtype=dtype, device=place)
+    def make_linear(
+        weight: Packed, bias: Tensor | None, quantizer: InputQuantizer | None
+    ) -> PackedLinear:
+        return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
     return runtime_model(
         resolved,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
-from pocketlm.core.spec import QuantSpec, Recipe, matches
+from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.views import ModelView
 from pocketlm.engine.grids import Grids, scale_dtype_for
 from pocketlm.formats import format_for
@@ -106,7 +106,7 @@ def choice_units(
         if any(matches(pattern, name) for pattern in recipe.overrides for name in linears):
             continue
         block = _block_of(linears[0], model.block_paths)
-        found = _candidates(model, shapes, linears, candidates, grids.format_name, target)
+        found = _candidates(model, shapes, linears, candidates, grids, target)
         units.append(
             Unit(
                 name=unit,
@@ -145,7 +145,7 @@ def _candidates(
     shapes: Mapping[str, tuple[int, int]],
     linears: Sequence[str],
     candidates: Sequence[QuantSpec],
-    format_name: str,
+    grids: Grids,
     target: str,
 ) -> tuple[Candidate, ...]:
     """What suits every linear of a unit; of grids that come out alike the first."""
@@ -155,7 +155,9 @@ def _candidates(
         specs = {name: spec.fit(shapes[name][1]) for name in linears}
         try:
             for name, fitted in specs.items():
-                check_layer(format_name, fitted, shapes[name], target, name)
+                check_layer(
+                    grids.format_name, fitted, shapes[name], target, name, grids.activations
+                )
         except UnsupportedLayer as error:
             refusal = error
             continue
@@ -165,7 +167,7 @@ def _candidates(
                 spec,
                 specs,
                 bits=sum(specs[name].stored_bits(shapes[name]) for name in linears),
-                file_bytes=file_bytes(model, specs, format_name),
+                file_bytes=file_bytes(model, specs, grids.format_name, grids.activations),
             ),
         )
     if not found:
@@ -174,16 +176,23 @@ def _candidates(
     return tuple(sorted(found.values(), key=lambda candidate: candidate.file_bytes))
 
 
-def file_bytes(model: ModelView, specs: Mapping[str, QuantSpec], format_name: str) -> int:
+def file_bytes(
+    model: ModelView,
+    specs: Mapping[str, QuantSpec],
+    format_name: str,
+    activations: ActivationSpec | None,
+) -> int:
     """Bytes that linears take in the files, packing padded.
 
     Args:
         model: The source.
         specs: Module path → fitted grid.
         format_name: The format they are written in.
+        activations: How their inputs are rounded; None: not at all.
     """
     infos, shapes, section = model.source.infos(), model.linear_shapes(), format_for(format_name)
+    dtypes = {name: scale_dtype_for(infos[f"{name}.weight"].dtype) for name in specs}
     return sum(
-        section.stored_bytes(spec, shapes[name], scale_dtype_for(infos[f"{name}.weight"].dtype))
+        section.stored_bytes(spec, shapes[name], dtypes[name], activations)
         for name, spec in specs.items()
     )

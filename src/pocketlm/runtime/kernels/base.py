@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.activations import Codes
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed, PackedInt
 
 TILE_BYTES = 4 << 20  # of one decoded tile: it should stay in the second- or third-level cache
@@ -31,6 +32,7 @@ class Grid:
         group_size: Columns that share a scale; equal to `columns` where the row does.
         symmetric: Whether there are no zero points.
         spec: The number format where it is no integer.
+        inputs: How the activations are rounded; None: not at all.
     """
 
     rows: int
@@ -39,15 +41,17 @@ class Grid:
     group_size: int
     symmetric: bool
     spec: QuantSpec | None = None
+    inputs: ActivationSpec | None = None
 
     @classmethod
-    def of(cls, weight: Packed) -> Grid:
-        """The grid of a weight."""
+    def of(cls, weight: Packed, inputs: ActivationSpec | None = None) -> Grid:
+        """The grid of a weight, and how its activations are rounded."""
         rows, columns = weight.shape
         if not isinstance(weight, PackedInt):
             spec = weight.spec
-            return cls(rows, columns, spec.bits, spec.group_size or columns, True, spec)
-        return cls(rows, columns, weight.bits, weight.group_size, weight.zero_OG is None)
+            return cls(rows, columns, spec.bits, spec.group_size or columns, True, spec, inputs)
+        symmetric = weight.zero_OG is None
+        return cls(rows, columns, weight.bits, weight.group_size, symmetric, None, inputs)
 
     @property
     def name(self) -> str:
@@ -92,6 +96,29 @@ class Kernel(Protocol):
 
     def matmul_tiles(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """The product [M, O] with many rows: a tile is decoded once for all of them."""
+        ...
+
+
+@runtime_checkable
+class CodeKernel(Protocol):
+    """A product of rounded activations and rounded weights that multiplies their codes.
+
+    Attributes:
+        name: As `doctor` and messages spell it.
+    """
+
+    name: str
+
+    def refuses(self, grid: Grid, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this kernel cannot take a weight on this machine; None where it can."""
+        ...
+
+    def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The weight in this kernel's layout; only of a grid that it has not refused."""
+        ...
+
+    def matmul_codes(self, x: Codes, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The product [M, O] in `dtype`, of activations [M, I]."""
         ...
 
 

@@ -13,9 +13,13 @@ from functools import lru_cache
 
 import torch
 
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.activations import InputQuantizer
+from pocketlm.core.scales import Scale
+from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
 from pocketlm.runtime.kernels.bags import Bags
-from pocketlm.runtime.kernels.base import Grid, Kernel
+from pocketlm.runtime.kernels.base import CodeKernel, Grid, Kernel
+from pocketlm.runtime.kernels.codes import Float8Codes, Int8Codes
 from pocketlm.runtime.kernels.cpu import Int4Cpu, Int8Cpu
 from pocketlm.runtime.kernels.cuda import Int4Cuda
 from pocketlm.runtime.kernels.reference import Reference
@@ -78,6 +82,14 @@ TABLE = (
 )
 
 
+# For rounded activations, before the table above: both sides as codes. Where none fits, the table
+# above multiplies the activations as decoded from their codes, with the same result up to rounding.
+CODE_TABLE: tuple[tuple[CodeKernel, str], ...] = (
+    (Int8Codes(), "int8 product of PyTorch, whole numbers throughout"),
+    (Float8Codes(), "FP8 product of PyTorch on tensor cores"),
+)
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel a weight got.
@@ -89,7 +101,7 @@ class Choice:
         refused: Kernel name → why it was passed over, of the rows above.
     """
 
-    kernel: Kernel
+    kernel: Kernel | CodeKernel
     tiles_from: int | None
     reason: str
     refused: dict[str, str]
@@ -113,6 +125,11 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
     """
     device = torch.device(device)
     refused: dict[str, str] = {}
+    for code_kernel, why in CODE_TABLE if grid.inputs is not None else ():
+        reason = code_kernel.refuses(grid, dtype, device) or probe(code_kernel, dtype, device)
+        if reason is None:
+            return Choice(code_kernel, None, why, refused)
+        refused[code_kernel.name] = reason
     for row in TABLE:
         if row.device not in (None, device.type) or dtype not in row.dtypes:
             continue
@@ -145,7 +162,7 @@ def _warn_once(message: str) -> None:
 _PROBE_SHAPES = {"cpu-int8": (8, 256, 256)}  # kernel → bits, columns, group; else 4, 256, 64
 
 
-def probe(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> str | None:
+def probe(kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device) -> str | None:
     """Tries a kernel on a small weight against the definition.
 
     Returns:
@@ -153,6 +170,8 @@ def probe(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> str | Non
     """
     if isinstance(kernel, Reference):
         return None
+    if isinstance(kernel, CodeKernel):
+        return _probe_codes(kernel.name, dtype, str(device))
     return _probe(kernel.name, dtype, str(device))
 
 
@@ -176,6 +195,35 @@ def _probe(name: str, dtype: torch.dtype, device_name: str) -> str | None:
         return f"fails here: {str(error).splitlines()[0]}"
     truth_MO = x_MI.cpu().double() @ weight.dequantize(torch.float64).T
     for y_MO in (few_MO, many_MO):
+        error = (y_MO.cpu().double() - truth_MO).norm() / truth_MO.norm()
+        if not error < 8 * torch.finfo(dtype).eps:
+            return f"gives wrong numbers here (relative error {error:.1e})"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _probe_codes(name: str, dtype: torch.dtype, device_name: str) -> str | None:
+    kernel = next(kernel for kernel, _ in CODE_TABLE if kernel.name == name)
+    device, rows, columns = torch.device(device_name), 80, 256
+    generator = torch.Generator().manual_seed(0)
+    whole = isinstance(kernel, Int8Codes)
+    codes_OI = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    scale_O1 = torch.randn(rows, 1, generator=generator).to(dtype)
+    weight: Packed = PackedInt(codes_OI, scale_O1, None, 8)
+    kinds = [ActivationSpec(), ActivationSpec(symmetric=False)]
+    if not whole:
+        spec = QuantSpec(bits=8, type="float", group_size=None)
+        codes_OI = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
+        weight = PackedFloat(codes_OI.view(torch.uint8), Scale("float", scale_O1.abs()), spec)
+        kinds = [ActivationSpec(type="float")]
+    x_MI = torch.randn(3, columns, generator=generator).to(device, dtype)
+    for kind in kinds:
+        codes = InputQuantizer(kind).encode(x_MI)
+        try:
+            y_MO = kernel.matmul_codes(codes, kernel.pack(weight, dtype, device), dtype)
+        except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+            return f"fails here: {str(error).splitlines()[0]}"
+        truth_MO = codes.decode().cpu().double() @ weight.dequantize(torch.float64).T
         error = (y_MO.cpu().double() - truth_MO).norm() / truth_MO.norm()
         if not error < 8 * torch.finfo(dtype).eps:
             return f"gives wrong numbers here (relative error {error:.1e})"
