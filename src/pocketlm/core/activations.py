@@ -102,7 +102,7 @@ class InputQuantizer:
     def tensors(self) -> dict[str, Tensor]:
         """What is stored of a static rounding, by role: ``input_scale``, ``input_zero_point``."""
         found = {"input_scale": self.scale, "input_zero_point": self.zero}
-        return {role: tensor.cpu() for role, tensor in found.items() if tensor is not None}
+        return {role: tensor.cpu().clone() for role, tensor in found.items() if tensor is not None}
 
 
 def static_quantizer(low: Tensor, high: Tensor, spec: ActivationSpec) -> InputQuantizer:

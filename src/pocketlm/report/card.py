@@ -16,6 +16,7 @@ import yaml
 
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe
+from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData

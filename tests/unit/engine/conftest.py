@@ -47,6 +47,8 @@ class Compress:
         steps: tuple[str, ...] = ("clip", "gptq", "refine"),
         bits: int = 4,
         weights: dict[str, object] | None = None,
+        activations: dict[str, object] | None = None,
+        target: str = "transformers",
         activation_bytes: int = 1 << 30,
         restart: bool = False,
         listener: Listener | None = None,
@@ -57,17 +59,18 @@ class Compress:
                 "steps": list(steps),
                 "weights": weights or {"bits": bits, "group_size": 32},
                 "ignore": ["lm_head"],
+                "activations": activations,
             }
         )
         model = open_model(self.source)
-        grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, "transformers")
+        grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
         job = Job(
             source=str(self.source),
             recipe=recipe,
             steps=tuple(catalog.build_step(step.method, step.options) for step in recipe.steps),
             output=output,
             work_dir=output.with_name(f"{output.name}.work"),
-            target="transformers",
+            target=target,
             tokens_at_once=64,
             activation_bytes=activation_bytes,
         )

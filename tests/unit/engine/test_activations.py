@@ -1,0 +1,179 @@
+"""Whole runs with rounded inputs: resumed alike, accounted for, propagated, run as transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.unit.engine.conftest import Compress
+from tests.unit.engine.test_engine import ledger_of
+from tests.unit.engine.test_resume import Killed, digests
+from tests.unit.models.families import build
+
+from pocketlm.core.errors import CalibrationError, UnsupportedLayer
+from pocketlm.core.spec import INPUTS, SCHEMES, ActivationSpec
+from pocketlm.engine.events import Event
+from pocketlm.evaluate.verify import verify_artifact
+from pocketlm.evaluate.verify_logits import view_logits
+from pocketlm.hf import plain_logits
+from pocketlm.models import open_model, runtime_model
+from pocketlm.runtime.load import load, packed_summary
+
+TOKENS = list(range(3, 35))
+KINDS = {
+    **{name: (SCHEMES[name].fit(32), INPUTS[name]) for name in INPUTS if name != "FP8_BLOCK"},
+    "W8A8_ASYMMETRIC": (SCHEMES["W8A8"], ActivationSpec(symmetric=False)),
+    "W8A8_STATIC_ASYMMETRIC": (
+        SCHEMES["W8A8"],
+        ActivationSpec(symmetric=False, granularity="tensor", dynamic=False),
+    ),
+    "ZEROQUANT": (SCHEMES["W8A8"].model_copy(update={"group_size": 32}), ActivationSpec()),
+    "FP8_BLOCK": (
+        SCHEMES["FP8_BLOCK"].model_copy(update={"group_size": 32, "group_rows": 32}),
+        ActivationSpec(type="float", granularity="group", group_size=32),
+    ),
+}
+
+
+def arguments(kind: str) -> dict[str, dict[str, object]]:
+    weights, inputs = KINDS[kind]
+    return {"weights": weights.model_dump(), "activations": inputs.model_dump()}
+
+
+def steps_of(kind: str) -> tuple[str, ...]:
+    return ("rtn",) if kind.startswith("FP8") else ("smoothquant", "gptq")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_runs_alike_everywhere(
+    tmp_path: Path, compress, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_model, "load_tokenizer", lambda *args, **kwargs: None)
+    weights, inputs = KINDS[kind]
+    compress(tmp_path / "out", steps=steps_of(kind), **arguments(kind))
+    ledger = ledger_of(tmp_path / "out")
+    entries = [entry for entry in ledger.tensors.values() if entry.action == "quantized"]
+    assert len(entries) == 3 * 7
+    assert {entry.spec for entry in entries} == {weights}
+    assert {entry.activations for entry in entries} == {inputs}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    bits = sum(8 * t.numel() * t.element_size() for n, t in stored.items() if "shape" not in n)
+    assert bits == sum(entry.bits for entry in ledger.tensors.values())
+    assert sum("input_scale" in name for name in stored) == (0 if inputs.dynamic else 3 * 7)
+
+    view = open_model(tmp_path / "out", allow_compressed=True)
+    ours_TV = view_logits(view, TOKENS)
+    assert torch.equal(ours_TV, plain_logits(tmp_path / "out", TOKENS)), "transformers computes it"
+    view.quantizers = {}
+    unrounded_TV = view_logits(view, TOKENS)
+    assert not torch.equal(unrounded_TV, ours_TV)
+    # The runtime multiplies codes in another order: a code may then fall to the other side.
+    model, _ = load(tmp_path / "out", dtype=torch.float32)
+    whole = inputs.type == "int" and weights.bits == 8 and weights.group_size is None
+    assert ("int8-codes" in packed_summary(model).kernels) == whole
+    with torch.no_grad():
+        packed_TV = model(torch.tensor([TOKENS])).logits[0]
+    assert (packed_TV - ours_TV).norm() < 0.2 * (unrounded_TV - ours_TV).norm() + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["W8A8", "W8A8_STATIC_ASYMMETRIC", "W4A8"])
+def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path, compress, kind: str) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "block_done" and event.block == 1:
+            raise Killed
+
+    steps = ("smoothquant", "correct", "gptq")
+    compress(tmp_path / "whole", steps=steps, **arguments(kind))
+    with pytest.raises(Killed):
+        compress(tmp_path / "parts", steps=steps, listener=stop, **arguments(kind))
+    outcome = compress(tmp_path / "parts", steps=steps, activation_bytes=1, **arguments(kind))
+    assert outcome.blocks_resumed == 2
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_verify_and_card_know_of_the_inputs(tmp_path: Path, compress) -> None:
+    compress(tmp_path / "out", steps=("smoothquant", "gptq"), **arguments("W8A8_STATIC"))
+    report = verify_artifact(tmp_path / "out")
+    assert not report.failures()
+    assert any("bit-equal to transformers" in check.message for check in report.checks)
+    text = (tmp_path / "out" / "config.json").read_text()
+    broken = text.replace('"symmetric": true', '"symmetric": false')
+    (tmp_path / "out" / "config.json").write_text(broken)
+    assert not verify_artifact(tmp_path / "out").ok
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixture") / "model"
+    build("mixtral", vocab_size=300, num_local_experts=12).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["W8A8", "W8A8_STATIC", "W4A8", "FP8", "FP8_DYNAMIC"])
+def test_a_mixture_of_experts(
+    tmp_path: Path, mixture: Path, compress_from: type[Compress], kind: str
+) -> None:
+    compress_from(mixture)(tmp_path / "out", steps=steps_of(kind), **arguments(kind))
+    ledger = ledger_of(tmp_path / "out")
+    expert = ledger.tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    assert expert.activations == KINDS[kind][1]
+    assert any("does not round their inputs" in note for note in expert.notes)
+    report = verify_artifact(tmp_path / "out")
+    assert not report.failures()
+    assert any("the inputs of experts unrounded" in check.message for check in report.checks)
+
+
+def test_static_ranges_of_experts_without_tokens_are_their_siblings(
+    tmp_path: Path, mixture: Path, compress_from: type[Compress]
+) -> None:
+    from pocketlm.engine import inputs as engine_inputs
+
+    original = engine_inputs._ranges
+
+    def none_for_expert_3(*args):
+        ranges = original(*args)
+        groups = {g.index: g.linears[0] for g in args[1]}
+        for index, name in groups.items():
+            if ".experts.3." in name:
+                ranges[index] = type(ranges[index])(ranges[index].columns)
+        return ranges
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_inputs, "_ranges", none_for_expert_3)
+        compress_from(mixture)(tmp_path / "out", steps=("rtn",), **arguments("W8A8_STATIC"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    path = "model.layers.0.block_sparse_moe.experts.{}.w1.input_scale"
+    scales = [float(stored[path.format(expert)]) for expert in range(12)]
+    assert scales[3] == max(scales)
+    notes = ledger_of(tmp_path / "out").tensors[path.format(3).replace("input_scale", "weight")]
+    assert any("as its siblings'" in note for note in notes.notes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine_inputs,
+            "_ranges",
+            lambda *args: {i: type(r)(r.columns) for i, r in original(*args).items()},
+        )
+        with pytest.raises(CalibrationError, match="no range"):
+            compress_from(mixture)(tmp_path / "none", steps=("rtn",), **arguments("W8A8_STATIC"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        ("ZEROQUANT", "vllm", "no kernel for INT8_GROUP"),
+        ("W4A8", "vllm", "no kernel for INT4_GROUP"),
+        ("FP8_DYNAMIC", "vllm-cpu", "does not round inputs as float8-token"),
+        ("FP8_BLOCK", "vllm", "does not divide"),
+    ],
+)
+def test_what_an_engine_cannot_run_is_refused(
+    tmp_path: Path, compress, kind: str, target: str, message: str
+) -> None:
+    changed = arguments(kind)
+    if kind == "FP8_BLOCK":
+        changed["activations"]["group_size"] = 128
+        message = "inputs in groups of 128 do not divide 64 columns"
+    with pytest.raises(UnsupportedLayer, match=message):
+        compress(tmp_path / "out", target=target, **changed)
