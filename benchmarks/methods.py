@@ -94,6 +94,7 @@ def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, An
         "top1": divergence.top1_agreement.value, "perplexity": report.perplexity,
         "original_perplexity": divergence.original_perplexity,
         "window_losses": list(report.window_losses),
+        "original_window_losses": list(divergence.original_window_losses),
         "protocol": report.protocol.sentence(),
     }  # fmt: skip
 

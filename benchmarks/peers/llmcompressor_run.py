@@ -4,7 +4,9 @@ Runs in llm-compressor's own environment, never in ours. Calibration comes as re
 (.npy or .pt, int64 [N, T]), so both tools see the very same tokens. Settings are the tool's own
 defaults and recommendations: GPTQ with static activation order and dampening 0.01, min-max
 observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
-search, on an asymmetric grid with --asym as its examples have it; head left alone.
+search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8 before
+GPTQ, as its W8A8 example has it; head left alone. --scheme names one of its presets (W8A8,
+FP8_DYNAMIC …), which then also rounds inputs.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
 disk (warm cache) to the artifact saved. `oneshot_seconds` is the compression call inside it.
@@ -31,8 +33,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("output", type=Path, help="directory for the artifact")
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, int64 [N, T]; not for rtn")
-    parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "awq", "smoothquant", "rtn"), default="gptq")
     parser.add_argument("--asym", action="store_true", help="a grid with zero points")
+    parser.add_argument("--scheme", help="a preset of the tool; rules over bits and groups")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -72,6 +75,8 @@ def build_recipe(arguments: argparse.Namespace):
         weights["observer"] = arguments.observer
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     groups = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    if arguments.scheme:
+        groups = {"scheme": arguments.scheme, "targets": "Linear", "ignore": ["lm_head"]}
     if arguments.method == "rtn":
         return QuantizationModifier(**groups)
     if arguments.method == "awq":
@@ -80,7 +85,12 @@ def build_recipe(arguments: argparse.Namespace):
         # The tool pins memory even where there is no accelerator, and stops there.
         _without_pinned_memory()
         return AWQModifier(**groups)
-    return GPTQModifier(dampening_frac=arguments.dampening, actorder="static", **groups)
+    gptq = GPTQModifier(dampening_frac=arguments.dampening, actorder="static", **groups)
+    if arguments.method == "smoothquant":
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        return [SmoothQuantModifier(smoothing_strength=0.8), gptq]
+    return gptq
 
 
 def _without_pinned_memory() -> None:
@@ -154,6 +164,7 @@ def main() -> int:
     result = {
         "tool": f"llmcompressor {llmcompressor.__version__}",
         "method": arguments.method,
+        "scheme": arguments.scheme,
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "dtype": arguments.dtype,

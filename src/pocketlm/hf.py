@@ -62,12 +62,15 @@ class PocketlmConfig(QuantizationConfigMixin):
         self.groups: list[dict[str, Any]] = section.get("groups", [])
         self.transposed: list[str] = section.get("transposed", [])
         self.ignore: list[str] = section.get("ignore", [])
-        self.activations: dict[str, Any] | None = section.get("activations")
 
-    def inputs(self) -> ActivationSpec | None:
-        """How the inputs of every compressed layer are rounded; None: not at all."""
-        words = self.activations
-        return None if words is None else ActivationSpec.parse(words, where="quantization_config")
+    def inputs(self) -> dict[str, ActivationSpec]:
+        """Module path, as in the checkpoint → how its inputs are rounded, of those whose are."""
+        return {
+            module: ActivationSpec.parse(group["inputs"], where="quantization_config")
+            for group in self.groups
+            if "inputs" in group
+            for module in group["modules"]
+        }
 
     def specs(self) -> dict[str, QuantSpec]:
         """Module path, as in the checkpoint → number format."""
@@ -145,14 +148,14 @@ class PocketlmQuantizer(HfQuantizer):
                 f"was written in version {config.format_version} of the format pocketlm.",
                 remedy="Install a release of pocketlm that reads it.",
             )
-        modules = dict(model.named_modules())
+        modules, inputs = dict(model.named_modules()), config.inputs()
         for name, spec in config.specs().items():
             # A checkpoint may leave out the prefix of the base model (GPT-2's do).
             path = name if name in modules else f"{model.base_model_prefix}.{name}"
             if path not in modules:
                 raise ArtifactError("is no layer of the model.", where=name)
             stand_in = PackedStandIn(
-                modules[path], spec, name in config.transposed, config.inputs()
+                modules[path], spec, name in config.transposed, inputs.get(name)
             )
             model.set_submodule(path, stand_in)
 

@@ -113,11 +113,11 @@ def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
     if grids.format_name == "pocketlm":
         transposed = list(grids.specs) if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), transposed, grids.activations
+            grids.specs, list(grids.kept), transposed, grids.inputs
         )
     else:
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), grids.activations
+            grids.specs, list(grids.kept), grids.inputs
         )
     if job.dtype is not None:
         config.pop("torch_dtype", None)

@@ -119,7 +119,7 @@ def compress_block(
     batches: Batches | None,
     device: torch.device,
     *,
-    activations: ActivationSpec | None = None,
+    activations: Mapping[str, ActivationSpec] | None = None,
     kept_dtype: torch.dtype | None = None,
     seed: int = 0,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
@@ -132,7 +132,7 @@ def compress_block(
         specs: Grids by module path; linears without one are kept.
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
-        activations: How the inputs of compressed linears are rounded; None: not at all.
+        activations: Module path → how its inputs are rounded, of the linears whose are.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
         seed: Of block steps.
         report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
@@ -149,7 +149,7 @@ def compress_block(
         folded, notes = fold_groups(
             block, fold_steps, specs, batches, device, kept_dtype, activations
         )
-    inputs = Inputs(block, specs, activations, batches, device)
+    inputs = Inputs(block, activations or {}, batches, device)
     for name, note in inputs.notes.items():
         notes[name] = (*notes.get(name, ()), note)
     for place, one in enumerate(todo):
@@ -285,6 +285,7 @@ def _state(
     shared: float | None,
 ) -> LinearState:
     """A linear before a pass: its original weight after folds, and what earlier passes made."""
+    quantizer = inputs.of(view.name)
     state = LinearState(
         view.name,
         view.weight_OI(),
@@ -292,7 +293,7 @@ def _state(
         scale_dtype_for(view.dtype),
         notes=notes.get(view.name, ()),
         shared_absmax=shared,
-        inputs=inputs.activations,
+        inputs=None if quantizer is None else quantizer.spec,
     )
     done = earlier.get(view.name)
     if done is None:

@@ -36,6 +36,7 @@ def fingerprint(
         "source": model.source.fingerprint(),
         "recipe": job.recipe.model_dump(mode="json"),
         "grids": {name: spec.model_dump(mode="json") for name, spec in grids.specs.items()},
+        "inputs": {name: spec.model_dump(mode="json") for name, spec in grids.inputs.items()},
         "format": grids.format_name,
         "calibration": None if windows is None else windows.sha256,
         "samples": None if windows is None else windows.tokens_NT.shape[0],

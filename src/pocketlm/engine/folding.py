@@ -27,7 +27,7 @@ def fold_groups(
     batches: Batches | None,
     device: torch.device,
     kept_dtype: torch.dtype | None,
-    activations: ActivationSpec | None = None,
+    activations: Mapping[str, ActivationSpec] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Note, ...]]]:
     """Decides and carries out the folds of a block.
 
@@ -38,7 +38,7 @@ def fold_groups(
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
-        activations: How the inputs of compressed linears will be rounded; None: not at all.
+        activations: Module path → how its inputs will be rounded, of the linears whose are.
 
     Returns:
         Changed tensors by checkpoint name, and what is to be told of linears left alone.
@@ -56,7 +56,7 @@ def fold_groups(
                 notes.update(dict.fromkeys(group.linears, (note,)))
         gathered = _gather(foldable, block, step, batches, device)
         for group in foldable:
-            states = [_state(block, name, specs[name], activations) for name in group.linears]
+            states = [_state(block, name, specs[name], activations or {}) for name in group.linears]
             scale_I = step.scale(states, gathered[group.index])
             if scale_I is not None:
                 tensors.update(block.fold(group, scale_I, kept_dtype).tensors)
@@ -64,11 +64,11 @@ def fold_groups(
 
 
 def _state(
-    block: BlockView, name: str, spec: QuantSpec, activations: ActivationSpec | None
+    block: BlockView, name: str, spec: QuantSpec, activations: Mapping[str, ActivationSpec]
 ) -> LinearState:
     view = block.linears[name]
     scale_dtype = scale_dtype_for(view.dtype)
-    return LinearState(name, view.weight_OI(), spec, scale_dtype, inputs=activations)
+    return LinearState(name, view.weight_OI(), spec, scale_dtype, inputs=activations.get(name))
 
 
 def _why_not(group: Group, specs: Mapping[str, QuantSpec]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,14 +24,14 @@ class Grids:
         kept: Module path → why it keeps its precision.
         notes: Module path → what was changed about its groups.
         format_name: The format that can hold all of it.
-        activations: How the inputs of every compressed linear are rounded; None: not at all.
+        inputs: Module path → how its inputs are rounded, of the linears whose are.
     """
 
     specs: Mapping[str, QuantSpec]
     kept: Mapping[str, str]
     notes: Mapping[str, str]
     format_name: str
-    activations: ActivationSpec | None = None
+    inputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
 
 
 def choose_grids(
@@ -58,6 +58,7 @@ def choose_grids(
     specs: dict[str, QuantSpec] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
+    inputs: dict[str, ActivationSpec] = {}
     for name, shape in shapes.items():
         asked = recipe.spec_for(name)
         if asked is None:
@@ -79,21 +80,23 @@ def choose_grids(
                     f"groups of {asked.group_size} do not divide {shape[1]} columns: "
                     f"the group is {becomes}."
                 )
-            check_layer(format_name, fitted, shape, target, name, recipe.activations)
+            if recipe.activations is not None:
+                if is_expert(name) and capability(target).expert_inputs is None:
+                    text = f"{target} does not round inputs of experts: they stay as they come."
+                    notes[name] = f"{notes[name]} {text}" if name in notes else text
+                else:
+                    inputs[name] = recipe.activations
+            check_layer(format_name, fitted, shape, target, name, inputs.get(name))
             specs[name] = fitted
     if not specs:
         raise ConfigError(
             "nothing is left to compress.", where="--ignore", remedy="Ignore fewer layers."
         )
-    check_model(specs, kept, target, recipe.activations)
-    if recipe.activations is not None and capability(target).expert_inputs is None:
-        text = f"{target} loads experts, but does not round their inputs; they were made for it."
-        for name in filter(is_expert, specs):
-            notes[name] = f"{notes[name]} {text}" if name in notes else text
+    check_model(specs, kept, target, inputs)
     for name in mixed_in_bfloat16(specs) if target == "transformers" else ():
         said = f"transformers decodes {specs[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return Grids(specs, kept, notes, format_name, recipe.activations)
+    return Grids(specs, kept, notes, format_name, inputs)
 
 
 def _all_held(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer, static_quantizer
 from pocketlm.core.errors import CalibrationError
-from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.core.spec import ActivationSpec
 from pocketlm.core.state import Note
 from pocketlm.core.stats import Range
 from pocketlm.core.views import BlockView, Group
@@ -25,12 +25,11 @@ Take = Callable[[Tensor, Tensor | None], None]
 
 
 class Inputs:
-    """The quantizers of one block's compressed linears.
+    """The quantizers of one block's linears.
 
     Args:
         block: The loaded block, after folds.
-        specs: Grids by module path; linears without one read their inputs as they are.
-        activations: How inputs are rounded; None: not at all.
+        activations: How inputs are rounded, by module path; others are read as they are.
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
     """
@@ -38,25 +37,32 @@ class Inputs:
     def __init__(
         self,
         block: BlockView,
-        specs: Mapping[str, QuantSpec],
-        activations: ActivationSpec | None,
+        activations: Mapping[str, ActivationSpec],
         batches: Batches | None,
         device: torch.device,
     ) -> None:
-        self._block, self._specs = block, specs
-        self.activations = activations
+        self._block = block
         self.notes: dict[str, Note] = {}
         self._of: dict[str, InputQuantizer] = {}
-        if activations is None:
-            return
-        groups = [g for g in block.groups if any(name in specs for name in g.linears)]
-        if activations.dynamic:
-            found = {group.index: InputQuantizer(activations) for group in groups}
-        else:
+        static: list[Group] = []
+        for group in block.groups:
+            for name in group.linears:
+                spec = activations.get(name)
+                if spec is not None and spec.dynamic:
+                    self._of[name] = InputQuantizer(spec)
+            if any(name in activations and name not in self._of for name in group.linears):
+                static.append(group)
+        if static:
             assert batches is not None
-            found = self._static(groups, _ranges(block, groups, batches, device))
-        for group in groups:
-            self._of.update({n: found[group.index] for n in group.linears if n in specs})
+            ranges = _ranges(block, static, batches, device)
+            for group in static:
+                found = ranges[group.index]
+                if not found.tokens:
+                    found = self._borrowed(group, static, ranges)
+                for name in group.linears:
+                    if name in activations:
+                        spec = activations[name]
+                        self._of[name] = static_quantizer(found.low, found.high, spec)
 
     def of(self, name: str) -> InputQuantizer | None:
         """What a linear rounds its inputs with."""
@@ -67,7 +73,7 @@ class Inputs:
         self._block.linears[name].set_input_quantizer(self.of(name) if on else None)
 
     def set_all(self) -> None:
-        """Makes every compressed linear round its inputs."""
+        """Makes every linear round its inputs whose are to be rounded."""
         for name in self._of:
             self.set(name, on=True)
 
@@ -77,16 +83,6 @@ class Inputs:
         if quantizer is None:
             return take
         return lambda x_TI, original_TI: take(quantizer(x_TI), original_TI)
-
-    def _static(self, groups: list[Group], ranges: dict[int, Range]) -> dict[int, InputQuantizer]:
-        assert self.activations is not None
-        found: dict[int, InputQuantizer] = {}
-        for group in groups:
-            own = ranges[group.index]
-            if not own.tokens:
-                own = self._borrowed(group, groups, ranges)
-            found[group.index] = static_quantizer(own.low, own.high, self.activations)
-        return found
 
     def _borrowed(self, group: Group, groups: list[Group], ranges: dict[int, Range]) -> Range:
         """The range over all like groups, for an expert that no token reaches.

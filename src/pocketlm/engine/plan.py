@@ -125,7 +125,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         device=str(model.device),
         blocks=len(model.block_paths),
         linears=len(shapes),
-        inputs=None if grids.activations is None else grids.activations.name,
+        inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
         grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
@@ -212,7 +212,7 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         if module in grids.specs and module in shapes:
             scale = scale_dtype_for(info.dtype)
             stored = section.stored_bytes(
-                grids.specs[module], shapes[module], scale, grids.activations
+                grids.specs[module], shapes[module], scale, grids.inputs.get(module)
             )
             totals["blocks"] += stored
             totals["output"] += stored
@@ -224,8 +224,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
 
 
 def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
-    inputs = 0 if grids.activations is None else grids.activations.stored_bits
-    return grids.specs[name].stored_bits(shape) + inputs
+    inputs = grids.inputs.get(name)
+    return grids.specs[name].stored_bits(shape) + (0 if inputs is None else inputs.stored_bits)
 
 
 def _working_bytes(

@@ -179,7 +179,7 @@ class Runner:
             if name in self._grids.specs:
                 packed = self._format.decode(tensors, name, self._grids.specs[name])
                 view.set_weight_OI(packed.dequantize().to(self._model.device))
-                quantizer = decode_inputs(tensors, name, self._grids.activations)
+                quantizer = decode_inputs(tensors, name, self._grids.inputs.get(name))
                 view.set_input_quantizer(quantizer)
 
     # --- blocks ---
@@ -196,7 +196,7 @@ class Runner:
                 self._grids.specs,
                 self._block_batches(block),
                 self._model.device,
-                activations=self._grids.activations,
+                activations=self._grids.inputs,
                 kept_dtype=self._job.dtype,
                 seed=self._job.seed,
                 report=self._inside(index, first, total),
@@ -268,7 +268,7 @@ class Runner:
                 "its output error is not finite.", where=name, remedy="Add it to --ignore."
             )
         notes = list(self._notes(result))
-        inputs = self._grids.activations
+        inputs = self._grids.inputs.get(name)
         return Entry(
             action="quantized",
             reason=" → ".join(step.method for step in self._job.recipe.steps),

@@ -43,8 +43,9 @@ def check_logits(artifact: Artifact) -> str:
     if index.format == compressed_tensors.NAME:
         _require_library()
     _require_memory(artifact)
-    view = open_model(artifact.path, allow_compressed=True)
-    unlike = _as_library(view) if index.format == compressed_tensors.NAME else ""
+    view, unlike = open_model(artifact.path, allow_compressed=True), ""
+    if index.format == compressed_tensors.NAME:
+        unlike = _round_as_library(view, index)
     tokens = [(3 + 7919 * i) % view.vocabulary for i in range(TOKENS)]
     ours_TV = view_logits(view, tokens)
     theirs_TV = _logits_elsewhere(artifact.path, tokens, ours_TV.shape)
@@ -74,15 +75,24 @@ class _OneScale(InputQuantizer):
         return super().__call__(x) if x.dim() > 2 else super().__call__(x.view(1, -1)).view(x.shape)
 
 
-def _as_library(view: Model) -> str:
-    """Makes a view round inputs where and as transformers does; says what it leaves out."""
-    rounded = {name: q for name, q in view.quantizers.items() if not is_expert(name)}
-    unlike = len(rounded) < len(view.quantizers)
+def _round_as_library(view: Model, index: CompressedIndex) -> str:
+    """Makes a view round inputs as transformers does; says what that leaves out.
+
+    Raises:
+        NotChecked: If transformers does not load experts as they are stored for other engines.
+    """
+    experts = [name for name in view.quantizers if is_expert(name)]
+    if any(index.modules[name].spec.type == "int" for name in experts):
+        raise NotChecked(
+            "transformers loads no integer experts whose inputs are rounded; the artifact was made "
+            "for another engine."
+        )
     view.quantizers = {
         name: _OneScale(q.spec) if q.spec.granularity == "token" else q
-        for name, q in rounded.items()
+        for name, q in view.quantizers.items()
+        if name not in experts
     }
-    return " (the inputs of experts unrounded, as it runs them)" if unlike else ""
+    return " (the inputs of experts unrounded, as it runs them)" if experts else ""
 
 
 def _rounded_by_transformers(artifact: Artifact, index: CompressedIndex) -> str | None:

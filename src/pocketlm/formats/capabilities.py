@@ -43,8 +43,8 @@ class Capability(Strict):
         inputs: How linears' inputs may be rounded, as `ActivationSpec.name` spells it → number
             formats of weights beside which that is run: `QuantSpec.name`, of integers with
             ``_CHANNEL`` (a scale for each row) or ``_GROUP``; patterns.
-        expert_inputs: Which of these roundings are run for experts; None: experts are loaded, but
-            their inputs are not rounded.
+        expert_inputs: Which of these roundings are run for experts; None: none, their inputs stay
+            as they come where others are rounded.
         negative_scales: Whether scales below zero compute correctly; None: not known.
         minimum_versions: Package → oldest release.
         minimum_versions_3_5_6_7_bits: The same where a grid has 3, 5, 6 or 7 bits.
@@ -262,7 +262,7 @@ def check_model(
     specs: Mapping[str, QuantSpec],
     ignored: Iterable[str],
     target: str,
-    activations: ActivationSpec | None = None,
+    inputs: Mapping[str, ActivationSpec] | None = None,
 ) -> None:
     """Refuses combinations of grids that the target cannot load, though each layer alone is fine.
 
@@ -270,7 +270,7 @@ def check_model(
         specs: Module path → grid, of every compressed linear.
         ignored: Module paths of the linears that are kept.
         target: Name of the engine.
-        activations: How the inputs of all compressed linears are rounded; None: not at all.
+        inputs: Module path → how its inputs are rounded, of the linears whose are.
 
     Raises:
         UnsupportedLayer: Fused linears with different grids, or experts that differ.
@@ -300,9 +300,9 @@ def check_model(
             experts[found[1]].append(module)
     for members in experts.values():
         _demand_one_grid(members, grids, f"{target} stacks the experts of a layer")
-        spec, rounded = grids[members[0]], activations is not None
-        if rounded and known.expert_inputs is not None and spec is not None:
-            if activations.name not in known.expert_inputs:
+        spec, activations = grids[members[0]], (inputs or {}).get(members[0])
+        if activations is not None:
+            if activations.name not in (known.expert_inputs or ()):
                 raise UnsupportedLayer(
                     f"{target} does not round inputs of experts as {activations.name}.",
                     where=members[0],

@@ -23,6 +23,7 @@ STORAGES = {
     "MXFP4": "mxfp4-pack-quantized",
     "NVFP4": "nvfp4-pack-quantized",
 }
+Group = tuple[QuantSpec, ActivationSpec | None]
 _SCALE_DTYPES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 
 # Decoded to bfloat16 by the library, whatever dtype the model is loaded in.
@@ -61,7 +62,7 @@ def holds(spec: QuantSpec) -> bool:
 def config_section(
     specs: Mapping[str, QuantSpec],
     ignored: Sequence[str],
-    activations: ActivationSpec | None = None,
+    inputs: Mapping[str, ActivationSpec] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -72,7 +73,7 @@ def config_section(
     Args:
         specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept; ``lm_head`` is added where it is kept.
-        activations: How the inputs of all compressed linears are rounded; None: not at all.
+        inputs: Module path → how its inputs are rounded, of the linears whose are.
 
     Returns:
         Plain JSON, deterministic.
@@ -88,8 +89,10 @@ def config_section(
     ignore = list(dict.fromkeys(ignored))
     if "lm_head" not in specs and "lm_head" not in ignore:
         ignore.append("lm_head")  # a tied head is no tensor of the file, yet a Linear of the model
+    rounded = inputs or {}
+    members = {module: (spec, rounded.get(module)) for module, spec in specs.items()}
     groups: dict[str, Any] = {}
-    for index, (spec, targets) in enumerate(_targets(specs)):
+    for index, ((spec, activations), targets) in enumerate(_targets(members)):
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": weight_args(spec),
@@ -163,19 +166,19 @@ def weight_args(spec: QuantSpec) -> dict[str, Any]:
     return args
 
 
-def _targets(specs: Mapping[str, QuantSpec]) -> list[tuple[QuantSpec, list[str]]]:
-    """Distinct formats, in order of appearance, with what selects their modules."""
-    distinct = list(dict.fromkeys(specs.values()))
+def _targets(members: Mapping[str, Group]) -> list[tuple[Group, list[str]]]:
+    """Distinct groups, in order of appearance, with what selects their modules."""
+    distinct = list(dict.fromkeys(members.values()))
     if len(distinct) == 1:
         return [(distinct[0], ["Linear"])]
-    owners: dict[str, set[QuantSpec]] = defaultdict(set)
-    for module, spec in specs.items():
-        owners[_pattern(module)].add(spec)
-    chosen: dict[QuantSpec, dict[str, None]] = {spec: {} for spec in distinct}
-    for module, spec in specs.items():
+    owners: dict[str, set[Group]] = defaultdict(set)
+    for module, group in members.items():
+        owners[_pattern(module)].add(group)
+    chosen: dict[Group, dict[str, None]] = {group: {} for group in distinct}
+    for module, group in members.items():
         pattern = _pattern(module)
-        chosen[spec][pattern if len(owners[pattern]) == 1 else module] = None
-    return [(spec, list(targets)) for spec, targets in chosen.items()]
+        chosen[group][pattern if len(owners[pattern]) == 1 else module] = None
+    return [(group, list(targets)) for group, targets in chosen.items()]
 
 
 def _pattern(module: str) -> str:

@@ -19,7 +19,7 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed
-from pocketlm.formats import inputs
+from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_tensors import check_shape, module_of, parts_bytes
 from pocketlm.formats.layouts import Layout, Parts, float_packed, pack_quantized
@@ -49,7 +49,7 @@ def names(
         activations: How the linear's inputs are rounded; None: not at all.
     """
     module = module_of(tensor_name)
-    roles = (*layout_of(spec).roles(spec), *inputs.roles(activations))
+    roles = (*layout_of(spec).roles(spec), *stored_inputs.roles(activations))
     return tuple(f"{module}.{role}" for role in roles)
 
 
@@ -70,7 +70,7 @@ def encode(
     if not packed.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
     stored = layout_of(packed.spec).encode(module, packed)
-    return {**stored, **inputs.encode(module, quantizer)}
+    return {**stored, **stored_inputs.encode(module, quantizer)}
 
 
 def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
@@ -128,7 +128,7 @@ def config_section(
     specs: Mapping[str, QuantSpec],
     ignored: Sequence[str],
     transposed: Sequence[str] = (),
-    activations: ActivationSpec | None = None,
+    inputs: Mapping[str, ActivationSpec] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
@@ -136,7 +136,7 @@ def config_section(
         specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
-        activations: How the inputs of all compressed linears are rounded; None: not at all.
+        inputs: Module path → how its inputs are rounded, of the linears whose are.
 
     Returns:
         Plain JSON, deterministic.
@@ -149,18 +149,21 @@ def config_section(
     strangers = [module for module in transposed if module not in specs]
     if strangers:
         raise ConfigError("a module without a grid is called transposed.", where=strangers[0])
-    groups: dict[QuantSpec, list[str]] = {}
+    rounded = inputs or {}
+    groups: dict[tuple[QuantSpec, ActivationSpec | None], list[str]] = {}
     for module, spec in specs.items():
-        groups.setdefault(spec, []).append(module)
-    section: dict[str, Any] = {
+        groups.setdefault((spec, rounded.get(module)), []).append(module)
+    return {
         "quant_method": NAME,
         "format_version": FORMAT_VERSION,
         "groups": [
-            {"weights": spec.model_dump(), "modules": modules} for spec, modules in groups.items()
+            {
+                "weights": spec.model_dump(),
+                **({} if activations is None else {"inputs": activations.model_dump()}),
+                "modules": modules,
+            }
+            for (spec, activations), modules in groups.items()
         ],
         "transposed": list(transposed),
         "ignore": list(ignored),
     }
-    if activations is not None:
-        section["activations"] = activations.model_dump()
-    return section

@@ -183,11 +183,10 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
         raise _unread(f"format_version is {section.get('format_version')}")
     transposed = set(section["transposed"])
     modules = {}
-    words = section.get("activations")
-    rounding = None if words is None else ActivationSpec.parse(words, where="quantization_config")
     for group in section["groups"]:
         spec = QuantSpec.parse(group["weights"], where="quantization_config")
-        layout = pocketlm.layout_of(spec)
+        layout, words = pocketlm.layout_of(spec), group.get("inputs")
+        rounding = words and ActivationSpec.parse(words, where="quantization_config")
         for module in group["modules"]:
             modules[module] = _module(module, spec, layout, rounding, names, module in transposed)
     return modules

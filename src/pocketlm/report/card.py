@@ -129,7 +129,7 @@ def _scheme(ledger: Ledger) -> str:
 
 
 def _inputs(ledger: Ledger) -> ActivationSpec | None:
-    """How the compressed linears' inputs are rounded; all alike."""
+    """How the linears' inputs are rounded, of those whose are; all alike."""
     found = (entry.activations for entry in ledger.tensors.values())
     return next((spec for spec in found if spec is not None), None)
 
@@ -168,7 +168,12 @@ def _loading(config: Mapping[str, Any], ledger: Ledger) -> str:
 
 
 def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
-    grids, inputs = _grids(ledger), _inputs(ledger)
+    grids = _grids(ledger)
+    inputs = {
+        name.removesuffix(".weight"): entry.activations
+        for name, entry in ledger.tensors.items()
+        if entry.activations is not None
+    }
     kept = [
         name.removesuffix(".weight")
         for name, entry in ledger.tensors.items()
@@ -177,7 +182,8 @@ def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
     try:
         for module, spec in grids.items():
             shape = ledger.tensors[f"{module}.weight"].shape
-            check_layer(ledger.format, spec, (shape[0], shape[1]), "vllm", module, inputs)
+            sides = (shape[0], shape[1])
+            check_layer(ledger.format, spec, sides, "vllm", module, inputs.get(module))
         check_model(grids, kept, "vllm", inputs)
     except UnsupportedLayer as error:
         return f"vLLM cannot load it: {error}"

@@ -85,7 +85,7 @@ def spent(
     fixed = {name: spec for name, spec in grids.specs.items() if name not in free}
     sizes = stored_sizes(model, grids, dtype)
     kept = sizes["output"] - sizes["blocks"]
-    written = kept + file_bytes(model, fixed, grids.format_name, grids.activations)
+    written = kept + file_bytes(model, fixed, grids.format_name, grids.inputs)
     largest = sum(unit.candidates[-1].file_bytes for unit in units)
     return Spent(
         weights=sum(math.prod(shapes[name]) for name in grids.specs),
@@ -101,8 +101,9 @@ def _overhead(model: ModelView, grids: Grids, bytes_most: int) -> int:
     for name in model.source.infos():
         if name in model.repeated:
             continue
-        spec = grids.specs.get(name.removesuffix(".weight"))
-        names += [name] if spec is None else section.names(name, spec, grids.activations)
+        module = name.removesuffix(".weight")
+        spec, inputs = grids.specs.get(module), grids.inputs.get(module)
+        names += [name] if spec is None else section.names(name, spec, inputs)
     lengths = sum(len(json.dumps(name, ensure_ascii=False).encode()) for name in names)
     shards = 1 + bytes_most // (MAX_SHARD_BYTES // 2)
     header = lengths + len(names) * HEADER_BYTES + shards * FILE_BYTES

@@ -156,7 +156,7 @@ def _candidates(
         try:
             for name, fitted in specs.items():
                 check_layer(
-                    grids.format_name, fitted, shapes[name], target, name, grids.activations
+                    grids.format_name, fitted, shapes[name], target, name, grids.inputs.get(name)
                 )
         except UnsupportedLayer as error:
             refusal = error
@@ -167,7 +167,7 @@ def _candidates(
                 spec,
                 specs,
                 bits=sum(specs[name].stored_bits(shapes[name]) for name in linears),
-                file_bytes=file_bytes(model, specs, grids.format_name, grids.activations),
+                file_bytes=file_bytes(model, specs, grids.format_name, grids.inputs),
             ),
         )
     if not found:
@@ -180,7 +180,7 @@ def file_bytes(
     model: ModelView,
     specs: Mapping[str, QuantSpec],
     format_name: str,
-    activations: ActivationSpec | None,
+    inputs: Mapping[str, ActivationSpec],
 ) -> int:
     """Bytes that linears take in the files, packing padded.
 
@@ -188,11 +188,11 @@ def file_bytes(
         model: The source.
         specs: Module path → fitted grid.
         format_name: The format they are written in.
-        activations: How their inputs are rounded; None: not at all.
+        inputs: Module path → how its inputs are rounded, of the linears whose are.
     """
     infos, shapes, section = model.source.infos(), model.linear_shapes(), format_for(format_name)
     dtypes = {name: scale_dtype_for(infos[f"{name}.weight"].dtype) for name in specs}
     return sum(
-        section.stored_bytes(spec, shapes[name], dtypes[name], activations)
+        section.stored_bytes(spec, shapes[name], dtypes[name], inputs.get(name))
         for name, spec in specs.items()
     )
