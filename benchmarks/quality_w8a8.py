@@ -104,7 +104,8 @@ def main() -> int:
         figure = PAIRS[scheme][2]
         missed |= high > figure
         said = "met" if high <= figure else "missed"
-        ratios.append(f"{scheme}: ratio {value:.3f} ({low:.3f}-{high:.3f}), at most {figure}: {said}.")
+        interval = f"{value:.3f} ({low:.3f}-{high:.3f})"
+        ratios.append(f"{scheme}: ratio {interval}, at most {figure}: {said}.")
     header = ("model", "loss over original (95 %)", "KL", "seconds")
     protocol = next(iter(result["points"].values()))["protocol"]
     shown = f"{table(header, rows)}\n\n" + "\n".join([*ratios, protocol])

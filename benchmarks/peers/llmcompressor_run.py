@@ -4,9 +4,9 @@ Runs in llm-compressor's own environment, never in ours. Calibration comes as re
 (.npy or .pt, int64 [N, T]), so both tools see the very same tokens. Settings are the tool's own
 defaults and recommendations: GPTQ with static activation order and dampening 0.01, min-max
 observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
-search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8 before
-GPTQ, as its W8A8 example has it; head left alone. --scheme names one of its presets (W8A8,
-FP8_DYNAMIC …), which then also rounds inputs.
+search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8
+before GPTQ, as its W8A8 example has it; head left alone. --scheme names one of its presets
+(W8A8, FP8_DYNAMIC …), which then also rounds inputs.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
 disk (warm cache) to the artifact saved. `oneshot_seconds` is the compression call inside it.

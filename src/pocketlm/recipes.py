@@ -38,10 +38,10 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
 
 
 # What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
-SCHEME_METHODS = {
-    "W8A8": "smoothquant",
-    "W8A8_STATIC": "smoothquant",
-    "W4A8": "smoothquant",
+SCHEME_STEPS: dict[str, tuple[StepSpec, ...]] = {
+    "W8A8": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
+    "W8A8_STATIC": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
+    "W4A8": CHAINS["smoothquant"],
 }
 
 
@@ -51,8 +51,10 @@ def presets() -> dict[str, Recipe]:
 
 
 def _preset(scheme: str) -> Recipe:
-    chain = _chain(SCHEME_METHODS.get(scheme, "gptq"), SCHEMES[scheme])
-    return chain.model_copy(update={"activations": INPUTS.get(scheme)})
+    steps = SCHEME_STEPS.get(scheme, CHAINS["gptq"])
+    return Recipe(
+        steps=steps, weights=SCHEMES[scheme], ignore=IGNORED, activations=INPUTS.get(scheme)
+    )
 
 
 def _chain(method: str, weights: QuantSpec) -> Recipe:

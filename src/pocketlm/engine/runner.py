@@ -204,7 +204,9 @@ class Runner:
             tensors: dict[str, Tensor] = dict(compressed.folded)
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
             for result in compressed.linears:
-                encoded = self._format.encode(result.view.tensor_name, result.packed, result.inputs)
+                encoded = self._format.encode(
+                    result.view.tensor_name, result.packed, result.quantizer
+                )
                 tensors.update(encoded)
                 entries[result.view.tensor_name] = self._account(result, list(encoded))
         self._journal.write_block(index, tensors, entries)
@@ -268,16 +270,15 @@ class Runner:
                 "its output error is not finite.", where=name, remedy="Add it to --ignore."
             )
         notes = list(self._notes(result))
-        inputs = self._grids.inputs.get(name)
+        rounding = self._grids.inputs.get(name)
+        scale_bits = 0 if rounding is None else rounding.stored_bits
         return Entry(
             action="quantized",
             reason=" → ".join(step.method for step in self._job.recipe.steps),
             shape=self._model.source.infos()[result.view.tensor_name].shape,
-            bits=result.packed.stored_bits + inputs.stored_bits
-            if inputs
-            else result.packed.stored_bits,
+            bits=result.packed.stored_bits + scale_bits,
             spec=result.spec,
-            activations=inputs,
+            activations=rounding,
             error=round(result.error, 9),
             inputs=result.inputs,
             notes=notes,
