@@ -5,6 +5,7 @@ Legend: T tokens, I input columns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
 import torch
@@ -15,7 +16,7 @@ from pocketlm.core.linalg import InverseFactor, inverse_factor
 PANEL = 192  # columns of a panel of the Gram matrix; those above the diagonal are not computed
 
 
-class Stat:
+class Stat(ABC):
     """A running statistic over the inputs of a group of linears.
 
     Args:
@@ -28,13 +29,13 @@ class Stat:
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.columns, self.device, self.tokens = columns, torch.device(device), 0
 
+    @abstractmethod
     def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
         """Takes the inputs of some tokens, [..., I]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, other: Self) -> None:
         """Takes over what another rank or pass has gathered."""
-        raise NotImplementedError
 
 
 class Hessian(Stat):
@@ -131,29 +132,6 @@ class Hessian(Stat):
                 hessian_II = hessian_II[order_I][:, order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)
         return self._factors[key]
-
-
-class MeanSquare(Stat):
-    """The mean of each input's square, E[x²] [I]: float32, by running sums."""
-
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(columns, device)
-        self._sum_I = torch.zeros(columns, device=self.device)
-
-    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
-        """Takes the inputs of some tokens, [..., I]."""
-        x_TI = x_TI.detach().reshape(-1, self.columns).float()
-        self._sum_I += x_TI.square().sum(0)
-        self.tokens += x_TI.shape[0]
-
-    def merge(self, other: Self) -> None:
-        """Adds what another pass has gathered."""
-        self._sum_I += other._sum_I
-        self.tokens += other.tokens
-
-    def value_I(self) -> Tensor:
-        """E[x²]; zeros where no token was seen."""
-        return self._sum_I / max(self.tokens, 1)
 
 
 class AbsMax(Stat):

@@ -120,46 +120,44 @@ class Runner:
         again = first / len(self._model.block_paths) * self._plan.resume_seconds
         planned = self._plan.stages["calibrate"] + again
         self._progress.stage("calibrate", "embedding the calibration text", planned)
-        embedded = [self._begin(batch, batches, first) for batch in range(len(batches))]
-        self._calls = [call for _, call in embedded]
-        hidden = [hidden_BTD for hidden_BTD, _ in embedded]
-        self._store = self._filled("activations", hidden, first, original=False)
+        empty: list[ActivationStore] = []
+        self._store, recovered = self._open_store("activations", first, len(batches))
+        if not recovered:
+            empty.append(self._store)
         if self._job.needs_original:
-            self._original = self._filled("originals", hidden, first, original=True)
+            self._original, recovered = self._open_store("originals", first, len(batches))
+            if not recovered:
+                empty.append(self._original)
+        for batch, tokens_BT in enumerate(batches):
+            hidden_BTD, call = self._model.begin(tokens_BT)
+            self._calls.append(call)
+            for store in empty:
+                store.put(batch, hidden_BTD)
+            done, total = batch + 1, len(batches)
+            share = done / total / (1 + first)
+            self._progress.step(share, "embedding the calibration text", done=done, total=total)
+        for store in empty:
+            store.advance(0)
+            for index in range(first):
+                self._replay(index, first, store)
 
-    def _filled(
-        self, name: str, hidden: list[Tensor], first: int, *, original: bool
-    ) -> ActivationStore:
-        """A store of one stream: recovered from disk, or run through the finished blocks."""
-        tokens = sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in hidden)
-        needed = boundary_bytes(self._model, self._job, tokens)
-        on_disk = needed > self._job.activation_bytes
-        disk = DiskStore(self._journal.directory / name) if on_disk else None
-        if disk is not None and first > 0 and disk.recover(first, len(hidden)):
-            return disk
-        store: ActivationStore = disk or MemoryStore(keep_inputs=original)
-        for batch, hidden_BTD in enumerate(hidden):
-            store.put(batch, hidden_BTD)
-        store.advance(0)
-        for index in range(first):
-            self._replay(index, first, store, original=original)
-        return store
-
-    def _begin(self, batch: int, batches: list[Tensor], first: int) -> tuple[Tensor, Any]:
-        embedded = self._model.begin(batches[batch])
-        done, total = batch + 1, len(batches)
-        share = done / total / (1 + first)
-        self._progress.step(share, "embedding the calibration text", done=done, total=total)
-        return embedded
+    def _open_store(self, name: str, first: int, batches: int) -> tuple[ActivationStore, bool]:
+        """A store of one stream, and whether it holds the boundary before block `first` already."""
+        assert self._windows is not None
+        tokens = self._windows.tokens_NT.numel()
+        if boundary_bytes(self._model, self._job, tokens) <= self._job.activation_bytes:
+            return MemoryStore(keep_inputs=name == "originals"), False
+        disk = DiskStore(self._journal.directory / name)
+        return disk, first > 0 and disk.recover(first, batches)
 
     def _batches(self, tokens_NT: Tensor) -> list[Tensor]:
         sequences = max(1, self._job.tokens_at_once // tokens_NT.shape[1])
         return list(tokens_NT.split(sequences))
 
-    def _replay(self, index: int, first: int, store: ActivationStore, *, original: bool) -> None:
+    def _replay(self, index: int, first: int, store: ActivationStore) -> None:
         """Runs the batches through a block that an earlier attempt has finished."""
         with self._model.block(index) as block:
-            if not original:
+            if store is not self._original:
                 self._take_over(index, block)
             for batch, call in enumerate(self._calls):
                 hidden_BTD = store.get(batch).to(self._model.device)
