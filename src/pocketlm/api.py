@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pocketlm.calibration.windows import Windows
     from pocketlm.engine.events import Listener
-    from pocketlm.engine.grids import Grids
     from pocketlm.engine.ledger import Ledger
-    from pocketlm.engine.options import Job
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.verify import VerifyReport
-    from pocketlm.models.adapter import Model
     from pocketlm.models.inspect import Inspection
+    from pocketlm.prepare import Prepared
     from pocketlm.report.measure import Measurement
     from pocketlm.search.budget import Budget
     from pocketlm.search.results import SearchResult
@@ -35,12 +33,10 @@ __all__ = [
     "load", "plan", "read_recipe", "report", "search", "verify",
 ]  # fmt: skip
 
-SAMPLES, SEQ_LEN = 128, 2048
-CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
-MIN_SAMPLES = 16
-WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
-BATCH_TOKENS = 4096
 SEARCH_MINUTES = 30.0
+SHARED = (  # options of `compress` that `search` has too
+    "target", "calibration", "seed", "device", "dtype", "threads", "trust_remote_code", "revision",
+)  # fmt: skip
 RecipeLike = str | Path | dict[str, Any] | Recipe
 
 
@@ -122,7 +118,7 @@ def plan(
         ConfigError: If the recipe cannot work.
         UnsupportedLayer: If the target cannot load a layer.
     """
-    prepared = _prepare(source, recipe, Path("out"), False, **options)
+    prepared = _prepare(source, recipe, Path("out"), resume=False, only_plan=True, **options)
     return prepared.plan
 
 
@@ -176,6 +172,7 @@ def search(
     """
     import torch
 
+    from pocketlm.engine.machine import choose_device
     from pocketlm.search.run import Question
     from pocketlm.search.source import search_source
 
@@ -194,7 +191,7 @@ def search(
         question,
         calibration=calibration,
         seed=seed,
-        device=_device(device),
+        device=str(choose_device(device)),
         directory=None if search_dir is None else Path(search_dir),
         trust_remote_code=trust_remote_code,
         revision=revision,
@@ -256,7 +253,7 @@ def compress(
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
     EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
-    prepared = _prepare(source, recipe, output, resume, on_event=on_event, **options)
+    prepared = _prepare(source, recipe, output, resume=resume, on_event=on_event, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
         prepared.model,
@@ -305,146 +302,38 @@ def _mean_error(ledger: Ledger) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
-class _Prepared:
-    """A job with everything it needs, before the first weight is read."""
-
-    def __init__(
-        self, model: Model, job: Job, grids: Grids, windows: Windows | None, plan: Plan
-    ) -> None:
-        self.model, self.job, self.grids = model, job, grids
-        self.windows, self.plan = windows, plan
-        self.seconds = 0.0
-
-
 def _prepare(
     source: str | Path | PreTrainedModel,
     recipe: RecipeLike,
     output: Path,
-    resume: bool,
     *,
-    calibration: str = "builtin",
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
+    resume: bool,
     ignore: tuple[str, ...] = (),
-    target: str = "transformers",
-    device: str = "auto",
-    dtype: str | None = None,
-    threads: int | None = None,
-    work_dir: str | Path | None = None,
-    activation_budget_bytes: int | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
     bits: float | None = None,
     size: int | None = None,
     candidates: Sequence[QuantSpec] | None = None,
     search_minutes: float = SEARCH_MINUTES,
     search_dir: str | Path | None = None,
     on_event: Listener | None = None,
-) -> _Prepared:
-    import time
+    **options: Any,
+) -> Prepared:
+    """A job for a recipe; where there is a budget, for the recipe that a search finds within it."""
+    from pocketlm.prepare import prepare
 
-    import torch
-
-    from pocketlm import catalog
-    from pocketlm.engine.compress import earlier_samples
-    from pocketlm.engine.grids import choose_grids
-    from pocketlm.engine.machine import available_ram_bytes
-    from pocketlm.engine.options import Job
-    from pocketlm.engine.plan import make_plan
-    from pocketlm.models import open_model
-
+    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), ()
     started = time.monotonic()
-    wanted = build_recipe(recipe, ignore=tuple(ignore))
-    searched: list[str] = []
     if bits is not None or size is not None:
+        shared = {name: options[name] for name in SHARED if name in options}
         found = search(
-            source, wanted, bits=bits, size=size, candidates=candidates, target=target,
-            calibration=calibration, seed=seed, device=device, dtype=dtype, threads=threads,
-            search_minutes=search_minutes, search_dir=search_dir,
-            trust_remote_code=trust_remote_code, revision=revision, on_event=on_event,
+            source, wanted, bits=bits, size=size, candidates=candidates,
+            search_minutes=search_minutes, search_dir=search_dir, on_event=on_event, **shared,
         )  # fmt: skip
         assert found.recipe is not None
-        wanted, searched = found.recipe, found.notes
-    steps = tuple(catalog.build_step(step.method, step.options) for step in wanted.steps)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = open_model(
-        source, device=_device(device), trust_remote_code=trust_remote_code, revision=revision
+        wanted, notes = found.recipe, tuple(found.notes)
+    prepared = prepare(
+        source, wanted, output, resume=resume, warnings=notes, on_event=on_event, **options
     )
-    shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, wanted, target)
-    seq_len = min(seq_len or SEQ_LEN, model.context)
-    job = Job(
-        source=source if isinstance(source, str) else _name(source),
-        recipe=wanted,
-        steps=steps,
-        output=output,
-        work_dir=Path(work_dir) if work_dir else output.with_name(f"{output.name}.pocketlm-work"),
-        target=target,
-        tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
-        activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
-        dtype=None if dtype is None else getattr(torch, dtype),
-        seed=seed,
-        warnings=tuple(searched),
-    )
-    settled = earlier_samples(output, job.work_dir) if resume else None
-    count = samples or settled or SAMPLES
-    predicted = make_plan(model, job, grids, count, seq_len)
-    fewer = None
-    if samples is None and job.needs_data and model.device.type == "cpu":
-        while settled is None and predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
-            half = make_plan(model, job, grids, count // 2, seq_len)
-            if half.seconds > WORTH_HALVING * predicted.seconds:  # iterations take the time
-                break
-            count, predicted = count // 2, half
-        if count < SAMPLES:
-            fewer = (
-                f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
-                f"{CPU_SECONDS // 60} minutes. --samples {SAMPLES} takes them all."
-            )
-    windows = None
-    if job.needs_data:
-        windows = _windows(model, calibration, count, seq_len, seed, fewer)
-        if windows.tokens_NT.shape[0] != count:
-            predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
-        predicted = predicted.model_copy(update={"text": windows.health})
-    prepared = _Prepared(model, job, grids, windows, predicted)
-    prepared.seconds = time.monotonic() - started
-    return prepared
-
-
-def _windows(
-    model: Model, calibration: str, samples: int, seq_len: int, seed: int, note: str | None
-) -> Windows:
-    from dataclasses import replace
-
-    from pocketlm.calibration.texts import load_text
-    from pocketlm.calibration.windows import token_windows
-
-    tokenizer = model.tokenizer()
-    text = load_text(calibration, "calibration", tokenizer)
-    windows = token_windows(tokenizer, text, samples, seq_len, seed, model.context)
-    return windows if note is None else replace(windows, notes=(*windows.notes, note))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use.",
-            where=f"--device {name}",
-            remedy="Give --device cpu; `pocketlm doctor` lists the devices.",
-        )
-    return name
-
-
-def _name(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, Path) else type(source).__name__
+    return replace(prepared, seconds=time.monotonic() - started)
 
 
 def evaluate(
@@ -453,7 +342,7 @@ def evaluate(
     *,
     text: str | None = None,
     limit: int | None = None,
-    seq_len: int = SEQ_LEN,
+    seq_len: int = 2048,
     prompt: str | None = None,
     speed: bool = True,
     device: str = "auto",
@@ -517,9 +406,10 @@ def _measure(
     on_event: Listener | None = None,
     **settings: Any,
 ) -> list[Measurement]:
+    from pocketlm.engine.machine import choose_device
     from pocketlm.report.measure import Settings, measure
 
-    chosen = Settings(device=_device(device), **settings)
+    chosen = Settings(device=str(choose_device(device)), **settings)
     return measure(models, against, chosen, on_event)
 
 
@@ -564,7 +454,7 @@ def load(
     """
     from pocketlm.runtime.load import load as load_runtime
 
-    return load_runtime(path, device=_device(device), dtype=dtype)
+    return load_runtime(path, device=device, dtype=dtype)
 
 
 def generate(path: str | Path, prompt: str, **options: Any) -> Any:

@@ -72,9 +72,9 @@ def load_text(
         return _builtin(part)
     if name == "self":
         raise CalibrationError(
-            "calibration on text sampled from the model itself is not available yet.",
+            "text that the model writes itself is for calibration alone.",
             where="self",
-            remedy="Use 'builtin' or a file.",
+            remedy="Give 'builtin' or a file here.",
         )
     if name.startswith("hf:"):
         return _hub(name, part, tokenizer)

@@ -111,7 +111,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         "--dataset",
-        help="builtin, a .txt/.jsonl/.parquet file, or hf:org/name.",
+        help="builtin, a .txt/.jsonl/.parquet file, hf:org/name, or self: the model writes it.",
         rich_help_panel=_DATA,
     ),
 ]

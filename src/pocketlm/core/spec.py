@@ -229,10 +229,10 @@ class ActivationSpec(Strict):
     """
 
     type: Literal["int", "float"] = "int"
-    bits: int = Field(8, ge=4, le=8)
+    bits: int = Field(default=8, ge=4, le=8)
     symmetric: bool = True
     granularity: Literal["token", "group", "tensor"] = "token"
-    group_size: int | None = Field(None, ge=8)
+    group_size: int | None = Field(default=None, ge=8)
     dynamic: bool = True
 
     @model_validator(mode="after")

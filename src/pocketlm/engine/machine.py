@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from pocketlm.core.errors import ConfigError
+
 MEASURE_SECONDS = 0.3
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """The device that a name stands for: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ConfigError: If it is no device, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"'{name}' is no device.", where="--device", remedy="Give cpu or cuda."
+        ) from None
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices that PyTorch can use.",
+            where=f"--device {name}",
+            remedy="Give --device cpu; `pocketlm doctor` lists the devices.",
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def cache_directory(part: str) -> Path:
+    """Where findings of one kind outlive a run: in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pocketlm" / part
 
 
 def available_ram_bytes() -> int:

@@ -87,7 +87,7 @@ def measure_here(
     source: str | Path,
     *,
     prompt_tokens: int = 128,
-    new_tokens: int = 64,
+    new_tokens: int = 32,
     runs: int = 3,
     device: str = "cpu",
     dtype: str | None = None,
@@ -222,7 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pocketlm.evaluate.speed")
     parser.add_argument("source", metavar="MODEL")
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype")

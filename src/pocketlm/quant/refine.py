@@ -175,6 +175,7 @@ def renewed_codes(
             level_O = nearest(wanted_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
             level_IO[i] = level_O
             new_O = weight_IO[i] - level_O * scale_IO[i]
-            slope_CO.addr_(hessian_CC[:, i - start], new_O - error_IO[i])
+            later = i - start + 1
+            slope_CO[later:].addr_(hessian_CC[i - start, later:], new_O - error_IO[i])
             error_IO[i] = new_O
     return packed(level_IO.T.contiguous(), grid, spec)

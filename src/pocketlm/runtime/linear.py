@@ -74,9 +74,10 @@ class PackedLinear(nn.Module):
         """The inputs rounded, and multiplied as codes where the kernel does that."""
         quantizer, kernel = self.quantizer, self.choice.kernel
         buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
+        if isinstance(kernel, CodeKernel):
+            assert quantizer is not None  # no such kernel takes inputs as they come
+            return kernel.matmul_codes(quantizer.encode(x_MI), buffers, x_MI.dtype)
         if quantizer is not None:
-            if isinstance(kernel, CodeKernel):
-                return kernel.matmul_codes(quantizer.encode(x_MI), buffers, x_MI.dtype)
             x_MI = quantizer(x_MI)
         many = self._tiles_from is not None and x_MI.shape[0] >= self._tiles_from
         product = kernel.matmul_tiles if many else kernel.matmul

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.tensors import Packed
+from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.linear import PackedLinear
 
@@ -59,7 +60,7 @@ def load(
     from pocketlm.models.opening import resolve
     from pocketlm.models.runtime_model import is_compressed, runtime_model
 
-    place, resolved = _device(device), resolve(path, revision=revision)
+    place, resolved = choose_device(device), resolve(path, revision=revision)
     if dtype is None:
         int4 = is_compressed(resolved) and _mostly_int4(resolved)
         dtype, reason = default_dtype(place, int4=int4)
@@ -115,20 +116,6 @@ def packed_summary(model: nn.Module) -> PackedSummary:
         kernels=dict(Counter(m.choice.kernel.name for m in packed.values())),
         fallbacks=fallbacks,
     )
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"'{name}' is no device.", where="device", remedy="cpu or cuda."
-        ) from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("no CUDA device is visible.", where="device", remedy="Use cpu.")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 def _mostly_int4(directory: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pocketlm import __version__
+from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
@@ -108,7 +109,7 @@ def run_search(
         uniform=choices.uniform(),
         units=findings(units, errors, damages, measured, chosen),
         notes=notes,
-        calibration=_text(windows),
+        calibration=account_of(windows).sentence(),
         table=str(store.directory),
         seconds=time.monotonic() - started,
     )
@@ -138,14 +139,6 @@ def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,
     }
-
-
-def _text(windows: Windows) -> str:
-    samples, seq_len = windows.tokens_NT.shape
-    return (
-        f"{samples} windows of {seq_len} tokens of {windows.text_name} "
-        f"(sha256 {windows.text_sha256[:12]}), seed {windows.seed}"
-    )
 
 
 def _kept(budget: Budget | None, before: Spent, model: ModelView) -> list[str]:

@@ -10,10 +10,10 @@ import torch
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import token_windows
 from pocketlm.engine.events import Listener
+from pocketlm.engine.machine import cache_directory
 from pocketlm.models import open_model
 from pocketlm.search.results import SearchResult
 from pocketlm.search.run import Question, run_search
-from pocketlm.search.store import default_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,4 +63,4 @@ def search_source(
     text = load_text(calibration, "calibration", tokenizer)
     length = min(SEQ_LEN, model.context)
     windows = token_windows(tokenizer, text, WINDOWS, length, seed, model.context)
-    return run_search(model, windows, question, directory or default_directory(), listener)
+    return run_search(model, windows, question, directory or cache_directory("search"), listener)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from pocketlm.core.spec import QuantSpec
 from pocketlm.formats.shards import write_file
 from pocketlm.search.errors import Energy
 from pocketlm.search.table import Choice
-
-
-def default_directory() -> Path:
-    """Where findings are kept for every later budget: the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pocketlm" / "search"
 
 
 class Store:

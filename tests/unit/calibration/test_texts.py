@@ -97,7 +97,7 @@ def test_unknown_names_offer_the_nearest(tmp_path: Path) -> None:
         load_text(tmp_path / "wikitxt.txt")
     with pytest.raises(CalibrationError, match="'builtin'"):
         load_text("biultin")
-    with pytest.raises(CalibrationError, match="not available yet"):
+    with pytest.raises(CalibrationError, match="for calibration alone"):
         load_text("self")
     with pytest.raises(CalibrationError, match="cannot be read"):
         load_text(tmp_path)

@@ -56,7 +56,7 @@ class Int8Codes:
         codes_MI, rows = x.levels.to(torch.int8), x.levels.shape[0]
         if codes_MI.is_cuda and rows < LEAST_ROWS_CUDA:
             codes_MI = torch.nn.functional.pad(codes_MI, (0, 0, 0, LEAST_ROWS_CUDA - rows))
-        y_MO = torch._int_mm(codes_MI, buffers["codes_OI"].T)[:rows].float()
+        y_MO = torch.ops.aten._int_mm(codes_MI, buffers["codes_OI"].T)[:rows].float()
         if x.zero is not None:
             y_MO -= x.zero * buffers["sum_O"]
         return (y_MO * x.scale * buffers["scale_O"]).to(dtype)
@@ -96,7 +96,7 @@ class Float8Codes:
         """The product [M, O] in `dtype`."""
         codes_MI = x.levels.to(torch.float8_e4m3fn)
         scale_M1 = x.scale.expand(codes_MI.shape[0], 1).contiguous()
-        return torch._scaled_mm(
+        return torch.ops.aten._scaled_mm(
             codes_MI,
             buffers["codes_OI"].T,
             scale_a=scale_M1,

@@ -1,0 +1,161 @@
+"""From what a caller asks to a job: model, grids, calibration windows and the plan of the run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocketlm import catalog
+from pocketlm.calibration.texts import load_text
+from pocketlm.calibration.windows import Windows, token_windows
+from pocketlm.core.spec import Recipe
+from pocketlm.engine.compress import earlier_samples
+from pocketlm.engine.events import EventLog, Listener
+from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.engine.machine import available_ram_bytes, choose_device
+from pocketlm.engine.options import Job
+from pocketlm.engine.plan import Plan, make_plan
+from pocketlm.models import open_model
+from pocketlm.models.adapter import Model
+from pocketlm.runtime.own_text import own_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES, SEQ_LEN = 128, 2048
+CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
+MIN_SAMPLES = 16
+WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
+BATCH_TOKENS = 4096
+OWN_TEXT = "self"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with everything it needs, before the first weight is read.
+
+    Attributes:
+        model: The original.
+        job: What is done to it.
+        grids: Grid of every linear.
+        windows: Calibration data; None where nothing needs any.
+        plan: What the run is predicted to take.
+        seconds: What preparing took.
+    """
+
+    model: Model
+    job: Job
+    grids: Grids
+    windows: Windows | None
+    plan: Plan
+    seconds: float = 0.0
+
+
+def prepare(
+    source: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool,
+    warnings: tuple[str, ...] = (),
+    calibration: str = "builtin",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    target: str = "transformers",
+    device: str = "auto",
+    dtype: str | None = None,
+    threads: int | None = None,
+    work_dir: str | Path | None = None,
+    activation_budget_bytes: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    only_plan: bool = False,
+    on_event: Listener | None = None,
+) -> Prepared:
+    """Opens the model, settles what is left open, draws the calibration text and plans.
+
+    Args:
+        source: As for `pocketlm.compress`, like all that follows.
+        recipe: What to do.
+        output: Where the artifact goes.
+        resume: Whether an earlier attempt's number of samples counts.
+        warnings: For the ledger, of what came before.
+        calibration: What `load_text` takes, or ``self``: text that the model writes.
+        samples: Windows; None: 128, fewer on a CPU where that saves much of a long run.
+        seq_len: Tokens of each; None: 2048, or the model's context.
+        seed: Of the windows.
+        target: Engine that must load the result.
+        device: Where blocks compute.
+        dtype: Of the tensors that are kept.
+        threads: CPU threads.
+        work_dir: Where an unfinished run lives.
+        activation_budget_bytes: What activations may take of the RAM; the rest is on disk.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+        only_plan: Whether nothing will run: then no model is made to write text.
+        on_event: Called with each event.
+
+    Raises:
+        PocketLMError: If something cannot be read, or cannot work.
+    """
+    steps = tuple(catalog.build_step(step.method, step.options) for step in recipe.steps)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = choose_device(device)
+    model = open_model(source, device=place, trust_remote_code=trust_remote_code, revision=revision)
+    grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
+    seq_len = min(seq_len or SEQ_LEN, model.context)
+    job = Job(
+        source=_name(source),
+        recipe=recipe,
+        steps=steps,
+        output=output,
+        work_dir=Path(work_dir) if work_dir else output.with_name(f"{output.name}.pocketlm-work"),
+        target=target,
+        tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+        activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
+        dtype=None if dtype is None else getattr(torch, dtype),
+        seed=seed,
+        warnings=warnings,
+    )
+    settled = earlier_samples(output, job.work_dir) if resume else None
+    count = samples or settled or SAMPLES
+    predicted = make_plan(model, job, grids, count, seq_len)
+    notes: tuple[str, ...] = ()
+    if samples is None and job.needs_data and model.device.type == "cpu":
+        while settled is None and predicted.seconds > CPU_SECONDS and count > MIN_SAMPLES:
+            half = make_plan(model, job, grids, count // 2, seq_len)
+            if half.seconds > WORTH_HALVING * predicted.seconds:  # iterations take the time
+                break
+            count, predicted = count // 2, half
+        if count < SAMPLES:
+            notes = (
+                f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
+                f"{CPU_SECONDS // 60} minutes. --samples {SAMPLES} takes them all.",
+            )
+    windows = None
+    if job.needs_data and not (only_plan and calibration == OWN_TEXT):
+        if calibration == OWN_TEXT:
+            log = EventLog(None, on_event)
+            windows = own_windows(
+                model, source, count, seq_len, seed, log, model_bytes=predicted.source_bytes,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        else:
+            tokenizer = model.tokenizer()
+            text = load_text(calibration, "calibration", tokenizer)
+            windows = token_windows(tokenizer, text, count, seq_len, seed, model.context)
+        windows = replace(windows, notes=(*windows.notes, *notes))
+        if windows.tokens_NT.shape[0] != count:
+            predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
+        predicted = predicted.model_copy(update={"text": windows.health})
+    return Prepared(model, job, grids, windows, predicted)
+
+
+def _name(source: str | Path | PreTrainedModel) -> str:
+    return os.fspath(source) if isinstance(source, str | Path) else type(source).__name__
