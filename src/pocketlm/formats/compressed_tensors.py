@@ -107,21 +107,18 @@ def encode(
     return {**layout.encode(module, packed), **inputs.encode(module, quantizer)}
 
 
-def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec | None = None) -> Packed:
+def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
     """The codes and scales of a weight, from its stored tensors.
 
     Args:
         tensors: By name, at least those of this weight; others are not looked at.
         base: Module path, or the weight's name in the source.
-        spec: Its number format; None: packed integers whose bits the width of the rows tells
-            (needs I ≥ 32).
+        spec: Its number format.
 
     Raises:
         ArtifactError: If a tensor is missing or the shapes contradict each other.
     """
     module = base.removesuffix(".weight")
-    if spec is None:
-        return pack_quantized.decode(tensors, module, None)
     if spec.type == "int" and f"{module}.weight" in tensors:
         return plain_quantized.decode(tensors, module, spec)
     return LAYOUTS[storage(spec)].decode(tensors, module, spec)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import SCHEMES, QuantSpec, Recipe, matches, parse_scheme
+from pocketlm.core.spec import (
+    INPUTS,
+    SCHEMES,
+    QuantSpec,
+    Recipe,
+    matches,
+    parse_inputs,
+    parse_scheme,
+)
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -109,7 +117,9 @@ def test_formats_survive_json(name: str) -> None:
     spec = parse_scheme(name)
     assert QuantSpec.model_validate_json(spec.model_dump_json()) == spec
     assert QuantSpec.parse(spec.model_dump()) == spec
-    assert spec.name in {name, name.replace("W", "INT").removesuffix("A16")}
+    assert INPUTS.get(name) == parse_inputs(name)
+    if name not in INPUTS:
+        assert spec.name in {name, name.replace("W", "INT").removesuffix("A16")}
 
 
 def test_integers_are_written_as_before() -> None:

@@ -58,7 +58,7 @@ def test_tensors_are_those_of_the_library(spec: QuantSpec) -> None:
 def test_decode_inverts_encode(spec: QuantSpec, shape: tuple[int, int]) -> None:
     torch.manual_seed(2)
     packed = round_to_nearest(torch.randn(shape), spec, torch.bfloat16)
-    again = form.decode(form.encode("m.weight", packed), "m")
+    again = form.decode(form.encode("m.weight", packed), "m", spec)
     assert again.bits == spec.bits
     assert torch.equal(again.codes_OI, packed.codes_OI)
     assert torch.equal(again.scale_OG, packed.scale_OG)
@@ -79,15 +79,16 @@ def test_what_cannot_be_stored_is_refused() -> None:
 
 
 def test_damaged_tensors_are_refused() -> None:
-    good = form.encode("m.weight", round_to_nearest(torch.randn(8, 64), QuantSpec(group_size=32)))
+    spec = QuantSpec(group_size=32)
+    good = form.encode("m.weight", round_to_nearest(torch.randn(8, 64), spec))
     with pytest.raises(ArtifactError, match=r"'m\.weight_scale' is missing"):
-        form.decode({k: v for k, v in good.items() if "scale" not in k}, "m")
+        form.decode({k: v for k, v in good.items() if "scale" not in k}, "m", spec)
     with pytest.raises(ArtifactError, match="does not divide"):
-        form.decode(good | {"m.weight_scale": torch.ones(8, 3)}, "m")
+        form.decode(good | {"m.weight_scale": torch.ones(8, 3)}, "m", spec)
     with pytest.raises(ArtifactError, match=r"weight_shape is \[9, 64\]"):
-        form.decode(good | {"m.weight_shape": torch.tensor([9, 64])}, "m")
-    with pytest.raises(ArtifactError, match="m: rows of 7 words where 64 codes of 3 bits take 6"):
-        form.decode(good | {"m.weight_packed": good["m.weight_packed"][:, :7]}, "m")
+        form.decode(good | {"m.weight_shape": torch.tensor([9, 64])}, "m", spec)
+    with pytest.raises(ArtifactError, match="m: rows of 7 words where 64 codes of 4 bits take 8"):
+        form.decode(good | {"m.weight_packed": good["m.weight_packed"][:, :7]}, "m", spec)
 
 
 class Attention(nn.Module):

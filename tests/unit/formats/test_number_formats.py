@@ -6,7 +6,6 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,11 +26,13 @@ from tests.unit.formats.test_hf import load, same_logits
 from torch import Tensor
 
 import pocketlm.hf
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, UnsupportedLayer, UnsupportedModel
-from pocketlm.core.spec import SCHEMES, QuantSpec
+from pocketlm.core.spec import SCHEMES, ActivationSpec, QuantSpec
 from pocketlm.core.tensors import PackedFloat
 from pocketlm.formats import compressed_tensors as form
 from pocketlm.formats import pocketlm as own
+from pocketlm.formats.inputs import input_args
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.quant.grid import minmax_grid, round_to_grid
 
@@ -179,8 +180,8 @@ def test_integers_beside_integer_activations_are_not_packed() -> None:
     torch.manual_seed(3)
     weight_OI = torch.randn(24, 64)
     packed = round_to_nearest(weight_OI, spec)
-    inputs: dict[str, Any] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    stored = form.encode("m.weight", packed, inputs)
+    inputs = ActivationSpec()
+    stored = form.encode("m.weight", packed, InputQuantizer(inputs))
     assert list(stored) == ["m.weight", "m.weight_scale"]
     assert tuple(stored) == form.names("m.weight", spec, inputs)
     assert stored["m.weight"].dtype == torch.int8
@@ -198,7 +199,7 @@ def test_integers_beside_integer_activations_are_not_packed() -> None:
 
 
 def test_groups_of_the_configuration_have_their_storage_and_inputs() -> None:
-    inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    inputs = ActivationSpec()
     specs = {
         "a.q_proj": QuantSpec(bits=8, group_size=None),
         "a.o_proj": QuantSpec(bits=8, group_size=None),
@@ -211,7 +212,12 @@ def test_groups_of_the_configuration_have_their_storage_and_inputs() -> None:
     assert [group["format"] for group in groups] == [
         "int-quantized", "pack-quantized", "nvfp4-pack-quantized", "float-quantized",
     ]  # fmt: skip
-    assert [group["input_activations"] for group in groups] == [inputs, None, None, None]
+    assert [group["input_activations"] for group in groups] == [
+        input_args(inputs),
+        None,
+        None,
+        None,
+    ]
     assert groups[3]["weights"]["block_structure"] == [128, 128]
     assert groups[2]["weights"]["scale_dtype"] == "torch.float8_e4m3fn"
     assert "dequantize" not in section

@@ -94,10 +94,10 @@ def test_other_quantizations_are_refused(quantization: dict[str, Any], said: str
         CompressedIndex.build({"quantization_config": quantization}, STORED)
 
 
-def test_quantized_activations_are_refused() -> None:
+def test_a_rounding_of_inputs_that_is_not_done_here_is_refused() -> None:
     built = section()
-    built["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
-    with pytest.raises(UnsupportedModel, match="activations are quantized too"):
+    built["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "actorder": "static"}
+    with pytest.raises(UnsupportedModel, match="inputs are"):
         CompressedIndex.build({"quantization_config": built}, STORED)
 
 

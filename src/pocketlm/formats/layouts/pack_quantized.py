@@ -60,13 +60,13 @@ def encode(module: str, packed: Packed) -> dict[str, Tensor]:
     return out
 
 
-def decode(tensors: Mapping[str, Tensor], module: str, spec: QuantSpec | None) -> PackedInt:
+def decode(tensors: Mapping[str, Tensor], module: str, spec: QuantSpec) -> PackedInt:
     """The codes and scales of a weight.
 
     Args:
         tensors: By name, at least those of this weight; others are not looked at.
         module: Module path.
-        spec: Its grid; None: bits told from the width of the packed rows (needs I ≥ 32).
+        spec: Its grid.
 
     Raises:
         ArtifactError: If a tensor is missing or the shapes contradict each other.
@@ -79,7 +79,6 @@ def decode(tensors: Mapping[str, Tensor], module: str, spec: QuantSpec | None) -
             f"weight_shape is {shape}, weight_packed is {tuple(words_OW.shape)}.", where=module
         )
     rows, columns = shape
-    bits = _bits_of(words_OW.shape[1], columns, module) if spec is None else spec.bits
     fits = scale_OG.dim() == 2 and scale_OG.shape[0] == rows and scale_OG.shape[1] > 0
     if not fits or columns % scale_OG.shape[1]:
         raise ArtifactError(
@@ -87,33 +86,23 @@ def decode(tensors: Mapping[str, Tensor], module: str, spec: QuantSpec | None) -
             where=module,
         )
     group = columns // scale_OG.shape[1]
-    if spec is not None and group != (spec.group_size or columns):
+    if group != (spec.group_size or columns):
         asked = spec.group_size or "whole rows"
         raise ArtifactError(f"has groups of {group} where config.json says {asked}.", where=module)
     zero_OG = None
     if f"{module}.weight_zero_point" in tensors:
         zero_PG = tensors[f"{module}.weight_zero_point"]
-        expected = (words_per_row(rows, bits), scale_OG.shape[1])
+        expected = (words_per_row(rows, spec.bits), scale_OG.shape[1])
         if tuple(zero_PG.shape) != expected:
             raise ArtifactError(
                 f"weight_zero_point is {tuple(zero_PG.shape)}, not {expected}.", where=module
             )
-        zero_OG = unpack(zero_PG.T.contiguous(), bits, rows).T.contiguous()
+        zero_OG = unpack(zero_PG.T.contiguous(), spec.bits, rows).T.contiguous()
     try:
-        codes_OI = unpack(words_OW, bits, columns)
+        codes_OI = unpack(words_OW, spec.bits, columns)
     except ArtifactError as error:
         raise ArtifactError(error.what, where=module, remedy=error.remedy) from None
-    return PackedInt(codes_OI, scale_OG, zero_OG, bits)
-
-
-def _bits_of(words: int, columns: int, module: str) -> int:
-    """Bits of a code, told from the width of a packed row; unique for 32 columns and more."""
-    bits = words * 32 // max(columns, 1)
-    if columns < 32 or not 2 <= bits <= 8:
-        raise ArtifactError(
-            f"rows of {words} words do not tell the bits of {columns} codes.", where=module
-        )
-    return bits
+    return PackedInt(codes_OI, scale_OG, zero_OG, spec.bits)
 
 
 def shape(
