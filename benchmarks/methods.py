@@ -48,12 +48,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-_base: Any = None
+_bases: dict[str, Any] = {}  # test text → the original on it
 
 
 def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, Any]) -> dict:
     """One recipe, or one artifact, compressed and measured; runs in a process of its own."""
-    global _base
     import torch
 
     from pocketlm import api
@@ -75,14 +74,15 @@ def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, An
         )  # fmt: skip
         seconds, bits = time.monotonic() - started, made.bits_per_weight
     like = {"device": options["device"], "compute_dtype": torch.float32}
-    if _base is None:
+    if options["test"] not in _bases:
         original = open_model(options["original"], **like)
         text = load_text(options["test"], part="evaluation")
         windows = eval_windows(
             original.tokenizer(), text, options["window"], options["windows"], original.context
         )
-        _base = score_original(original, windows)
-    report = evaluate_model(open_model(output, allow_compressed=True, **like), _base.windows, _base)
+        _bases[options["test"]] = score_original(original, windows)
+    base = _bases[options["test"]]
+    report = evaluate_model(open_model(output, allow_compressed=True, **like), base.windows, base)
     if artifact is None:
         shutil.rmtree(output)
     divergence = report.divergence
