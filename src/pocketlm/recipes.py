@@ -27,9 +27,7 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "gptq": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine")),
     "clip": tuple(StepSpec(method=name) for name in ("clip", "rtn")),
     "awq": tuple(StepSpec(method=name) for name in ("awq", "clip", "rtn")),
-    "autoround": tuple(
-        StepSpec(method=name) for name in ("clip", "gptq", "refine", "autoround")
-    ),
+    "autoround": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "autoround")),
     "smoothquant": tuple(StepSpec(method=name) for name in ("smoothquant", "clip", "gptq")),
     "correct": (
         *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),

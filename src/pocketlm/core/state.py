@@ -106,11 +106,14 @@ class Cost:
         bytes_held: Memory beside the weight, its statistics and the result.
         flops: Floating-point operations of the arithmetic that scales.
         calls: Small tensor operations in sequence, whose overhead counts.
+        bytes_moved: Read and written by updates that do one operation an element, as a sweep over
+            columns does.
     """
 
     bytes_held: int
     flops: float
     calls: int
+    bytes_moved: float = 0.0
 
 
 class LinearStep(Protocol):

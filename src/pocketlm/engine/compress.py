@@ -14,7 +14,7 @@ import torch
 
 from pocketlm import __version__
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.errors import OutputBusy, ResourceError
+from pocketlm.core.errors import CalibrationError, OutputBusy, ResourceError
 from pocketlm.core.views import ModelView
 from pocketlm.engine.artifact import partial_path
 from pocketlm.engine.events import EventLog, Listener
@@ -102,10 +102,17 @@ def run_job(
         What was done; None where the very same artifact is in place already.
 
     Raises:
+        CalibrationError: If something needs calibration tokens and there are none.
         OutputBusy: If another run holds the output, or something else lies there.
         ResumeError: If an unfinished run there had another fingerprint.
         ResourceError: If memory or disk ran out; the same command goes on from there.
     """
+    if job.needs_data and windows is None:
+        raise CalibrationError(
+            "the recipe needs calibration tokens, and none are given.",
+            where="windows",
+            remedy="Give some, or a method without data: hqq or rtn.",
+        )
     job = replace(
         job,
         fingerprint=fingerprint(model, job, grids, windows),

@@ -10,7 +10,7 @@ import torch
 
 from pocketlm.core.state import BlockStep
 from pocketlm.core.views import ModelView
-from pocketlm.engine.machine import call_seconds, matmul_flops
+from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
 from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.options import Job
 
@@ -43,6 +43,7 @@ def stage_seconds(
     # Statistics and sweeps run in float32 whatever the blocks compute in.
     single = matmul_flops(model.device, torch.float32, job.tokens_at_once, hidden_width(model))
     each_call = call_seconds(model.device)
+    moved = update_bytes(model.device, each_call)
     all_shapes = model.linear_shapes().values()
     forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
     seconds = source_bytes / READ_BYTES_PER_SECOND
@@ -52,7 +53,7 @@ def stage_seconds(
     for rows, columns in shapes.values():
         for step in job.steps:
             cost = step.cost(rows, columns)
-            seconds += cost.flops / single + cost.calls * each_call
+            seconds += cost.flops / single + cost.calls * each_call + cost.bytes_moved / moved
     weights = sum(math.prod(shape) for shape in shapes.values())
     for step in job.steps:
         if step.kind == "block":

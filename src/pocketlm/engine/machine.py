@@ -72,6 +72,19 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, tokens: int, width: i
     return 2.0 * tokens * width * width / seconds
 
 
+def update_bytes(device: torch.device, each_call: float) -> float:
+    """Measured bytes a second, read and written, of rank-one updates of a small matrix.
+
+    Args:
+        device: Where.
+        each_call: Seconds of a small operation, which are not counted.
+    """
+    matrix, left = torch.zeros(64, 1024, device=device), torch.zeros(64, device=device)
+    right = torch.zeros(1024, device=device)
+    seconds = _seconds_each(lambda: matrix.addr_(left, right), device)
+    return 8.0 * matrix.numel() / max(seconds - each_call, seconds / 10)
+
+
 def call_seconds(device: torch.device) -> float:
     """Measured seconds of one small tensor operation in a sequence."""
     small = torch.ones(256, device=device)

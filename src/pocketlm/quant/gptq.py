@@ -68,7 +68,8 @@ class Gptq(Strict):
         """The sweep: the weight, its codes and scales by column; and the factor of the Hessian."""
         held = 4 * (4 * rows * columns + 5 * columns * columns)
         flops = float(rows) * columns * columns + columns**3
-        return Cost(held, flops, calls=9 * columns)
+        moved = 4.0 * rows * columns * (self.block_columns + 20)  # half a block, read and written
+        return Cost(held, flops, calls=9 * columns, bytes_moved=moved)
 
 
 def column_order(hessian: Hessian, order: str) -> Tensor | None:

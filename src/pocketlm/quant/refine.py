@@ -86,7 +86,8 @@ class Refine(Strict):
         """Per round: one solve for the scales, one sweep for the codes."""
         held = 4 * (5 * rows * columns + columns * columns)
         flops = self.rounds * 8.0 * rows * columns * columns
-        return Cost(held, flops, self.rounds * 9 * columns)
+        moved = self.rounds * 4.0 * rows * columns * (BLOCK_COLUMNS + 30)
+        return Cost(held, flops, self.rounds * 9 * columns, moved)
 
 
 def renewed_scales(
