@@ -130,6 +130,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
     )
     draw.grouped(console, "Kept as they are", plan.kept)
     draw.grouped(console, "Changed", plan.notes)
+    draw.warnings(console, plan.warnings)
 
 
 def _calibration(plan: Plan) -> str:
