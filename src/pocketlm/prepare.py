@@ -123,6 +123,9 @@ def prepare(
         seed=seed,
         warnings=warnings,
     )
+    if not job.needs_data and (calibration != "builtin" or samples is not None):
+        unused = "no step needs calibration: --calibration and --samples change nothing."
+        job = replace(job, warnings=(*warnings, unused))
     settled = earlier_samples(output, job.work_dir) if resume else None
     count = samples or settled or SAMPLES
     predicted = make_plan(model, job, grids, count, seq_len)
@@ -154,7 +157,10 @@ def prepare(
         if windows.tokens_NT.shape[0] != count:
             predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
         predicted = predicted.model_copy(update={"text": windows.health})
-    return Prepared(model, job, grids, windows, predicted)
+    said = [*job.warnings, *(() if windows is None else windows.notes)]
+    if job.needs_data and windows is None:
+        said.append("the model writes its calibration text first, which takes time not counted.")
+    return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
 
 
 def _name(source: str | Path | PreTrainedModel) -> str:

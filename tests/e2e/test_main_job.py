@@ -37,6 +37,17 @@ def test_plan_tells_of_the_calibration_text(cli: Cli, source):
     assert "0 duplicate windows" in cli("plan", source, *QUICK).out.replace("\n", " ")
 
 
+def test_what_is_not_as_asked_is_told_by_the_plan_and_the_run(cli: Cli, source, tmp_path):
+    many = ("--samples", "100000", "--seq-len", "64")
+    warnings = cli("plan", source, *many, "--json").json["warnings"]
+    assert any("not 100000" in said for said in warnings)
+    unused = ("--method", "rtn", "--calibration", "self")
+    (said,) = cli("plan", source, *unused, "--json").json["warnings"]
+    assert "change nothing" in said
+    done = cli("compress", source, "-o", tmp_path / "out", *unused, "--json")
+    assert said in done.json["warnings"]
+
+
 def test_a_second_call_finds_it_done(cli: Cli, source, tmp_path):
     output = tmp_path / "out"
     assert cli("compress", source, "-o", output, "--json", *QUICK).json["already_done"] is False

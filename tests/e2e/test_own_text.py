@@ -45,7 +45,9 @@ def test_the_model_writes_its_text_once(cli, source, tmp_path, monkeypatch, cach
 
 
 def test_a_plan_writes_no_text(cli, source, cache):
-    assert cli("plan", source, *SELF).code == 0
+    done = cli("plan", source, "--json", *SELF)
+    assert done.code == 0
+    assert "writes its calibration text first" in done.json["warnings"][0]
     assert not list(cache.rglob("*.npy"))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pocketlm.cli import flags
 from pocketlm.cli.generate import stream
-from pocketlm.cli.options import Device, Json, MaxNewTokens, Model, Seed, Temperature
+from pocketlm.cli.options import Device, DrawSeed, Json, MaxNewTokens, Model, Temperature
 from pocketlm.cli.output import Answer
 
 LEAVE = ("/quit", "/exit", "/bye")
@@ -24,7 +24,7 @@ def run(
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    seed: DrawSeed = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> Answer:

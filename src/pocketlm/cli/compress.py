@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,7 +42,6 @@ from pocketlm.cli.options import (
     WorkDir,
 )
 from pocketlm.cli.output import Answer
-from pocketlm.cli.units import parse_bytes
 from pocketlm.report.words import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -91,40 +90,8 @@ def run(
 
     Example: [bold]pocketlm compress Qwen/Qwen3-8B -o out[/bold]
     """
-    flags.check_machine(device, dtype, target)
+    wanted, settings = flags.read(locals())
     flags.check_resume(resume, restart)
-    width = flags.parse_bits(bits)
-    budget = flags.budget_flags(
-        bits=width,
-        size=size,
-        scheme=scheme,
-        search_minutes=search_minutes,
-        search_dir=search_dir,
-    )
-    wanted = flags.recipe_flags(
-        recipe=recipe,
-        method=method,
-        scheme=scheme,
-        bits=width,
-        group_size=group_size,
-        sym=sym,
-        asym=asym,
-    )
-    settings: dict[str, Any] = {
-        "ignore": tuple(ignore or ()),
-        "target": target,
-        "calibration": calibration,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "activation_budget_bytes": parse_bytes(activation_budget, "--activation-budget"),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        **budget,
-    }
     from pocketlm import api
 
     built = api.build_recipe(**wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,39 @@ def parse_bits(text: str | None) -> int | float | None:
         raise ConfigError(
             f"'{text}' is no number.", where="--bits", remedy="Write 4, or 3.5 for an average."
         ) from None
+
+
+def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the flags that `plan` and `compress` share stand for.
+
+    Args:
+        given: Parameter → value, of either verb.
+
+    Returns:
+        The arguments of `api.build_recipe`, and those of `api.plan` and `api.compress`.
+
+    Raises:
+        ConfigError: If a value is unknown or two flags contradict each other.
+    """
+
+    def some(*names: str) -> dict[str, Any]:
+        return {name: given[name] for name in names}
+
+    check_machine(given["device"], given["dtype"], given["target"])
+    bits = parse_bits(given["bits"])
+    budget = budget_flags(bits=bits, **some("size", "scheme", "search_minutes", "search_dir"))
+    wanted = recipe_flags(
+        bits=bits, **some("recipe", "method", "scheme", "group_size", "sym", "asym")
+    )
+    settings = some(
+        "target", "calibration", "samples", "seq_len", "seed", "device", "dtype", "threads",
+        "revision", "trust_remote_code",
+    )  # fmt: skip
+    settings["ignore"] = tuple(given["ignore"] or ())
+    settings["activation_budget_bytes"] = parse_bytes(
+        given["activation_budget"], "--activation-budget"
+    )
+    return wanted, {**settings, **budget}
 
 
 def budget_flags(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pocketlm.cli import draw, flags
-from pocketlm.cli.options import Device, Json, MaxNewTokens, Model, Seed, Temperature
+from pocketlm.cli.options import Device, DrawSeed, Json, MaxNewTokens, Model, Temperature
 from pocketlm.cli.output import Answer
 from pocketlm.report.words import seconds_text
 
@@ -20,7 +20,7 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    seed: DrawSeed = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; no chat template.")
     ] = False,

@@ -232,6 +232,7 @@ Speed = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
 ]
+DrawSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn at a temperature.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
 ]

@@ -35,7 +35,6 @@ from pocketlm.cli.options import (
     TrustRemoteCode,
 )
 from pocketlm.cli.output import Answer
-from pocketlm.cli.units import parse_bytes
 from pocketlm.report.words import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
@@ -75,41 +74,9 @@ def run(
 
     Example: [bold]pocketlm plan Qwen/Qwen3-8B --scheme W4A16[/bold]
     """
-    flags.check_machine(device, dtype, target)
-    width = flags.parse_bits(bits)
-    budget = flags.budget_flags(
-        bits=width,
-        size=size,
-        scheme=scheme,
-        search_minutes=search_minutes,
-        search_dir=search_dir,
-    )
-    wanted = flags.recipe_flags(
-        recipe=recipe,
-        method=method,
-        scheme=scheme,
-        bits=width,
-        group_size=group_size,
-        sym=sym,
-        asym=asym,
-    )
+    wanted, settings = flags.read(locals())
     from pocketlm import api
 
-    settings: dict[str, Any] = {
-        "ignore": tuple(ignore or ()),
-        "target": target,
-        "calibration": calibration,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "activation_budget_bytes": parse_bytes(activation_budget, "--activation-budget"),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        **budget,
-    }
     plan = planned(source, api.build_recipe(**wanted), settings, quiet=False, log_file=None)
     return Answer(plan, lambda console: draw_plan(console, plan))
 
@@ -163,6 +130,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
     )
     draw.grouped(console, "Kept as they are", plan.kept)
     draw.grouped(console, "Changed", plan.notes)
+    draw.warnings(console, plan.warnings)
 
 
 def _calibration(plan: Plan) -> str:

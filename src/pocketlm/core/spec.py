@@ -47,11 +47,14 @@ class Strict(BaseModel):
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
-            first = error.errors()[0]
+            # A misspelt key is the cause where another one is missing.
+            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 remedy = nearest(str(first["loc"][-1]), cls.model_fields)
                 raise ConfigError(f"unknown option '{key}'.", where=where, remedy=remedy) from None
+            if first["type"] == "missing":
+                raise ConfigError(f"option '{key}' is missing.", where=where) from None
             message = first["msg"].removeprefix("Value error, ")
             what = f"option '{key}': {message}." if key else f"{message}."
             raise ConfigError(what, where=where) from None

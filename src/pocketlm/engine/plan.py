@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pocketlm.calibration.health import TextHealth
 from pocketlm.core.errors import BudgetError
@@ -63,6 +63,7 @@ class Plan(BaseModel):
         stages: Of its stages, in order.
         kept: Linears that keep their precision, and why.
         notes: What was changed about the grids.
+        warnings: What else is not as it was asked for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,6 +93,7 @@ class Plan(BaseModel):
     stages: dict[str, float]
     kept: dict[str, str]
     notes: dict[str, str]
+    warnings: list[str] = Field(default_factory=list)
 
 
 def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: int) -> Plan:

@@ -177,14 +177,16 @@ def check_layer(
     kind = "symmetric" if spec.symmetric else "asymmetric"
     if spec.bits not in allowed:
         listed = ", ".join(str(bits) for bits in allowed)
-        raise refuse(f"{target} has no kernel for {kind} {spec.bits} bits.", f"Choose of {listed}.")
+        raise refuse(
+            f"{target} has no kernel for {kind} {spec.bits} bits.", f"Choose one of {listed}."
+        )
     if spec.group_size is None and not known.per_channel:
         raise refuse(f"{target} needs groups.", "Give --group-size.")
     sizes = known.group_sizes
     if spec.group_size is not None and sizes is not None and spec.group_size not in sizes:
         listed = ", ".join(str(size) for size in sizes)
         raise refuse(
-            f"{target} has no kernel for groups of {spec.group_size}.", f"Choose of {listed}."
+            f"{target} has no kernel for groups of {spec.group_size}.", f"Choose one of {listed}."
         )
     if columns % known.columns_multiple or rows % known.rows_multiple:
         raise refuse(
@@ -224,7 +226,7 @@ def _check_inputs(
         raise UnsupportedLayer(
             f"{target} has no kernel for {weights} weights beside {activations.name} inputs.",
             where=where,
-            remedy=f"Choose of {', '.join(patterns)} for the weights.",
+            remedy=f"Choose one of {', '.join(patterns)} for the weights.",
         )
     if not spec.symmetric:
         raise UnsupportedLayer(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pocketlm.core.errors import SecurityError, SourceError
 from pocketlm.core.views import TensorInfo
+from pocketlm.formats.safetensors_header import DTYPES
 from pocketlm.models.bytes import BufferPool, PositionalFile, byte_view, require_finite
 
 SINGLE = "model.safetensors"
@@ -26,21 +27,6 @@ PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 SAMPLE_BYTES = 4096  # of each tensor's start, middle and end, for the fingerprint
 REMEDY = "Download or copy the file again."
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def run_search(
         for unit, some in zip(units, kept, strict=True)
     ]
     measured = measurer.damages(units, errors, question.limit_seconds)
-    damages = filled(units, errors, measured)
+    damages = filled(errors, measured)
     choices = Choices(grids, units, damages, before)
     chosen = None
     if question.budget is not None:

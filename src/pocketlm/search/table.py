@@ -5,8 +5,7 @@ KL is quadratic in a unit's output error, so damage / error is one figure a unit
 
     damage(candidate) = damage(measured) · error(candidate) / error(measured)
 
-fills a unit from its measured candidate of the nearest error. A unit without any takes the slope of
-its neighbours of the same kind, interpolated over depth in logarithms.
+fills a unit from its measured candidate of the nearest error.
 """
 
 from __future__ import annotations
@@ -61,7 +60,10 @@ def choose_cells(
     seconds: Callable[[Sequence[Variant]], float],
     limit_seconds: float,
 ) -> Choice:
-    """What is measured in the time: all candidates, else one a unit, else that of every nth block.
+    """What is measured: all candidates where there is time, else one a unit.
+
+    One a unit is the least: how much an error weighs differs a hundredfold between neighbouring
+    blocks, and a choice that guesses it is worse than none (docs/experiments.md).
 
     Args:
         units: What is free to choose.
@@ -81,85 +83,38 @@ def choose_cells(
     every = sorted({*every, *anchors})
     if takes(every) <= limit_seconds:
         return every, None
-    if takes(anchors) <= limit_seconds:
-        return anchors, "KL was measured for one grid of each unit, the others follow its error."
-    last = max(unit.block for unit in units)
-    stride = 2
-    while stride < last:
-        some = [(u, c) for u, c in anchors if units[u].block % stride == 0 or
-                units[u].block == last]  # fmt: skip
-        if takes(some) <= limit_seconds:
-            break
-        stride *= 2
-    else:
-        some = [(u, c) for u, c in anchors if units[u].block in (0, last)]
-    blocks = len({units[u].block for u, _ in some})
-    return some, (
-        f"KL was measured for one grid of each unit in {blocks} blocks of {last + 1}; the others "
-        "follow the errors of their outputs. More --search-minutes measure more."
-    )
+    note = "KL was measured for one grid of each unit, the others follow its error."
+    least = takes(anchors)
+    if least > limit_seconds:
+        note += (
+            f" That took about {least / 60:.0f} min, more than --search-minutes: it is the least "
+            "that tells where bits matter."
+        )
+    return anchors, note
 
 
-def filled(
-    units: Sequence[Unit], errors: Sequence[Sequence[float]], measured: Mapping[Cell, float]
-) -> list[list[float]]:
+def filled(errors: Sequence[Sequence[float]], measured: Mapping[Cell, float]) -> list[list[float]]:
     """The damage of every candidate.
 
     Args:
-        units: What is free to choose.
         errors: Relative errors, by unit and candidate.
-        measured: Damages; at least one cell.
+        measured: Damages; at least one cell of each unit.
 
     Returns:
         Damages in nats a token, by unit and candidate.
     """
-    slopes = [_slope(u, units, errors, measured) for u in range(len(units))]
     table: list[list[float]] = []
     for u, row in enumerate(errors):
         known = {c: measured[u, c] for c in range(len(row)) if (u, c) in measured}
         damages: list[float] = []
         for c, error in enumerate(row):
-            if not known:
-                damages.append(slopes[u] * error)
-            elif c in known:
+            if c in known:
                 damages.append(known[c])
-            else:
-                near = min(known, key=lambda k: abs(_log(row[k]) - _log(error)))
-                damages.append(known[near] * error / max(row[near], TINY))
+                continue
+            near = min(known, key=lambda k: abs(_log(row[k]) - _log(error)))
+            damages.append(known[near] * error / max(row[near], TINY))
         table.append(damages)
     return table
-
-
-def _slope(
-    u: int,
-    units: Sequence[Unit],
-    errors: Sequence[Sequence[float]],
-    measured: Mapping[Cell, float],
-) -> float:
-    """Damage for each error of a unit, from the measured units of its kind, else from all."""
-    slopes = {
-        (v, c): kl / errors[v][c] for (v, c), kl in measured.items() if errors[v][c] > SMALL_ERROR
-    }
-    slopes = slopes or {
-        cell: kl / max(errors[cell[0]][cell[1]], TINY) for cell, kl in measured.items()
-    }
-    alike = [
-        (units[v].block, _log(s)) for (v, _), s in slopes.items() if units[v].kind == units[u].kind
-    ]
-    if not alike:
-        logs = sorted(_log(slope) for slope in slopes.values())
-        return math.exp(logs[len(logs) // 2])
-    return math.exp(_interpolated(sorted(alike), units[u].block))
-
-
-def _interpolated(points: Sequence[tuple[int, float]], x: int) -> float:
-    """Linear between the nearest points on both sides, constant beyond the ends."""
-    before = [point for point in points if point[0] <= x]
-    after = [point for point in points if point[0] >= x]
-    if not before or not after:
-        return (before or after)[-1 if before else 0][1]
-    (x0, y0), (x1, y1) = before[-1], after[0]
-    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def _log(value: float) -> float:

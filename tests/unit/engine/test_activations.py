@@ -15,6 +15,7 @@ from tests.unit.models.families import build
 from pocketlm.core.errors import CalibrationError, UnsupportedLayer
 from pocketlm.core.spec import INPUTS, SCHEMES, ActivationSpec
 from pocketlm.engine.events import Event
+from pocketlm.evaluate import verify_logits
 from pocketlm.evaluate.verify import verify_artifact
 from pocketlm.evaluate.verify_logits import view_logits
 from pocketlm.hf import plain_logits
@@ -22,6 +23,16 @@ from pocketlm.models import open_model, runtime_model
 from pocketlm.runtime.load import load, packed_summary
 
 TOKENS = list(range(3, 35))
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify runs plain transformers in this process: a new one takes seconds to import it."""
+    monkeypatch.setattr(
+        verify_logits, "_logits_elsewhere", lambda path, tokens, _: plain_logits(path, tokens)
+    )
+
+
 KINDS = {
     **{name: (SCHEMES[name].fit(32), INPUTS[name]) for name in INPUTS if name != "FP8_BLOCK"},
     "W8A8_ASYMMETRIC": (SCHEMES["W8A8"], ActivationSpec(symmetric=False)),
@@ -79,7 +90,7 @@ def test_what_is_written_runs_alike_everywhere(
     assert (packed_TV - ours_TV).norm() < (unrounded_TV - ours_TV).norm()
 
 
-@pytest.mark.parametrize("kind", ["W8A8", "W8A8_STATIC_ASYMMETRIC", "W4A8"])
+@pytest.mark.parametrize("kind", ["W8A8_STATIC_ASYMMETRIC", "W4A8"])
 def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path, compress, kind: str) -> None:
     def stop(event: Event) -> None:
         if event.kind == "block_done" and event.block == 1:
@@ -108,7 +119,7 @@ def test_verify_and_card_know_of_the_inputs(tmp_path: Path, compress) -> None:
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixture") / "model"
-    build("mixtral", vocab_size=300, num_local_experts=12).save_pretrained(path)
+    build("mixtral", vocab_size=300, num_local_experts=6).save_pretrained(path)
     return path
 
 
@@ -176,7 +187,7 @@ def test_static_ranges_of_experts_without_tokens_are_their_siblings(
         compress_from(mixture)(tmp_path / "out", steps=("rtn",), target="vllm", **arguments("FP8"))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     path = "model.layers.0.block_sparse_moe.experts.{}.w1.input_scale"
-    scales = [float(stored[path.format(expert)]) for expert in range(12)]
+    scales = [float(stored[path.format(expert)]) for expert in range(6)]
     assert scales[3] == max(scales)
     notes = ledger_of(tmp_path / "out").tensors[path.format(3).replace("input_scale", "weight")]
     assert any("as its siblings'" in note for note in notes.notes)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.engine import conftest
 
-from pocketlm.core.errors import ConfigError, UnsupportedLayer
+from pocketlm.core.errors import CalibrationError, ConfigError, UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
 from pocketlm.core.stats import Hessian
 from pocketlm.engine.events import Event
@@ -96,6 +97,15 @@ def recipe(**changes: object) -> Recipe:
 
 
 SHAPES = {"model.layers.0.mlp.up_proj": (64, 576), "model.layers.0.mlp.down_proj": (576, 1536)}
+
+
+def test_calibration_without_tokens_is_refused(
+    tmp_path: Path, compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "Windows", lambda *args: None)
+    with pytest.raises(CalibrationError, match="needs calibration tokens"):
+        compress(tmp_path / "out", steps=("gptq",))
+    assert not list(tmp_path.iterdir())
 
 
 def test_group_size_is_fitted_and_said() -> None:

@@ -18,9 +18,14 @@ def test_every_target_states_its_evidence() -> None:
 @pytest.mark.parametrize(
     ("spec", "shape", "target", "said"),
     [
-        (QuantSpec(bits=3), (64, 128), "vllm", "no kernel for symmetric 3 bits. Choose of 4, 8"),
-        (QuantSpec(bits=8, symmetric=False), (64, 128), "vllm", "Choose of 4"),
-        (QuantSpec(bits=4, group_size=16), (64, 128), "vllm", "groups of 16. Choose of 32"),
+        (
+            QuantSpec(bits=3),
+            (64, 128),
+            "vllm",
+            "symmetric 3 bits. Choose one of 4, 8",
+        ),
+        (QuantSpec(bits=8, symmetric=False), (64, 128), "vllm", "Choose one of 4"),
+        (QuantSpec(bits=4, group_size=16), (64, 128), "vllm", "groups of 16. Choose one of 32"),
         (QuantSpec(bits=4, group_size=64), (48, 128), "vllm-cpu", "multiples of 32"),
         (QuantSpec(bits=4, group_size=128), (64, 192), "transformers", "do not divide 192"),
         (QuantSpec(bits=4, symmetric=False), (12, 128), "vllm", "12 rows do not fill"),
