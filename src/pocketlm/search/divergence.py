@@ -1,8 +1,5 @@
 """KL from the original to the model in which one unit alone is quantized.
 
-The unit is fitted to one batch of text and tested on another: what fits the tokens that it was
-fitted to says little of others, the less the better the method.
-
 A *variant* leaves the original's stream at its unit's block and runs on through all later blocks.
 Variants of neighbouring blocks run together, so that a block is read once for many of them; a pass
 holds as many as memory allows and keeps each pass short enough to be lost. What the passes read
@@ -23,12 +20,11 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.errors import NumericError
-from pocketlm.core.state import LinearStep
 from pocketlm.core.views import ModelView
 from pocketlm.engine.machine import call_seconds, matmul_flops
 from pocketlm.engine.memory import hidden_bytes, hidden_width
 from pocketlm.evaluate.divergence import score_tokens
-from pocketlm.search.quantized import forward_with, hessians_of, quantized
+from pocketlm.search.quick import forward_quantized
 from pocketlm.search.units import Candidate, Unit
 
 HELD_BYTES = 2 << 30  # of all variants' activations in a pass
@@ -46,31 +42,22 @@ class Variant:
     candidate: Candidate
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Token ids [B, T]: what a unit is fitted to, and what its damage is measured on."""
-
-    fit_BT: Tensor
-    test_BT: Tensor
-
-
 class Work:
     """What a forward pass through each block, and through the head, costs in multiplications.
 
     Args:
         model: The model.
-        tokens: Of the batch that is tested on.
-        steps: How units are quantized.
+        tokens: Of the batch.
     """
 
-    def __init__(self, model: ModelView, tokens: int, steps: Sequence[LinearStep]) -> None:
+    def __init__(self, model: ModelView, tokens: int) -> None:
         blocks = [0] * len(model.block_paths)
         for name, (rows, columns) in model.linear_shapes().items():
             index = next(i for i, p in enumerate(model.block_paths) if name.startswith(f"{p}."))
             blocks[index] += rows * columns
         self.blocks = [tokens * weights for weights in blocks]
         self.head = tokens * model.vocabulary * hidden_width(model)
-        self._model, self._tokens, self._steps = model, tokens, steps
+        self._model, self._tokens = model, tokens
 
     def of(self, variant: Variant) -> int:
         """Of one variant: its own block, all later ones and the head."""
@@ -81,12 +68,7 @@ class Work:
         products = sum(self.of(variant) for variant in variants)
         blocks = sum(len(self.blocks) - variant.unit.block for variant in variants)
         rate, each_call = self._rates
-        seconds = OVERHEAD * 2 * products / rate + blocks * CALLS * each_call
-        shapes = self._model.linear_shapes()
-        for name in [name for variant in variants for name in variant.unit.linears]:
-            costs = [step.cost(*shapes[name]) for step in self._steps]
-            seconds += sum(cost.flops / rate + cost.calls * each_call for cost in costs)
-        return seconds
+        return OVERHEAD * 2 * products / rate + blocks * CALLS * each_call
 
     @cached_property
     def _rates(self) -> tuple[float, float]:
@@ -117,9 +99,8 @@ def passes(
 @torch.no_grad()
 def measure_divergences(
     model: ModelView,
-    batches: Batches,
+    tokens_BT: Tensor,
     variants: Sequence[Variant],
-    steps: Sequence[LinearStep],
     keep: Callable[[Variant, float], None],
     on_work: Callable[[int], None],
 ) -> None:
@@ -127,46 +108,37 @@ def measure_divergences(
 
     Args:
         model: The original.
-        batches: The text.
+        tokens_BT: int64 ids of one batch.
         variants: What is measured.
-        steps: How their units are quantized.
         keep: Called with each finding, in nats a token.
         on_work: Called with the work that a step did, in the unit of `Work`.
 
     Raises:
         NumericError: If a variant's logits are not finite.
     """
-    fit_BT, tokens_BT = batches.fit_BT.to(model.device), batches.test_BT.to(model.device)
-    work = Work(model, tokens_BT.numel(), steps)
-    planned = passes(model, variants, fit_BT.numel() + tokens_BT.numel())
-    starts = {blocks.start for blocks, _ in planned}
-    (fit_BTD, fit_call), (hidden_BTD, call) = model.begin(fit_BT), model.begin(tokens_BT)
-    _, fit_inputs = _original(model, fit_BTD, fit_call, starts)
-    finished_BTD, inputs = _original(model, hidden_BTD, call, starts)
+    tokens_BT = tokens_BT.to(model.device)
+    work = Work(model, tokens_BT.numel())
+    planned = passes(model, variants, tokens_BT.numel())
+    hidden_BTD, call = model.begin(tokens_BT)
+    finished_BTD, inputs = _original(
+        model, hidden_BTD, call, {blocks.start for blocks, _ in planned}
+    )
     for blocks, together in planned:
         hidden_BTD = inputs.pop(blocks.start).to(model.device)
-        fit_BTD = fit_inputs.pop(blocks.start).to(model.device)
         apart: dict[Variant, Tensor] = {}
         for index in range(blocks.start, len(work.blocks)):
             with model.block(index) as block:
                 for variant, state_BTD in apart.items():
                     apart[variant] = block.forward(state_BTD.to(model.device), call).cpu()
                     on_work(work.blocks[index])
-                if index >= blocks.stop:
-                    continue
-                here = [variant for variant in together if variant.unit.block == index]
-                names = {name for variant in here for name in variant.candidate.specs}
-                hessians, fit_BTD = hessians_of(block, names, fit_BTD, fit_call, model.device)
-                for variant in here:
-                    weights: dict[str, Tensor] = {}
-                    for name, spec in variant.candidate.specs.items():
-                        view = block.linears[name]
-                        weights[name] = quantized(
-                            view, view.weight_OI(), spec, hessians[name], steps
-                        )
-                    apart[variant] = forward_with(block, weights, hidden_BTD, call).cpu()
-                    on_work(work.blocks[index])
-                hidden_BTD = block.forward(hidden_BTD, call)
+                for variant in together:
+                    if variant.unit.block == index:
+                        apart[variant] = forward_quantized(
+                            block, variant.candidate.specs, hidden_BTD, call, model.device
+                        ).cpu()
+                        on_work(work.blocks[index])
+                if index + 1 < blocks.stop:
+                    hidden_BTD = block.forward(hidden_BTD, call)
         for variant, kl in _score(model, finished_BTD, tokens_BT, apart, on_work, work.head):
             keep(variant, kl)
 

@@ -20,7 +20,7 @@ from pocketlm.core.errors import NumericError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.stats import Hessian
 from pocketlm.core.views import LinearView, ModelView
-from pocketlm.search.quantized import QUICK, gathered, linear_steps, quantized
+from pocketlm.search.quick import gathered, quantized
 from pocketlm.search.units import Candidate
 
 GridsOf = Mapping[str, Sequence[QuantSpec]]  # module path → grids
@@ -92,9 +92,8 @@ def _measure(
     weight_OI = view.weight_OI()
     matrix_II = hessian.matrix_II() * (hessian.tokens / 2) if hessian.tokens else None
     whole = _energy(weight_OI, matrix_II)
-    steps = linear_steps(QUICK)
     for spec in specs:
-        lost = _energy(weight_OI - quantized(view, weight_OI, spec, hessian, steps), matrix_II)
+        lost = _energy(weight_OI - quantized(view, weight_OI, spec, hessian), matrix_II)
         if not math.isfinite(lost + whole):
             raise NumericError(
                 "its output error is not finite.", where=view.name, remedy="Add it to --ignore."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.state import LinearStep
 from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog
-from pocketlm.search.divergence import Batches, Variant, Work, measure_divergences
+from pocketlm.search.divergence import Variant, Work, measure_divergences
 from pocketlm.search.errors import Energy, measure_energies, relative_error
 from pocketlm.search.store import Store
 from pocketlm.search.table import Cell, choose_cells
@@ -21,22 +21,13 @@ class Measurer:
 
     Args:
         model: The original.
-        batches: The text.
-        steps: How units are quantized where a KL is measured.
+        windows: One batch of text.
         store: Where findings are kept.
         log: Where events go.
     """
 
-    def __init__(
-        self,
-        model: ModelView,
-        batches: Batches,
-        steps: Sequence[LinearStep],
-        store: Store,
-        log: EventLog,
-    ) -> None:
-        self._model, self._batches, self._steps = model, batches, steps
-        self._store, self._log = store, log
+    def __init__(self, model: ModelView, windows: Windows, store: Store, log: EventLog) -> None:
+        self._model, self._windows, self._store, self._log = model, windows, store, log
         self.notes: list[str] = []
 
     def errors(self, units: Sequence[Unit]) -> list[list[float]]:
@@ -55,7 +46,7 @@ class Measurer:
             self._log.emit("stage", text, data={"stage": "search"})
             clock, total = _Clock(self._log, "output errors"), len(self._model.block_paths)
             measure_energies(
-                self._model, self._batches.test_BT, wanted, self._store.keep_energy,
+                self._model, self._windows.tokens_NT, wanted, self._store.keep_energy,
                 on_block=lambda index: clock.at(index + 1, total),
             )  # fmt: skip
 
@@ -83,8 +74,8 @@ class Measurer:
             errors: Relative errors, by unit and candidate.
             limit_seconds: What measuring may take.
         """
-        tokens = self._batches.test_BT.numel()
-        work = Work(self._model, tokens, self._steps)
+        tokens = self._windows.tokens_NT.numel()
+        work = Work(self._model, tokens)
         question = {
             "units": [unit.linears for unit in units],
             "grids": [[c.spec.model_dump(mode="json") for c in unit.candidates] for unit in units],
@@ -114,7 +105,7 @@ class Measurer:
             def keep(variant: Variant, kl: float) -> None:
                 self._store.keep_divergence(variant.candidate.specs, kl)
 
-            measure_divergences(self._model, self._batches, missing, self._steps, keep, step)
+            measure_divergences(self._model, self._windows.tokens_NT, missing, keep, step)
         known: dict[Cell, float] = {}
         for variant, cell in cell_of.items():
             kl = self._store.divergence(variant.candidate.specs)

@@ -15,23 +15,19 @@ from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
-from pocketlm.core.state import LinearStep
 from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import Grids, choose_grids
 from pocketlm.search.allocate import allocate
 from pocketlm.search.budget import Budget, Spent, room, spent
 from pocketlm.search.choices import Choices, findings
-from pocketlm.search.divergence import Batches
 from pocketlm.search.measure import Measurer
-from pocketlm.search.quantized import QUICK, own_steps
+from pocketlm.search.quick import STEPS
 from pocketlm.search.results import SearchResult
 from pocketlm.search.rewrite import with_grids
 from pocketlm.search.store import Store
 from pocketlm.search.table import filled, undominated
 from pocketlm.search.units import Unit, choice_units, default_candidates
-
-TEST_WINDOWS = 4  # of those that a search is given: every change runs through them
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def run_search(
 
     Args:
         model: The original; best in float32, so that rounding does not hide small damages.
-        windows: Of text, two at least: the first ones to test on, the others to fit to.
+        windows: One batch of text.
         question: What is searched for.
         root: Where findings are kept.
         listener: Called with each event.
@@ -88,13 +84,8 @@ def run_search(
     before = spent(model, grids, units, question.dtype)
     if question.budget is not None:
         room(question.budget, units, before)
-    steps = own_steps(question.recipe)
-    store = Store(root, _context(model, windows, steps))
-    tokens_NT = windows.tokens_NT
-    count = max(1, min(TEST_WINDOWS, len(tokens_NT) // 2))
-    fit_NT = tokens_NT[count:] if len(tokens_NT) > 1 else tokens_NT
-    batches = Batches(fit_BT=fit_NT, test_BT=tokens_NT[:count])
-    measurer = Measurer(model, batches, steps, store, log)
+    store = Store(root, _context(model, windows))
+    measurer = Measurer(model, windows, store, log)
     errors = measurer.errors(units)
     kept = [undominated(unit, row) for unit, row in zip(units, errors, strict=True)]
     errors = [[row[c] for c in some] for row, some in zip(errors, kept, strict=True)]
@@ -139,13 +130,12 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
     raise refusal
 
 
-def _context(model: ModelView, windows: Windows, steps: Sequence[LinearStep]) -> dict[str, Any]:
+def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
     return {
         "pocketlm": __version__,
         "source": model.source.fingerprint(),
         "windows": windows.sha256,
-        "quick": [step.model_dump(mode="json") for step in QUICK],
-        "steps": [[type(step).__name__, repr(step)] for step in steps],
+        "quick": [step.model_dump(mode="json") for step in STEPS],
         "compute_dtype": str(model.compute_dtype),
         "device": model.device.type,
     }

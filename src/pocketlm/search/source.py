@@ -18,7 +18,7 @@ from pocketlm.search.run import Question, run_search
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WINDOWS, SEQ_LEN = 16, 512  # of text: a quarter to test on, the others to fit to
+WINDOWS, SEQ_LEN = 4, 512  # of text: one batch, through which every change runs
 
 
 def search_source(

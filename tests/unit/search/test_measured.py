@@ -8,16 +8,15 @@ from tests.unit.search.test_units import units_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pocketlm.core.spec import QuantSpec, Recipe, StepSpec
+from pocketlm.core.spec import QuantSpec
 from pocketlm.models import open_model
 from pocketlm.search import divergence
-from pocketlm.search.divergence import Batches, Variant, Work, measure_divergences, passes
+from pocketlm.search.divergence import Variant, Work, measure_divergences, passes
 from pocketlm.search.errors import Energy, measure_energies, relative_error
-from pocketlm.search.quantized import QUICK, gathered, linear_steps, own_steps, quantized
+from pocketlm.search.quick import gathered, quantized
 from pocketlm.search.units import Candidate
 
 SPEC = QuantSpec(bits=3, group_size=32)
-STEPS = linear_steps([StepSpec(method=name) for name in ("clip", "gptq", "refine")])
 
 
 def inputs_of(whole: nn.Module, tokens_NT, names) -> dict[str, torch.Tensor]:
@@ -49,9 +48,7 @@ def test_errors_are_those_of_the_outputs(llama, model, windows):
         with block as loaded:
             view = loaded.linears[name]
             weight_OI = view.weight_OI()
-            rounded_OI = quantized(
-                view, weight_OI, SPEC, gathered(x_BTI, model.device), linear_steps(QUICK)
-            )
+            rounded_OI = quantized(view, weight_OI, SPEC, gathered(x_BTI, model.device))
         lost = (x_BTI @ (weight_OI - rounded_OI).T).square().sum()
         assert found[name].lost == pytest.approx(float(lost), rel=1e-3)
         assert found[name].whole == pytest.approx(
@@ -80,29 +77,28 @@ def test_divergences_are_those_of_the_whole_model(llama, model, windows, recipe,
     def step(products: int) -> None:
         work[0] += products
 
-    batches = Batches(fit_BT=windows.tokens_NT[1:], test_BT=windows.tokens_NT[:1])
-    measure_divergences(model, batches, variants, STEPS, found.__setitem__, step)
+    measure_divergences(model, windows.tokens_NT, variants, found.__setitem__, step)
     assert list(found) == variants
-    expected = sum(map(Work(model, batches.test_BT.numel(), STEPS).of, variants))
+    expected = sum(map(Work(model, windows.tokens_NT.numel()).of, variants))
     assert work[0] == pytest.approx(expected, rel=0.01)
     whole = AutoModelForCausalLM.from_pretrained(llama)
     for variant in (variants[0], variants[5], variants[-1]):  # q, k, v; o; down
-        inputs = inputs_of(whole, batches.fit_BT, variant.unit.linears)
+        inputs = inputs_of(whole, windows.tokens_NT, variant.unit.linears)
         changed = {}
         with model.block(variant.unit.block) as block:
             for name in variant.unit.linears:
                 view = block.linears[name]
                 hessian = gathered(inputs[name], model.device)
                 spec = variant.candidate.specs[name]
-                changed[name] = quantized(view, view.weight_OI(), spec, hessian, STEPS)
-        expected = naive_kl(llama, batches.test_BT, changed)
+                changed[name] = quantized(view, view.weight_OI(), spec, hessian)
+        expected = naive_kl(llama, windows.tokens_NT, changed)
         assert expected > 1e-5
         assert found[variant] == pytest.approx(expected, rel=0.02)
     # The same from passes of one block each, and the original's weights are back in place.
     monkeypatch.setattr(divergence, "HELD_MOST", 1)
     assert len(passes(model, variants, windows.tokens_NT.numel())) == 3
     again: dict[Variant, float] = {}
-    measure_divergences(model, batches, variants, STEPS, again.__setitem__, step)
+    measure_divergences(model, windows.tokens_NT, variants, again.__setitem__, step)
     assert list(again.values()) == pytest.approx(list(found.values()), rel=1e-5)
 
 
@@ -112,25 +108,10 @@ def test_experts_are_measured_together(mixtral, windows, recipe):
     variants = [Variant(experts[1], experts[1].candidates[index]) for index in (1, 5)]
     found: dict[Variant, float] = {}
     measure_divergences(
-        model, Batches(windows.tokens_NT, windows.tokens_NT), variants, STEPS,
-        found.__setitem__, lambda products: None,
-    )  # fmt: skip
+        model, windows.tokens_NT, variants, found.__setitem__, lambda products: None
+    )
     coarse, fine = found.values()
     assert coarse > 10 * fine > 0
-
-
-@pytest.mark.parametrize(
-    ("steps", "own"),
-    [
-        (["awq", "clip", "rtn"], ["Clip", "Rtn"]),
-        (["correct", "clip", "gptq", "refine"], ["Clip", "Gptq", "Refine"]),
-        (["clip", "gptq", "autoround"], ["Clip", "Gptq"]),
-        (["autoround"], ["Clip", "Gptq"]),
-        (["hqq"], ["Hqq"]),
-    ],
-)
-def test_a_recipe_is_measured_by_its_own_linear_steps(steps, own):
-    assert [type(step).__name__ for step in own_steps(Recipe.parse({"steps": steps}))] == own
 
 
 def test_an_expert_without_tokens_counts_for_nothing_beside_others():
