@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -103,11 +104,12 @@ class Model:
         tokens_BT: Tensor,
         blocks: list[Callable[..., Any]],
         head: Callable[[Tensor], Tensor],
+        gradients: bool = False,
     ) -> Any:
         """The model's own forward with stand-ins for all blocks and the head."""
         modules = [*self.skeleton.blocks, self._ends.head]
         with (
-            torch.no_grad(),
+            torch.set_grad_enabled(gradients),
             stand_in(modules, [*blocks, head]),
             self._ends.reading_rows(),
         ):
@@ -194,6 +196,29 @@ class Model:
             lambda _: self._ends.head_logits(hidden_ND[None]),
         ).logits
         return logits_1NV[0].float()
+
+    def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Gradient of the summed loss of the next tokens in the last block's output, [B, T, D].
+
+        Args:
+            hidden_BTD: The last block's output; a sequence's logits are all in memory at once.
+            tokens_BT: Token ids, int64.
+        """
+        self._learn_return_type()
+        tokens_BT = tokens_BT.to(self.device)
+        slopes = []
+        for hidden_1TD, tokens_1T in zip(hidden_BTD.split(1), tokens_BT.split(1), strict=True):
+            leaf_1TD = hidden_1TD.to(self.device).detach().requires_grad_()
+            stand_ins: list[Callable[..., Any]] = list(self._recorders())
+            stand_ins[-1] = lambda *args, end=leaf_1TD, **kwargs: self._wrap(end)
+            logits_1TV = self._run_model(
+                tokens_1T, stand_ins, self._ends.head_logits, gradients=True
+            ).logits
+            loss = F.cross_entropy(
+                logits_1TV[0, :-1].float(), tokens_1T[0, 1:], reduction="sum"
+            )
+            slopes.append(torch.autograd.grad(loss, leaf_1TD)[0])
+        return torch.cat(slopes)
 
     def _one_token(self) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.int64, device=self.device)

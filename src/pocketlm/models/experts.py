@@ -10,7 +10,7 @@ Legend: E experts, N tokens, K experts per token, D hidden width, F width inside
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -102,6 +102,16 @@ def split_experts(skeleton: Skeleton, names: NameMap) -> tuple[NameMap, Mapping[
             bindings.update(_expert_bindings(path, bindings))
             del bindings[f"{path}.{GATE_UP}"], bindings[f"{path}.{DOWN}"]
     return replace(names, bindings=bindings), refused
+
+
+def split_like(blocks: Sequence[nn.Module], like: Sequence[nn.Module]) -> None:
+    """Replaces fused experts in place where they are replaced in other blocks of that model."""
+    for block, other in zip(blocks, like, strict=False):
+        for inner, module in other.named_modules():
+            if isinstance(module, PerExpert):
+                parent, _, leaf = inner.rpartition(".")
+                owner = block.get_submodule(parent)
+                setattr(owner, leaf, PerExpert(owner.get_submodule(leaf)))
 
 
 def holds_fused_experts(module: nn.Module) -> bool:

@@ -14,11 +14,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pocketlm.core.activations import InputQuantizer
+from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError, SourceError
 from pocketlm.core.views import TensorSource
 from pocketlm.models.adapter import Model, most_common_dtype
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
+from pocketlm.models.edited import EditedSource
 from pocketlm.models.experts import split_experts
 from pocketlm.models.gguf import GgufFile, GgufSource
 from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
@@ -85,6 +87,47 @@ def open_model(
             parts = _from_gguf(path, compute_dtype)
         else:
             parts = _from_directory(path, compute_dtype, trust_remote_code, allow_compressed)
+    return _put_together(parts, device, compute_dtype)
+
+
+def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) -> Model:
+    """A smaller model as a view of the one it is made of: nothing is read or written.
+
+    Args:
+        model: The original.
+        changes: Configuration and edits.
+        dtype: What blocks compute in; None: as in the original.
+
+    Returns:
+        The model, as it would open from disk.
+
+    Raises:
+        SourceError: If configuration and tensors do not fit together.
+        UnsupportedModel: If transformers cannot build that configuration.
+    """
+    dtype = model.compute_dtype if dtype is None else dtype
+    skeleton = skeleton_like(model.skeleton.model, dtype, changes.config)
+    parts = Parts(
+        source=EditedSource(model.source, changes),
+        config=changed_config(model.config, changes.config),
+        skeleton=skeleton,
+        side_files=model.side_files,
+        load_tokenizer=model.tokenizer,
+        where="the changed model",
+        quantizers=model.quantizers,
+    )
+    return _put_together(parts, model.device, dtype)
+
+
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with changed keys, in the part that describes the text model."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        return {**config, "text_config": {**text, **changes}}
+    return {**config, **changes}
+
+
+def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype) -> Model:
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
     names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)

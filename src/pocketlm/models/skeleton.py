@@ -7,12 +7,14 @@ needs to be known here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -88,21 +90,43 @@ def build_skeleton(
     return find_blocks(model)
 
 
-def skeleton_like(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
-    """The same model without weights.
+def skeleton_like(
+    model: PreTrainedModel, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> Skeleton:
+    """The same model without weights, perhaps with other sizes.
 
     Args:
-        model: In memory; left as it is.
+        model: In memory or a skeleton; left as it is.
         dtype: What the skeleton computes in.
+        changes: Keys of the text model's configuration with their new values.
 
     Raises:
-        UnsupportedModel: If no decoder blocks are found.
+        UnsupportedModel: If no decoder blocks are found, or transformers cannot build these sizes.
     """
     config = copy.deepcopy(model.config)
-    with parameters_on_meta():
-        bare = type(model)._from_config(config, dtype=dtype, experts_implementation="eager")
+    try:
+        if changes:
+            config = _with_changes(config, changes)
+        with parameters_on_meta():
+            bare = type(model)._from_config(config, dtype=dtype, experts_implementation="eager")
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} cannot build these sizes: {error}",
+            where=type(model).__name__,
+        ) from error
     bare.eval().requires_grad_(False)
     return find_blocks(bare)
+
+
+def _with_changes(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """A configuration made anew, so that what depends on a changed key follows."""
+    text = config.get_text_config()
+    made = type(text).from_dict({**text.to_dict(), **changes})
+    if text is config:
+        return made
+    part = next(name for name, value in vars(config).items() if value is text)
+    setattr(config, part, made)
+    return config
 
 
 def find_blocks(model: PreTrainedModel) -> Skeleton:

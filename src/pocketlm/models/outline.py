@@ -1,0 +1,498 @@
+"""A model's dimensions and how smaller ones are described.
+
+Which dimensions are coupled is observed, not listed: the model is built again with one key of its
+configuration changed, on the meta device, and whatever changes its shape belongs together. That
+cutting these slices is the same as zeroing them is then proved on a block (models/coupling_proof).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pocketlm.core.changes import Add, Changes, Constant, Edit, Operation, Take
+from pocketlm.core.errors import ConfigError, UnsupportedLayer, UnsupportedModel
+from pocketlm.core.transform import CHANNELS, EXPERTS, HEADS, Cut, Structure
+from pocketlm.models.adapter import Model
+from pocketlm.models.coupling_proof import prove
+from pocketlm.models.experts import split_like
+from pocketlm.models.linear import is_linear
+from pocketlm.models.skeleton import Skeleton, skeleton_like
+
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
+INDEX_LISTS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices")
+CHANNEL_KEYS = (
+    "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "intermediate_size_mlp", "ffn_dim", "n_inner", "ffn_hidden_size",
+)  # fmt: skip
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+BIAS_KEYS = ("mlp_bias", "attention_bias", "use_bias", "bias")
+KEPT = "unchanged"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A key of the configuration and the units that it counts.
+
+    Attributes:
+        dimension: "channels", "heads" or "experts".
+        key: Of the configuration.
+        units: Its value now.
+    """
+
+    dimension: str
+    key: str
+    units: int
+
+
+class ModelOutline:
+    """An Outline (see core/transform.py) of a model.
+
+    Args:
+        model: The original; weights are read only to prove couplings.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        text = model.skeleton.model.config.get_text_config()
+        self.config: Mapping[str, Any] = text.to_dict()
+        self.blocks = len(model.block_paths)
+        self.block_paths = model.block_paths
+        self._parameters = _shapes(model.skeleton)
+        self._structures: dict[str, tuple[Structure, ...]] = {}
+
+    # --- depth ---
+
+    def keep_blocks(
+        self, kept: Sequence[int], merged: Mapping[int, Mapping[int, float]] | None = None
+    ) -> Changes:
+        """The model with some of its blocks, renumbered; see core/transform.py.
+
+        Raises:
+            ConfigError: If none is kept, or the order is not ascending.
+        """
+        if not kept or list(kept) != sorted(set(kept)) or kept[-1] >= self.blocks:
+            raise ConfigError(
+                f"{len(kept)} of {self.blocks} blocks would be left.",
+                where="depth",
+                remedy="Remove fewer: at least one block has to stay.",
+            )
+        merged = merged or {}
+        paths = self._model.block_paths
+        infos = self._model.source.infos()
+        gone = {i for i in range(self.blocks) if i not in kept}
+        absorbed = {j for others in merged.values() for j in others}
+        edits: list[Edit] = []
+        dropped: dict[str, str] = {}
+        stem = paths[0].removesuffix("0")
+        for name in infos:
+            index = next((i for i, path in enumerate(paths) if name.startswith(f"{path}.")), None)
+            if name in self._model.repeated:
+                dropped[name] = "repeats a tied tensor"
+            elif index is None and name.startswith(stem):
+                dropped[name] = "a draft layer after the last block, made for the full depth"
+            elif index is None:
+                edits.append(_copy(name))
+            elif index in gone:
+                home = next((k for k, others in merged.items() if index in others), None)
+                dropped[name] = (
+                    f"block {index} was merged into block {home}"
+                    if index in absorbed
+                    else f"block {index} was removed"
+                )
+            else:
+                inner = name.removeprefix(f"{paths[index]}.")
+                others = merged.get(index, {})
+                parts = [(name, 1.0 + sum(-w for w in others.values()))]
+                parts += [(f"{paths[j]}.{inner}", weight) for j, weight in others.items()]
+                target = f"{paths[kept.index(index)]}.{inner}"
+                account = f"merged with blocks {_listed(list(others))}" if others else ""
+                edits.append(Edit(target, tuple(parts) if others else parts_of(name), (), account))
+        config = self._layer_config(list(kept))
+        removed = sorted(gone)
+        verb = "merged" if merged else "removed"
+        summary = f"{len(removed)} of {self.blocks} blocks {verb}: {_listed(removed)}"
+        return Changes(config, tuple(edits), dropped, summary)
+
+    def _layer_config(self, kept: list[int]) -> dict[str, Any]:
+        """Keys that depend on the depth: the number, lists by block, and lists of blocks."""
+        key = next((k for k in LAYER_KEYS if self.config.get(k) == self.blocks), None)
+        if key is None:
+            raise UnsupportedModel(
+                f"no key of the configuration counts its {self.blocks} blocks.",
+                where=str(self.config.get("model_type")),
+            )
+        changes: dict[str, Any] = {key: len(kept)}
+        for name in LAYER_LISTS:
+            listed = self.config.get(name)
+            if isinstance(listed, list | tuple) and len(listed) == self.blocks:
+                changes[name] = [listed[i] for i in kept]
+        for name in INDEX_LISTS:
+            listed = self.config.get(name)
+            if isinstance(listed, list | tuple) and listed:
+                changes[name] = [kept.index(i) for i in listed if i in kept]
+        return changes
+
+    # --- width ---
+
+    def structures(self, dimension: str) -> Sequence[Structure]:
+        """The structures of a dimension, block by block; proved on one block of each kind.
+
+        Raises:
+            UnsupportedModel: If the configuration has no such dimension.
+            UnsupportedLayer: If cutting is not the same as zeroing, with the layer's name.
+        """
+        if dimension not in self._structures:
+            found = self._propose(dimension)
+            if not found:
+                raise UnsupportedModel(
+                    f"its configuration has no {dimension} that can be cut on their own.",
+                    where=str(self.config.get("model_type")),
+                    remedy="Prune another dimension, or whole blocks with depth.",
+                )
+            self._structures[dimension] = found
+        return self._structures[dimension]
+
+    def loadable(self, dimension: str, units: int, family: str = "") -> str | None:
+        """Why the model cannot be built with so many units; None where it can."""
+        try:
+            for trial in self._trials(dimension):
+                if not family or trial.key == family:
+                    skeleton_like(
+                        self._model.skeleton.model, torch.float32, self._sizes(trial, units)
+                    )
+        except UnsupportedModel as error:
+            return error.what
+        return None
+
+    def _trials(self, dimension: str) -> list[Trial]:
+        if dimension == HEADS:
+            heads = self.config.get("num_attention_heads")
+            groups = self.config.get("num_key_value_heads") or heads
+            if not isinstance(heads, int) or not isinstance(groups, int):
+                return []
+            return [Trial(HEADS, "num_key_value_heads", groups)]
+        keys = {CHANNELS: CHANNEL_KEYS, EXPERTS: EXPERT_KEYS}[dimension]
+        values = {key: self.config.get(key) for key in keys}
+        return [Trial(dimension, k, v) for k, v in values.items() if isinstance(v, int) and v > 1]
+
+    def _sizes(self, trial: Trial, units: int) -> dict[str, Any]:
+        """Keys of the configuration for so many units."""
+        changes: dict[str, Any] = {trial.key: units}
+        if trial.dimension == HEADS:
+            queries = int(self.config["num_attention_heads"]) // trial.units
+            changes["num_attention_heads"] = queries * units
+            if isinstance(self.config.get("head_dim"), int):
+                changes["head_dim"] = self.config["head_dim"]
+            elif self.config.get("hidden_size"):
+                changes["head_dim"] = int(self.config["hidden_size"]) // int(
+                    self.config["num_attention_heads"]
+                )
+        return changes
+
+    def _propose(self, dimension: str) -> tuple[Structure, ...]:
+        found: list[Structure] = []
+        for trial in self._trials(dimension):
+            changed = self._changed(trial)
+            for layout in ("copies", "width") if dimension == CHANNELS else ("width",):
+                proposed = self._group(trial, changed, layout)
+                if not proposed:
+                    break
+                try:
+                    self._prove(trial, proposed)
+                except UnsupportedLayer:
+                    if layout == "width" or not any(c.copies > 1 for s in proposed for c in s.cuts):
+                        raise
+                    continue
+                found += proposed
+                break
+        return tuple(found)
+
+    def _changed(self, trial: Trial) -> dict[str, tuple[int, int]]:
+        """Parameter → (axis, its size over the units), of those that the trial's key changes."""
+        for units in range(trial.units - 1, 0, -1):
+            try:
+                skeleton = skeleton_like(
+                    self._model.skeleton.model, torch.float32, self._sizes(trial, units)
+                )
+            except UnsupportedModel:
+                continue
+            split_like(skeleton.blocks, self._model.skeleton.blocks)
+            return _differences(self._parameters, _shapes(skeleton), trial.units, units)
+        return {}
+
+    def _group(
+        self, trial: Trial, changed: Mapping[str, tuple[int, int]], layout: str
+    ) -> list[Structure]:
+        """Changed parameters by the module that holds them, as structures."""
+        modules = dict(self._model.skeleton.model.named_modules())
+        groups: dict[str, list[str]] = {}
+        for name in changed:
+            owner = name.rpartition(".")[0]
+            leaf = not any(True for _ in modules[owner].children())
+            home = owner.rpartition(".")[0] if leaf else owner
+            groups.setdefault(home, []).append(name)
+        return [self._structure(trial, home, names, changed, layout)
+                for home, names in groups.items()]  # fmt: skip
+
+    def _structure(
+        self,
+        trial: Trial,
+        home: str,
+        names: list[str],
+        changed: Mapping[str, tuple[int, int]],
+        layout: str,
+    ) -> Structure:
+        cuts: dict[str, Cut] = {}
+        readers: list[str] = []
+        for name in names:
+            axis, ratio = changed[name]
+            binding = self._model.names.bindings[name]
+            if not binding.plain:
+                raise UnsupportedLayer(
+                    "the checkpoint stores it fused or permuted, so no part of it can be cut.",
+                    where=binding.tensors[0],
+                )
+            tensor = binding.tensors[0]
+            as_copies = layout == "copies" and ratio > 1
+            cuts[tensor] = (
+                Cut(tensor, axis, 1, ratio) if as_copies else Cut(tensor, axis, ratio, 1)
+            )
+            module = self._model.skeleton.model.get_submodule(name.rpartition(".")[0])
+            columns = 0 if isinstance(module, Conv1D) else 1
+            two = len(self._parameters[name]) == 2
+            if is_linear(module) and two and axis == columns:
+                readers.append(tensor.removesuffix(".weight"))
+        block = next(
+            i for i, p in enumerate(self._model.skeleton.block_paths) if home.startswith(p)
+        )
+        path = _common(list(cuts))
+        return Structure(
+            trial.dimension, path, block, trial.units, tuple(cuts.values()), tuple(readers),
+            trial.key,
+        )  # fmt: skip
+
+    def _prove(self, trial: Trial, structures: Sequence[Structure]) -> None:
+        """Cuts some units of every structure and compares with zeroing them, in float64."""
+        generator = torch.Generator().manual_seed(0)
+        for units in range(max(1, trial.units // 2), trial.units):
+            if self.loadable(trial.dimension, units, trial.key) is None:
+                break
+        else:
+            raise UnsupportedLayer(
+                f"no smaller number than {trial.units} can be loaded.", where=trial.key
+            )
+        kept = {
+            s.path: torch.randperm(s.units, generator=generator)[:units].sort().values
+            for s in structures
+        }
+        prove(self._model, structures, kept, self._sizes(trial, units), self._edits)
+
+    def cut(
+        self,
+        dimension: str,
+        kept: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> Changes:
+        """The model with some units of each structure; see core/transform.py.
+
+        Raises:
+            ConfigError: If a structure would lose all units, or some lose more than others.
+            UnsupportedLayer: If no engine can load so many.
+        """
+        structures = [s for s in self.structures(dimension) if s.path in kept]
+        config: dict[str, Any] = {}
+        told: list[str] = []
+        for trial in self._trials(dimension):
+            counts = {len(kept[s.path]) for s in structures if s.family == trial.key}
+            if not counts:
+                continue
+            if len(counts) > 1 or 0 in counts:
+                raise ConfigError(
+                    f"{trial.key} would be {sorted(counts)}: one number above 0 for all is needed.",
+                    where=dimension,
+                )
+            units = counts.pop()
+            reason = self.loadable(dimension, units, trial.key)
+            if reason is not None:
+                raise UnsupportedLayer(
+                    f"{trial.key} {units} cannot be loaded: {reason}", where=dimension,
+                    remedy="Choose another number.",
+                )  # fmt: skip
+            config.update(self._sizes(trial, units))
+            told.append(f"{trial.key} {trial.units} → {units}")
+        operations = {
+            cut.tensor: [Take(cut.axis, cut.index(kept[s.path], s.units))]
+            for s in structures
+            for cut in s.cuts
+        }
+        added, keys, notes = self._biases(biases or {}, operations, config)
+        changes = self._edits(operations, {**config, **keys})
+        edits = tuple(_with_added(changes.edits, added))
+        return Changes(changes.config, edits, changes.dropped, ", ".join(told), tuple(notes))
+
+    def _biases(
+        self,
+        biases: Mapping[str, Tensor],
+        operations: dict[str, list[Operation]],
+        config: Mapping[str, Any],
+    ) -> tuple[dict[str, list[Edit]], dict[str, Any], list[str]]:
+        """Where what is added to linears' outputs is held: their own bias, or a configured one."""
+        infos = self._model.source.infos()
+        new: dict[str, Tensor] = {}
+        for reader, bias_O in biases.items():
+            if f"{reader}.bias" in infos:
+                operations.setdefault(f"{reader}.bias", []).append(Add(bias_O))
+            else:
+                new[reader] = bias_O
+        added: dict[str, list[Edit]] = {}
+        keys: dict[str, Any] = {}
+        lacking = dict(new)
+        for key in BIAS_KEYS if new else ():
+            if self.config.get(key) is not False:
+                continue
+            made = skeleton_like(
+                self._model.skeleton.model, torch.float32, {**config, **keys, key: True}
+            )
+            split_like(made.blocks, self._model.skeleton.blocks)
+            shapes = _shapes(made)
+            fresh = [n for n in shapes if n not in self._parameters and n.endswith(".bias")]
+            owners = {n: self._tensor(f"{n.removesuffix('bias')}weight") for n in fresh}
+            if not any(o.removesuffix(".weight") in lacking for o in owners.values() if o):
+                continue
+            keys[key] = True
+            for name in fresh:
+                owner = owners[name]
+                if owner is None or any(e.name == _bias(owner) for e in added.get(owner, [])):
+                    continue
+                value_O = lacking.pop(owner.removesuffix(".weight"), torch.zeros(shapes[name]))
+                value_O = value_O.to(infos[owner].dtype)
+                added.setdefault(owner, []).append(
+                    Edit(_bias(owner), parts_of(owner), (Constant(value_O),), "its new bias")
+                )
+        notes = []
+        if lacking:
+            notes.append(
+                f"the configuration holds no bias for {len(lacking)} linears such as "
+                f"{next(iter(lacking))}: what removed inputs gave on average is lost there."
+            )
+        if keys:
+            notes.append(f"biases were added ({', '.join(f'{key}: true' for key in keys)}).")
+        return added, keys, notes
+
+    def _tensor(self, parameter: str) -> str | None:
+        binding = self._model.names.bindings.get(parameter)
+        return binding.tensors[0] if binding is not None and binding.plain else None
+
+    def _edits(
+        self, operations: Mapping[str, Sequence[Operation]], config: Mapping[str, Any]
+    ) -> Changes:
+        """All tensors, some with operations."""
+        edits = []
+        dropped = {name: "repeats a tied tensor" for name in self._model.repeated}
+        for name in self._model.source.infos():
+            if name not in dropped:
+                made = tuple(operations.get(name, ()))
+                edits.append(Edit(name, parts_of(name), made, "cut" if made else ""))
+        return Changes(dict(config), tuple(edits), dropped)
+
+    def parameters(self, structure: Structure) -> int:
+        """Weights of one unit of a structure."""
+        infos = self._model.source.infos()
+        total = 0
+        for cut in structure.cuts:
+            shape = infos[cut.tensor].shape
+            total += cut.width * cut.copies * torch.Size(shape).numel() // shape[cut.axis]
+        return total
+
+    def block_weights(self) -> int:
+        """Weights of all decoder blocks."""
+        prefixes = tuple(f"{path}." for path in self._model.block_paths)
+        infos = self._model.source.infos().values()
+        return sum(torch.Size(i.shape).numel() for i in infos if i.name.startswith(prefixes))
+
+    # --- experts ---
+
+    def merge_experts(self, groups: Mapping[str, Sequence[Mapping[int, float]]]) -> Changes:
+        """The model with fewer experts; see core/transform.py.
+
+        Raises:
+            ConfigError: If a mixture would lose all experts, or some lose more than others.
+        """
+        raise NotImplementedError
+
+
+def parts_of(name: str) -> tuple[tuple[str, float], ...]:
+    """A tensor alone."""
+    return ((name, 1.0),)
+
+
+def _copy(name: str) -> Edit:
+    return Edit(name, parts_of(name))
+
+
+def _bias(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias"
+
+
+def _with_added(edits: Sequence[Edit], added: Mapping[str, Sequence[Edit]]):
+    for edit in edits:
+        yield edit
+        yield from added.get(edit.name, ())
+
+
+def _shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+    model: nn.Module = skeleton.model
+    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _differences(
+    before: Mapping[str, tuple[int, ...]],
+    after: Mapping[str, tuple[int, ...]],
+    units: int,
+    fewer: int,
+) -> dict[str, tuple[int, int]]:
+    """Parameter → (axis, size over units) of those whose one axis shrank in proportion."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, shape in before.items():
+        other = after.get(name)
+        if other is None or other == shape:
+            continue
+        axes = [axis for axis, pair in enumerate(zip(shape, other, strict=True)) if len(set(pair)) > 1]
+        old, new = shape[axes[0]], other[axes[0]]
+        if len(axes) > 1 or old * fewer != new * units or old % units:
+            raise UnsupportedLayer(
+                f"goes from {list(shape)} to {list(other)} when {units} become {fewer}: it is not "
+                "cut along one axis alone.",
+                where=name.removesuffix(".weight"),
+            )
+        found[name] = (axes[0], old // units)
+    return found
+
+
+def _common(names: Sequence[str]) -> str:
+    """The module path that all tensors lie in."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _listed(indices: Sequence[int]) -> str:
+    """Indices as ranges: ``3, 7–9``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
