@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from pocketlm.engine.ledger import Ledger
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.verify import VerifyReport
+    from pocketlm.models.adapter import Model
     from pocketlm.models.inspect import Inspection
     from pocketlm.prepare import Prepared
     from pocketlm.report.measure import Measurement
     from pocketlm.search.budget import Budget
     from pocketlm.search.results import SearchResult
+    from pocketlm.stages import Reduced
 
 __all__ = [
     "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
@@ -118,8 +120,10 @@ def plan(
         ConfigError: If the recipe cannot work.
         UnsupportedLayer: If the target cannot load a layer.
     """
-    prepared = _prepare(source, recipe, Path("out"), resume=False, only_plan=True, **options)
-    return prepared.plan
+    wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
+    if _makes_smaller(wanted):
+        return _plan_stages(source, wanted, **options)
+    return _prepare(source, wanted, Path("out"), resume=False, only_plan=True, **options).plan
 
 
 def search(
@@ -241,18 +245,129 @@ def compress(
     Raises:
         PocketLMError: Any of its kinds; nothing half-written looks whole.
     """
-    from pocketlm.engine.compress import finished_ledger, run_job
+    from pocketlm.engine.compress import finished_ledger
     from pocketlm.engine.events import EventLog
-    from pocketlm.engine.plan import refuse_impossible
-    from pocketlm.evaluate.memory import peak_memory_bytes
-    from pocketlm.models.stream import SafetensorsSource
-    from pocketlm.report.build import write_run_report
-    from pocketlm.report.ledger import input_rows
 
     output = Path(output).absolute()
     if resume:
         finished_ledger(output)  # refuses foreign directories before any work
     EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
+    wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
+    if _makes_smaller(wanted):
+        return _compress_in_stages(
+            source, wanted, output, resume=resume, on_event=on_event, **options
+        )
+    return _compress_once(source, wanted, output, resume=resume, on_event=on_event, **options)
+
+
+def _makes_smaller(recipe: Recipe) -> bool:
+    from pocketlm.catalog import method_class
+
+    return any(method_class(step.method).kind == "transform" for step in recipe.steps)
+
+
+def _plan_stages(
+    source: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    *,
+    on_event: Listener | None = None,
+    **options: Any,
+) -> Plan:
+    """Predicts stage after stage; the last one's plan is told with the needs of all."""
+    from pocketlm import stages
+    from pocketlm.prepare import After, name_of
+
+    _no_budget(options)
+    settings = stages.Settings(**options)
+    model = stages.open_original(source, settings)
+    name = name_of(source)
+    plans, smaller = stages.plan_stages(model, name, recipe, Path("out"), settings)
+    rest = stages.split(recipe)[1]
+    if rest is not None:
+        last = _prepare(
+            source, rest, Path("out"), resume=False, only_plan=True, on_event=on_event,
+            model=smaller, after=After(name), **options,
+        )  # fmt: skip
+        plans.append(last.plan)
+    return stages.joined(plans)
+
+
+def _no_budget(options: dict[str, Any]) -> None:
+    """A search measures the source's blocks, which a smaller model no longer has.
+
+    Raises:
+        ConfigError: If a budget is asked for.
+    """
+    for name in ("bits", "size", "candidates", "search_minutes", "search_dir"):
+        if options.pop(name, None) is not None and name in ("bits", "size"):
+            raise ConfigError(
+                "a budget cannot be searched for a model that is yet to be made smaller.",
+                where=f"--{name}",
+                remedy="Make the smaller model first, then compress it within the budget.",
+            )
+
+
+def _compress_in_stages(
+    source: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool,
+    on_event: Listener | None,
+    **options: Any,
+) -> CompressResult:
+    """Runs a recipe's transforms one after the other, and then what is left of it."""
+    from pocketlm import stages
+    from pocketlm.engine.ledger import Ledger
+    from pocketlm.prepare import After, name_of
+
+    _no_budget(options)
+    started = time.monotonic()
+    settings = stages.Settings(**options)
+    reduced = stages.reduce(
+        source, recipe, output, resume=resume, on_event=on_event, settings=settings
+    )
+    if isinstance(reduced, Ledger):
+        plan = _plan_stages(source, recipe, **options)
+        return _result(output, reduced, plan, {}, already_done=True)
+    try:
+        if reduced.rest is None:
+            ledger = _ledger_of(output)
+            seconds = {"stages": time.monotonic() - started}
+            result = _result(output, ledger, stages.joined(reduced.plans), seconds, already_done=False)
+            _write_report(result, reduced.original)
+        else:
+            after = After(
+                name_of(source), recipe, reduced.accounts, reduced.ledgers, reduced.fingerprint
+            )
+            options = {**options, "work_dir": reduced.work_dir, "revision": None}
+            before = {"stages": time.monotonic() - started}
+            result = _compress_once(
+                reduced.path, reduced.rest, output, resume=resume, on_event=on_event,
+                after=after, reduced=reduced, before=before, **options,
+            )  # fmt: skip
+    except BaseException:
+        reduced.journal.release()
+        raise
+    reduced.journal.clear()
+    return result
+
+
+def _compress_once(
+    source: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool,
+    on_event: Listener | None,
+    reduced: Reduced | None = None,
+    before: dict[str, float] | None = None,
+    **options: Any,
+) -> CompressResult:
+    """One streamed compression, perhaps after stages whose original the report compares with."""
+    from pocketlm.engine.compress import run_job
+    from pocketlm.engine.plan import refuse_impossible
+
     prepared = _prepare(source, recipe, output, resume=resume, on_event=on_event, **options)
     refuse_impossible(prepared.plan, output, prepared.model.device)
     outcome = run_job(
@@ -264,33 +379,57 @@ def compress(
         restart=not resume,
         listener=on_event,
     )
+    seconds: dict[str, float] = {}
+    if outcome is not None:
+        seconds = {**(before or {}), "prepare": prepared.seconds, **outcome.seconds}
+    ledger, plan = _ledger_of(output), prepared.plan
+    if reduced is not None:
+        from pocketlm.stages import joined
+
+        plan = joined([*reduced.plans, plan])
+    result = _result(output, ledger, plan, seconds, already_done=outcome is None)
+    if outcome is not None or not result.report.exists():
+        _write_report(result, prepared.model if reduced is None else reduced.original)
+    return result
+
+
+def _ledger_of(output: Path) -> Ledger:
+    from pocketlm.engine.compress import finished_ledger
+
     ledger = finished_ledger(output)
     assert ledger is not None
-    seconds = {} if outcome is None else {"prepare": prepared.seconds, **outcome.seconds}
-    result = CompressResult(
+    return ledger
+
+
+def _result(
+    output: Path, ledger: Ledger, plan: Plan, seconds: dict[str, float], *, already_done: bool
+) -> CompressResult:
+    from pocketlm.evaluate.memory import peak_memory_bytes
+    from pocketlm.report.ledger import input_rows
+
+    return CompressResult(
         output=output,
         report=output / "pocketlm" / "report.html",
-        already_done=outcome is None,
+        already_done=already_done,
         output_bytes=_output_bytes(ledger),
-        bits_per_weight=ledger.bits_per_weight(),
+        bits_per_weight=ledger.bits_per_weight() or plan.bits_per_weight,
         mean_error=_mean_error(ledger),
         inputs=list(input_rows(ledger)),
         seconds=seconds,
         peak_ram_bytes=peak_memory_bytes(),
-        plan=prepared.plan,
+        plan=plan,
         warnings=ledger.warnings,
     )
-    if outcome is not None or not result.report.exists():
-        written = dict(SafetensorsSource(output).infos())
-        write_run_report(
-            output,
-            prepared.model,
-            written,
-            prepared.plan,
-            seconds,
-            result.peak_ram_bytes,
-        )
-    return result
+
+
+def _write_report(result: CompressResult, original: Model) -> None:
+    from pocketlm.models.stream import SafetensorsSource
+    from pocketlm.report.build import write_run_report
+
+    written = dict(SafetensorsSource(result.output).infos())
+    write_run_report(
+        result.output, original, written, result.plan, result.seconds, result.peak_ram_bytes
+    )
 
 
 def _output_bytes(ledger: Ledger) -> int:

@@ -22,6 +22,8 @@ METHODS: dict[str, str] = {
     "autoround": "pocketlm.quant.autoround:Autoround",
     "learned_clip": "pocketlm.quant.learned_clip:LearnedClip",
     "lkd": "pocketlm.quant.lkd:Lkd",
+    "depth": "pocketlm.prune.depth:Depth",
+    "shortgpt": "pocketlm.prune.depth:Shortgpt",
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,7 @@ from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, make_plan
@@ -55,6 +57,25 @@ class Prepared:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class After:
+    """What stages before the last one hand on to it.
+
+    Attributes:
+        source: The first source, as the user named it.
+        recipe: Of all stages; None: this one is all.
+        stages: What they did.
+        stage_ledgers: File of the artifact → the ledger of a stage.
+        fingerprint: What the whole chain depends on.
+    """
+
+    source: str
+    recipe: Recipe | None = None
+    stages: tuple[StageAccount, ...] = ()
+    stage_ledgers: Mapping[str, bytes] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
 def prepare(
     source: str | Path | PreTrainedModel,
     recipe: Recipe,
@@ -76,6 +97,8 @@ def prepare(
     revision: str | None = None,
     only_plan: bool = False,
     on_event: Listener | None = None,
+    model: Model | None = None,
+    after: After | None = None,
 ) -> Prepared:
     """Opens the model, settles what is left open, draws the calibration text and plans.
 
@@ -99,6 +122,8 @@ def prepare(
         revision: Of a hub id.
         only_plan: Whether nothing will run: then no model is made to write text.
         on_event: Called with each event.
+        model: The source, where it is open already.
+        after: What earlier stages have to hand on.
 
     Raises:
         PocketLMError: If something cannot be read, or cannot work.
@@ -107,11 +132,15 @@ def prepare(
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
-    model = open_model(source, device=place, trust_remote_code=trust_remote_code, revision=revision)
+    if model is None:
+        model = open_model(
+            source, device=place, trust_remote_code=trust_remote_code, revision=revision
+        )
+    after = after or After(source=name_of(source))
     grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
-        source=_name(source),
+        source=after.source,
         recipe=recipe,
         steps=steps,
         output=output,
@@ -122,8 +151,12 @@ def prepare(
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,
         warnings=warnings,
+        fingerprint=after.fingerprint,
+        whole=after.recipe,
+        stages=after.stages,
+        stage_ledgers=after.stage_ledgers,
     )
-    if not job.needs_data and (calibration != "builtin" or samples is not None):
+    if not (job.needs_data or after.stages) and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
         job = replace(job, warnings=(*warnings, unused))
     settled = earlier_samples(output, job.work_dir) if resume else None
@@ -143,16 +176,10 @@ def prepare(
             )
     windows = None
     if job.needs_data and not (only_plan and calibration == OWN_TEXT):
-        if calibration == OWN_TEXT:
-            log = EventLog(None, on_event)
-            windows = own_windows(
-                model, source, count, seq_len, seed, log, model_bytes=predicted.source_bytes,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
-        else:
-            tokenizer = model.tokenizer()
-            text = load_text(calibration, "calibration", tokenizer)
-            windows = token_windows(tokenizer, text, count, seq_len, seed, model.context)
+        windows = draw_windows(
+            model, source, calibration, count, seq_len, seed, on_event, predicted.source_bytes,
+            trust_remote_code,
+        )  # fmt: skip
         windows = replace(windows, notes=(*windows.notes, *notes))
         if windows.tokens_NT.shape[0] != count:
             predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
@@ -163,5 +190,44 @@ def prepare(
     return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
 
 
-def _name(source: str | Path | PreTrainedModel) -> str:
+def draw_windows(
+    model: Model,
+    source: str | Path | PreTrainedModel,
+    calibration: str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    on_event: Listener | None,
+    model_bytes: int,
+    trust_remote_code: bool,
+) -> Windows:
+    """The calibration windows that a caller asks for.
+
+    Args:
+        model: The original.
+        source: As the user named it.
+        calibration: What `load_text` takes, or ``self``: text that the model writes.
+        samples: Windows.
+        seq_len: Tokens of each.
+        seed: Of the windows.
+        on_event: Called with each event.
+        model_bytes: Of the original's tensors.
+        trust_remote_code: Whether code from the checkpoint may run.
+
+    Raises:
+        CalibrationError: If the text is missing or too short.
+    """
+    if calibration == OWN_TEXT:
+        log = EventLog(None, on_event)
+        return own_windows(
+            model, source, samples, seq_len, seed, log, model_bytes=model_bytes,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    tokenizer = model.tokenizer()
+    text = load_text(calibration, "calibration", tokenizer)
+    return token_windows(tokenizer, text, samples, seq_len, seed, model.context)
+
+
+def name_of(source: str | Path | PreTrainedModel) -> str:
+    """A source in words."""
     return os.fspath(source) if isinstance(source, str | Path) else type(source).__name__

@@ -192,6 +192,7 @@ class Changes:
         edits: Every tensor of the result.
         dropped: Tensors of the source that no edit reads → why.
         summary: What was done, as a sentence for people.
+        detail: Which units it was done to; depends on what was measured.
         notes: What a user must be told, as sentences.
     """
 
@@ -199,4 +200,10 @@ class Changes:
     edits: tuple[Edit, ...]
     dropped: Mapping[str, str]
     summary: str = ""
+    detail: str = ""
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def sentence(self) -> str:
+        """Summary and detail."""
+        return f"{self.summary}: {self.detail}" if self.detail else self.summary

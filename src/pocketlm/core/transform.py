@@ -167,7 +167,7 @@ class Survey(Protocol):
     def gradients(
         self, look: Callable[[int, BlockView, Mapping[str, Tensor]], dict[str, Tensor]]
     ) -> Findings:
-        """Hands the gradient of the loss in each linear's weight [O, I] to `look`, last block first.
+        """Hands the loss's gradient in each linear's weight [O, I] to `look`, last block first.
 
         Returns:
             What `look` found, by block.

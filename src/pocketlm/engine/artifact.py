@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,37 +63,76 @@ def write_artifact(
         ArtifactError: If a tensor of the source is not accounted for.
         ResourceError: If the disk is full; finished blocks stay for the next attempt.
     """
-    growing = partial_path(job.output)
-    shutil.rmtree(growing, ignore_errors=True)
-    (growing / "pocketlm").mkdir(parents=True)
     ledger = Ledger(
         source=job.source,
         format=grids.format_name,
         fingerprint=job.fingerprint,
         calibration=None if windows is None else account_of(windows),
         warnings=list(job.warnings),
+        stages=list(job.stages),
     )
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
     ledger.warnings += ledger.calibration_warnings()
+    config = _config(model, job, grids)
+    side_files = model.side_files()
+    write_files(job, side_files, windows, ledger, entries, config, journal.events_path, on_progress)
+    return ledger
+
+
+def write_files(
+    job: Job,
+    side_files: Mapping[str, bytes],
+    windows: Windows | None,
+    ledger: Ledger,
+    entries: Sequence[ShardEntry],
+    config: Mapping[str, Any],
+    events: Path,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Writes an artifact whose ledger explains every tensor; adds the files' hashes to the ledger.
+
+    Args:
+        job: Where to, and the recipe.
+        side_files: Carried over from the source.
+        windows: What was calibrated on.
+        ledger: Complete but for the files.
+        entries: Every tensor.
+        config: config.json but for the dtype.
+        events: The log of the run.
+        on_progress: Called with bytes written and bytes in all.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    growing = partial_path(job.output)
+    shutil.rmtree(growing, ignore_errors=True)
+    (growing / "pocketlm").mkdir(parents=True)
     ledger.files.update(assemble(growing, entries, on_progress=on_progress))
-    for name, data in sorted(model.side_files().items()):
+    for name, data in sorted(side_files.items()):
         (growing / name).parent.mkdir(parents=True, exist_ok=True)
         digest = write_file(growing / name, data)
         if name != CARD:  # the report's card takes its place
             ledger.files[name] = digest
-    recipe = yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False).encode()
+    for name, data in job.stage_ledgers.items():
+        (growing / name).parent.mkdir(parents=True, exist_ok=True)
+        ledger.files[name] = write_file(growing / name, data)
+    asked = job.whole or job.recipe
+    recipe = yaml.safe_dump(asked.model_dump(mode="json"), sort_keys=False).encode()
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
     if windows is not None:
         ledger.files[HASHES] = write_file(growing / HASHES, hashes_file(windows))
-    config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"
-    ledger.files["config.json"] = hashlib.sha256(config).hexdigest()
+    config = dict(config)
+    if job.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(job.dtype).removeprefix("torch.")
+    data = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    ledger.files["config.json"] = hashlib.sha256(data).hexdigest()
     text = ledger.model_dump_json(indent=1).encode() + b"\n"
     write_file(growing / "pocketlm" / "ledger.json", text)
-    shutil.copyfile(journal.events_path, growing / "pocketlm" / "events.jsonl")
-    write_file(growing / "config.json", config)
+    shutil.copyfile(events, growing / "pocketlm" / "events.jsonl")
+    write_file(growing / "config.json", data)
     _take_place(growing, job.output)
-    return ledger
 
 
 def _take_place(growing: Path, output: Path) -> None:
@@ -119,9 +158,6 @@ def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
         config["quantization_config"] = section.config_section(
             grids.specs, list(grids.kept), grids.inputs
         )
-    if job.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(job.dtype).removeprefix("torch.")
     return config
 
 
@@ -145,7 +181,7 @@ def _shard_entries(
                 action="dropped", reason="repeats a tied tensor", shape=info.shape, bits=0
             )
             continue
-        kept = _kept_info(info, job.dtype)
+        kept = kept_info(info, job.dtype)
         ledger.tensors[name] = Entry(
             action="kept",
             reason=_reason(name, grids),
@@ -162,7 +198,8 @@ def _reason(name: str, grids: Grids) -> str:
     return grids.kept.get(module, "not a linear of a decoder block")
 
 
-def _kept_info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+def kept_info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """A tensor that is kept, in the dtype it is stored in."""
     if dtype is None or not info.dtype.is_floating_point:
         return info
     return TensorInfo(info.name, dtype, info.shape)

@@ -115,7 +115,7 @@ def run_job(
         )
     job = replace(
         job,
-        fingerprint=fingerprint(model, job, grids, windows),
+        fingerprint={**fingerprint(model, job, grids, windows), **job.fingerprint},
         warnings=(*job.warnings, *(() if windows is None else windows.notes)),
     )
     ledger = finished_ledger(job.output)

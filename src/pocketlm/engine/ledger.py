@@ -31,7 +31,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["quantized", "folded", "kept", "dropped"]
+    action: Literal["quantized", "folded", "cut", "merged", "rotated", "kept", "dropped"]
     reason: str
     shape: tuple[int, ...]
     bits: int
@@ -41,6 +41,30 @@ class Entry(BaseModel):
     inputs: InputHealth | None = None
     notes: list[str] = Field(default_factory=list)
     outputs: list[str] = Field(default_factory=list)
+
+
+class StageAccount(BaseModel):
+    """A stage of a recipe that made a smaller model before the last stage.
+
+    Attributes:
+        method: The step's.
+        options: As the recipe has them.
+        summary: What was done, as a sentence.
+        config: Keys of config.json that changed.
+        parameters_before: Weights of its source, tied ones once.
+        parameters_after: Weights of what it made.
+        notes: What a user must be told, as sentences.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    summary: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    parameters_before: int
+    parameters_after: int
+    notes: list[str] = Field(default_factory=list)
 
 
 class Ledger(BaseModel):
@@ -54,6 +78,8 @@ class Ledger(BaseModel):
         tensors: Tensor of the source → what became of it.
         files: File of the artifact → SHA-256.
         warnings: What the whole run has to tell, as sentences.
+        stages: What made the source smaller before; the tensors are those of the last stage's
+            source, as `pocketlm/stages/` has them for the earlier ones.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,6 +91,7 @@ class Ledger(BaseModel):
     tensors: dict[str, Entry] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
+    stages: list[StageAccount] = Field(default_factory=list)
 
     def bits_per_weight(self, action: str | None = "quantized") -> float:
         """Real bits per weight of the tensors with that action; of all where None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from pocketlm.core.spec import Recipe
 from pocketlm.core.state import Step
+from pocketlm.engine.ledger import StageAccount
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Job:
         warnings: What the whole run has to tell; goes into the ledger.
         fingerprint: What the bytes depend on.
         seed: Of steps that draw at random.
+        whole: The recipe of all stages; None: this one is all.
+        stages: What made the source smaller before.
+        stage_ledgers: File of the artifact → the ledger of an earlier stage.
     """
 
     source: str
@@ -43,6 +48,9 @@ class Job:
     warnings: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    whole: Recipe | None = None
+    stages: tuple[StageAccount, ...] = ()
+    stage_ledgers: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def needs_data(self) -> bool:

@@ -64,6 +64,7 @@ class Plan(BaseModel):
         kept: Linears that keep their precision, and why.
         notes: What was changed about the grids.
         warnings: What else is not as it was asked for.
+        smaller: What each stage that makes a smaller model will do, as sentences.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -94,6 +95,7 @@ class Plan(BaseModel):
     kept: dict[str, str]
     notes: dict[str, str]
     warnings: list[str] = Field(default_factory=list)
+    smaller: list[str] = Field(default_factory=list)
 
 
 def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: int) -> Plan:

@@ -170,9 +170,7 @@ class StreamedSurvey:
             without: list[Tensor] = []  # i: the stream that left out block i
             for index in range(total):
                 with self._model.block(index) as block:
-                    without = [
-                        block.forward(x.to(self._model.device), call).cpu() for x in without
-                    ]
+                    without = [block.forward(x.to(self._model.device), call).cpu() for x in without]
                     without.append(hidden_BTD.cpu())
                     hidden_BTD = block.forward(hidden_BTD, call)
                 done = (place + ((index + 1) / total) ** 2) / len(batches)
@@ -231,7 +229,12 @@ class StreamedSurvey:
         return found[::-1]
 
     def _back(
-        self, block: BlockView, before_BTD: Tensor, call: Any, slope_BTD: Tensor, sums: dict[str, Tensor]
+        self,
+        block: BlockView,
+        before_BTD: Tensor,
+        call: Any,
+        slope_BTD: Tensor,
+        sums: dict[str, Tensor],
     ) -> Tensor:
         """The gradient in a block's input; those in its weights are added to `sums`."""
         device = self._model.device
@@ -241,12 +244,10 @@ class StreamedSurvey:
             after_BTD = block.forward_with(weights, before_BTD, call)
         inputs = [before_BTD, *weights.values()]
         first, *rest = torch.autograd.grad(
-            after_BTD, inputs, slope_BTD.to(device), allow_unused=True
-        )
+            after_BTD, inputs, slope_BTD.to(device), materialize_grads=True, allow_unused=True
+        )  # an expert that no token reached has a gradient of zeros
         for (name, weight_OI), gradient in zip(weights.items(), rest, strict=True):
-            known = sums.setdefault(name, torch.zeros_like(weight_OI.detach()))
-            if gradient is not None:  # an expert that no token reached
-                known += gradient
+            sums.setdefault(name, torch.zeros_like(weight_OI.detach())).add_(gradient)
         return first.cpu()
 
     # --- a changed model ---

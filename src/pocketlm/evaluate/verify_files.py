@@ -27,6 +27,9 @@ from pocketlm.models import open_model
 from pocketlm.models.tokenizer import load_tokenizer
 
 LEDGER = "pocketlm/ledger.json"
+STAGES = (
+    "pocketlm/stages"  # the ledgers of stages before the last, the first of which is the source's
+)
 RECIPE = "pocketlm/recipe.yaml"
 AGAIN = "Run the same compress command again; it resumes."
 
@@ -271,7 +274,9 @@ def check_source(artifact: Artifact, source: Path | str | None) -> str:
     if source is None:
         raise NotChecked("no source was given; give it to have its tensors compared.")
     infos = open_model(source).source.infos()
-    entries = artifact.require_ledger().tensors
+    artifact.require_ledger()
+    first = min(artifact.path.glob(f"{STAGES}/1-*.json"), default=artifact.path / LEDGER)
+    entries = Ledger.model_validate_json(first.read_text("utf-8")).tensors
     for name in sorted(set(infos) ^ set(entries)):
         what = "not explained by the ledger" if name in infos else "no tensor of the source"
         raise ArtifactError(f"is {what}.", where=name)

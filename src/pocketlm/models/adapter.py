@@ -214,9 +214,7 @@ class Model:
             logits_1TV = self._run_model(
                 tokens_1T, stand_ins, self._ends.head_logits, gradients=True
             ).logits
-            loss = F.cross_entropy(
-                logits_1TV[0, :-1].float(), tokens_1T[0, 1:], reduction="sum"
-            )
+            loss = F.cross_entropy(logits_1TV[0, :-1].float(), tokens_1T[0, 1:], reduction="sum")
             slopes.append(torch.autograd.grad(loss, leaf_1TD)[0])
         return torch.cat(slopes)
 

@@ -112,13 +112,13 @@ class ModelOutline:
                 parts = [(name, 1.0 + sum(-w for w in others.values()))]
                 parts += [(f"{paths[j]}.{inner}", weight) for j, weight in others.items()]
                 target = f"{paths[kept.index(index)]}.{inner}"
-                account = f"merged with blocks {_listed(list(others))}" if others else ""
+                account = "merged" if others else ""
                 edits.append(Edit(target, tuple(parts) if others else parts_of(name), (), account))
         config = self._layer_config(list(kept))
         removed = sorted(gone)
         verb = "merged" if merged else "removed"
-        summary = f"{len(removed)} of {self.blocks} blocks {verb}: {_listed(removed)}"
-        return Changes(config, tuple(edits), dropped, summary)
+        summary = f"{len(removed)} of {self.blocks} blocks {verb}"
+        return Changes(config, tuple(edits), dropped, summary, _listed(removed))
 
     def _layer_config(self, kept: list[int]) -> dict[str, Any]:
         """Keys that depend on the depth: the number, lists by block, and lists of blocks."""
@@ -261,9 +261,7 @@ class ModelOutline:
                 )
             tensor = binding.tensors[0]
             as_copies = layout == "copies" and ratio > 1
-            cuts[tensor] = (
-                Cut(tensor, axis, 1, ratio) if as_copies else Cut(tensor, axis, ratio, 1)
-            )
+            cuts[tensor] = Cut(tensor, axis, 1, ratio) if as_copies else Cut(tensor, axis, ratio, 1)
             module = self._model.skeleton.model.get_submodule(name.rpartition(".")[0])
             columns = 0 if isinstance(module, Conv1D) else 1
             two = len(self._parameters[name]) == 2
@@ -327,7 +325,7 @@ class ModelOutline:
                 )  # fmt: skip
             config.update(self._sizes(trial, units))
             told.append(f"{trial.key} {trial.units} → {units}")
-        operations = {
+        operations: dict[str, list[Operation]] = {
             cut.tensor: [Take(cut.axis, cut.index(kept[s.path], s.units))]
             for s in structures
             for cut in s.cuts
@@ -335,7 +333,7 @@ class ModelOutline:
         added, keys, notes = self._biases(biases or {}, operations, config)
         changes = self._edits(operations, {**config, **keys})
         edits = tuple(_with_added(changes.edits, added))
-        return Changes(changes.config, edits, changes.dropped, ", ".join(told), tuple(notes))
+        return Changes(changes.config, edits, changes.dropped, ", ".join(told), "", tuple(notes))
 
     def _biases(
         self,
@@ -464,7 +462,9 @@ def _differences(
         other = after.get(name)
         if other is None or other == shape:
             continue
-        axes = [axis for axis, pair in enumerate(zip(shape, other, strict=True)) if len(set(pair)) > 1]
+        axes = [
+            axis for axis, pair in enumerate(zip(shape, other, strict=True)) if len(set(pair)) > 1
+        ]
         old, new = shape[axes[0]], other[axes[0]]
         if len(axes) > 1 or old * fewer != new * units or old % units:
             raise UnsupportedLayer(
