@@ -334,7 +334,9 @@ def _compress_in_stages(
         if reduced.rest is None:
             ledger = _ledger_of(output)
             seconds = {"stages": time.monotonic() - started}
-            result = _result(output, ledger, stages.joined(reduced.plans), seconds, already_done=False)
+            result = _result(
+                output, ledger, stages.joined(reduced.plans), seconds, already_done=False
+            )
             _write_report(result, reduced.original)
         else:
             after = After(

@@ -24,6 +24,10 @@ METHODS: dict[str, str] = {
     "lkd": "pocketlm.quant.lkd:Lkd",
     "depth": "pocketlm.prune.depth:Depth",
     "shortgpt": "pocketlm.prune.depth:Shortgpt",
+    "flap": "pocketlm.prune.importance.flap:Flap",
+    "wanda_sp": "pocketlm.prune.importance.wanda_sp:WandaSp",
+    "minitron": "pocketlm.prune.importance.minitron:Minitron",
+    "llm_pruner": "pocketlm.prune.importance.taylor:LlmPruner",
 }
 
 

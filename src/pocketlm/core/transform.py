@@ -102,15 +102,13 @@ class Outline(Protocol):
 
     def cut(
         self,
-        dimension: str,
-        kept: Mapping[str, Tensor],
+        kept: Mapping[str, Mapping[str, Tensor]],
         biases: Mapping[str, Tensor] | None = None,
     ) -> Changes:
         """The model with some units of each structure.
 
         Args:
-            dimension: Which.
-            kept: Path of the structure → units [kept], as many of each.
+            kept: Dimension → path of the structure → units [kept], as many of each family.
             biases: Reader → what is added to its output, where it can be held.
         """
         ...

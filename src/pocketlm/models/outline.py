@@ -294,8 +294,7 @@ class ModelOutline:
 
     def cut(
         self,
-        dimension: str,
-        kept: Mapping[str, Tensor],
+        kept: Mapping[str, Mapping[str, Tensor]],
         biases: Mapping[str, Tensor] | None = None,
     ) -> Changes:
         """The model with some units of each structure; see core/transform.py.
@@ -304,36 +303,47 @@ class ModelOutline:
             ConfigError: If a structure would lose all units, or some lose more than others.
             UnsupportedLayer: If no engine can load so many.
         """
-        structures = [s for s in self.structures(dimension) if s.path in kept]
         config: dict[str, Any] = {}
         told: list[str] = []
-        for trial in self._trials(dimension):
-            counts = {len(kept[s.path]) for s in structures if s.family == trial.key}
-            if not counts:
-                continue
-            if len(counts) > 1 or 0 in counts:
-                raise ConfigError(
-                    f"{trial.key} would be {sorted(counts)}: one number above 0 for all is needed.",
-                    where=dimension,
-                )
-            units = counts.pop()
-            reason = self.loadable(dimension, units, trial.key)
-            if reason is not None:
-                raise UnsupportedLayer(
-                    f"{trial.key} {units} cannot be loaded: {reason}", where=dimension,
-                    remedy="Choose another number.",
-                )  # fmt: skip
-            config.update(self._sizes(trial, units))
-            told.append(f"{trial.key} {trial.units} → {units}")
+        chosen: list[tuple[Structure, Tensor]] = []
+        for dimension, units_of in kept.items():
+            mine = [s for s in self.structures(dimension) if s.path in units_of]
+            chosen += [(s, units_of[s.path]) for s in mine]
+            for trial in self._trials(dimension):
+                counts = {len(units_of[s.path]) for s in mine if s.family == trial.key}
+                if counts:
+                    units = self._checked(trial, counts)
+                    if units != trial.units:
+                        config.update(self._sizes(trial, units))
+                        told.append(f"{trial.key} {trial.units} → {units}")
         operations: dict[str, list[Operation]] = {
-            cut.tensor: [Take(cut.axis, cut.index(kept[s.path], s.units))]
-            for s in structures
+            cut.tensor: [Take(cut.axis, cut.index(units_U, s.units))]
+            for s, units_U in chosen
+            if len(units_U) < s.units
             for cut in s.cuts
         }
         added, keys, notes = self._biases(biases or {}, operations, config)
         changes = self._edits(operations, {**config, **keys})
         edits = tuple(_with_added(changes.edits, added))
-        return Changes(changes.config, edits, changes.dropped, ", ".join(told), "", tuple(notes))
+        summary = ", ".join(told) or "nothing removed"
+        return Changes(changes.config, edits, changes.dropped, summary, "", tuple(notes))
+
+    def _checked(self, trial: Trial, counts: set[int]) -> int:
+        """The one number of units that is left, if it is one that can be loaded."""
+        if len(counts) > 1 or 0 in counts:
+            raise ConfigError(
+                f"{trial.key} would be {sorted(counts)}: one number above 0 for all is needed.",
+                where=trial.dimension,
+            )
+        units = counts.pop()
+        reason = None if units == trial.units else self.loadable(trial.dimension, units, trial.key)
+        if reason is not None:
+            raise UnsupportedLayer(
+                f"{trial.key} {units} cannot be loaded: {reason}",
+                where=trial.dimension,
+                remedy="Choose another number.",
+            )
+        return units
 
     def _biases(
         self,

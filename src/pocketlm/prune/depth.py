@@ -46,6 +46,7 @@ class Depth(Strict):
     kind: ClassVar[Literal["transform"]] = "transform"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     blocks: int | None = Field(default=None, ge=0)

@@ -57,9 +57,7 @@ def test_gradients(survey, saved, family: str) -> None:
     loss(model).backward()
     inner = {"gpt2": "h.1.mlp.c_proj"}.get(family, "layers.1.self_attn.o_proj")
     name = next(name for name in found if name.endswith(inner))
-    expected = next(
-        p.grad for n, p in model.named_parameters() if n.endswith(f"{inner}.weight")
-    )
+    expected = next(p.grad for n, p in model.named_parameters() if n.endswith(f"{inner}.weight"))
     expected = expected.T if family == "gpt2" else expected
     torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
 

@@ -1,0 +1,1 @@
+"""What says how much a unit of width matters: one measure a file."""
