@@ -22,6 +22,10 @@ METHODS: dict[str, str] = {
     "autoround": "pocketlm.quant.autoround:Autoround",
     "learned_clip": "pocketlm.quant.learned_clip:LearnedClip",
     "lkd": "pocketlm.quant.lkd:Lkd",
+    "magnitude": "pocketlm.prune.steps:Magnitude",
+    "wanda": "pocketlm.prune.steps:Wanda",
+    "ria": "pocketlm.prune.steps:Ria",
+    "sparsegpt": "pocketlm.prune.steps:Sparsegpt",
 }
 
 
