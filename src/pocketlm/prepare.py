@@ -16,10 +16,11 @@ from pocketlm.calibration.windows import Windows, token_windows
 from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.engine.grids import Grids, choose_grids, sparsity_note
 from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
+from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
@@ -129,6 +130,7 @@ def prepare(
         PocketLMError: If something cannot be read, or cannot work.
     """
     steps = tuple(catalog.build_step(step.method, step.options) for step in recipe.steps)
+    check_order(recipe, steps)
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
@@ -137,7 +139,8 @@ def prepare(
             source, device=place, trust_remote_code=trust_remote_code, revision=revision
         )
     after = after or After(source=name_of(source))
-    grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
+    shapes = model.linear_shapes()
+    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps)
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -156,9 +159,12 @@ def prepare(
         stages=after.stages,
         stage_ledgers=after.stage_ledgers,
     )
+    sparse = sparsity_note(grids)
+    if sparse is not None:
+        job = replace(job, warnings=(*job.warnings, sparse))
     if not (job.needs_data or after.stages) and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
-        job = replace(job, warnings=(*warnings, unused))
+        job = replace(job, warnings=(*job.warnings, unused))
     settled = earlier_samples(output, job.work_dir) if resume else None
     count = samples or settled or SAMPLES
     predicted = make_plan(model, job, grids, count, seq_len)

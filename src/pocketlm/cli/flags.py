@@ -10,8 +10,9 @@ from typing import Any
 from pocketlm.cli.units import parse_bytes
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import parse_scheme
+from pocketlm.core.stored import SparsitySpec
 
-TARGETS = ("transformers", "vllm", "llama.cpp")
+TARGETS = ("transformers", "vllm", "llama.cpp", "pocketlm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -108,7 +109,7 @@ def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     bits = parse_bits(given["bits"])
     budget = budget_flags(bits=bits, **some("size", "scheme", "search_minutes", "search_dir"))
     wanted = recipe_flags(
-        bits=bits, **some("recipe", "method", "scheme", "group_size", "sym", "asym")
+        bits=bits, **some("recipe", "method", "scheme", "group_size", "sym", "asym", "sparsity")
     )
     settings = some(
         "target", "calibration", "samples", "seq_len", "seed", "device", "dtype", "threads",
@@ -180,6 +181,7 @@ def recipe_flags(
     group_size: int | None,
     sym: bool,
     asym: bool,
+    sparsity: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of `api.build_recipe` that the flags stand for.
 
@@ -191,6 +193,7 @@ def recipe_flags(
         group_size: Of ``--group-size``; -1 is the whole row.
         sym: Of ``--sym``.
         asym: Of ``--asym``.
+        sparsity: Of ``--sparsity``.
 
     Returns:
         Keyword arguments.
@@ -198,6 +201,12 @@ def recipe_flags(
     Raises:
         ConfigError: If two flags contradict each other or a value is out of range.
     """
+    if scheme is not None and ":" in scheme:  # 2:4 is a scheme too
+        if sparsity not in (None, scheme):
+            raise ConfigError("they contradict each other.", where="--scheme and --sparsity")
+        scheme, sparsity = None, scheme
+    if sparsity is not None:
+        SparsitySpec.read(sparsity, "--sparsity")
     if sym and asym:
         raise ConfigError("they contradict each other.", where="--sym and --asym")
     bits = bits if isinstance(bits, int) else None
@@ -230,4 +239,5 @@ def recipe_flags(
         "bits": bits,
         "group_size": group_size,
         "symmetric": False if asym else True if sym else None,
+        "sparsity": sparsity,
     }

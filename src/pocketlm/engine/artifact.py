@@ -18,6 +18,7 @@ import yaml
 
 from pocketlm.calibration.record import account_of, hashes_file
 from pocketlm.calibration.windows import Windows
+from pocketlm.core.stored import DenseSpec
 from pocketlm.core.views import ModelView, TensorInfo
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
@@ -74,7 +75,7 @@ def write_artifact(
     entries = list(_shard_entries(model, job, grids, journal, ledger))
     ledger.require_complete(list(model.source.infos()))
     ledger.warnings += ledger.calibration_warnings()
-    config = _config(model, job, grids)
+    config = _config(model, grids, ledger)
     side_files = model.side_files()
     write_files(job, side_files, windows, ledger, entries, config, journal.events_path, on_progress)
     return ledger
@@ -146,18 +147,25 @@ def _take_place(growing: Path, output: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
+def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
     config = dict(model.config)
+    specs: dict[str, Any] = {}  # as they came out; what stays an ordinary tensor is not named
+    floats: list[str] = []
+    for name, entry in ledger.compressed().items():
+        module = name.removesuffix(".weight")
+        if isinstance(entry.spec, DenseSpec):
+            floats.append(module)
+        else:
+            specs[module] = entry.spec
+    kept = [*grids.kept, *floats]
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
-        transposed = list(grids.specs) if model.stores_transposed else []
+        transposed = list(specs) if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), transposed, grids.inputs
+            specs, kept, transposed, grids.inputs
         )
-    else:
-        config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), grids.inputs
-        )
+    elif specs:
+        config["quantization_config"] = section.config_section(specs, kept, grids.inputs)
     return config
 
 

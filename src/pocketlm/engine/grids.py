@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
+from pocketlm.core.state import Step
+from pocketlm.core.stored import DenseSpec, SparseSpec, SparsitySpec, WeightSpec
 from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
 
@@ -20,22 +23,59 @@ class Grids:
     """The fitted grid of every compressed linear, and what was left out and why.
 
     Attributes:
-        specs: Module path → grid that divides its columns.
+        specs: Module path → grid that divides its columns; None where values stay floats.
         kept: Module path → why it keeps its precision.
         notes: Module path → what was changed about its groups.
         format_name: The format that can hold all of it.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
+        sparsity: How many weights are pruned; None: none.
     """
 
-    specs: Mapping[str, QuantSpec]
+    specs: Mapping[str, QuantSpec | None]
     kept: Mapping[str, str]
     notes: Mapping[str, str]
     format_name: str
     inputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
+    sparsity: SparsitySpec | None = None
+
+    @property
+    def quantized(self) -> dict[str, QuantSpec]:
+        """The grids of the linears that are quantized."""
+        return {name: spec for name, spec in self.specs.items() if spec is not None}
+
+    @property
+    def compact(self) -> bool:
+        """Whether only kept weights are stored; else zeros are stored like other values."""
+        return self.sparsity is not None and self.format_name == "pocketlm"
+
+    def stored(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> WeightSpec:
+        """In what form a linear will be stored, before anything is known but the recipe.
+
+        Args:
+            name: Module path.
+            shape: (O, I).
+            dtype: Of values that stay floats.
+        """
+        kind: Any = str(dtype).removeprefix("torch.")
+        values = self.specs[name] or DenseSpec(dtype=kind)
+        if not self.compact or self.sparsity is None:
+            return values
+        kept, pattern = self.sparsity.kept(shape), self.sparsity.pattern
+        return SparseSpec(values=values, kept=kept, pattern=pattern)
+
+
+def asked_sparsity(steps: Sequence[Step]) -> SparsitySpec | None:
+    """The sparsity of a recipe's last step that prunes; None where none does."""
+    pruning: list[Any] = [step for step in steps if "mask" in step.makes]
+    return pruning[-1].sparsity if pruning else None
 
 
 def choose_grids(
-    shapes: Mapping[str, tuple[int, int]], transposed: bool, recipe: Recipe, target: str
+    shapes: Mapping[str, tuple[int, int]],
+    transposed: bool,
+    recipe: Recipe,
+    target: str,
+    steps: Sequence[Step] = (),
 ) -> Grids:
     """Fits the recipe's grids to the linears and checks them against the target's rules.
 
@@ -44,6 +84,7 @@ def choose_grids(
         transposed: Whether a checkpoint stores linears as [I, O] (GPT-2).
         recipe: Grids, overrides and what to ignore.
         target: Engine that must load the result.
+        steps: The recipe's steps, options checked.
 
     Returns:
         The grids; group sizes that do not divide are replaced and noted.
@@ -54,15 +95,21 @@ def choose_grids(
     """
     _require_matches(recipe, shapes)
     capability(target)
-    format_name = "pocketlm" if transposed or not _all_held(recipe) else "compressed-tensors"
-    specs: dict[str, QuantSpec] = {}
+    sparsity = asked_sparsity(steps)
+    format_name = _format_of(recipe, transposed, target, sparsity)
+    specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
     inputs: dict[str, ActivationSpec] = {}
     for name, shape in shapes.items():
         asked = recipe.spec_for(name)
-        if asked is None:
+        if recipe.ignores(name):
             kept[name] = "the recipe ignores it"
+            continue
+        if sparsity is not None:
+            sparsity.check(shape[1], name)
+        if asked is None:
+            specs[name] = None
         elif shape[1] < MIN_COLUMNS:
             kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
         elif asked.fixed_groups and not asked.fits(shape[1]):
@@ -92,16 +139,23 @@ def choose_grids(
         raise ConfigError(
             "nothing is left to compress.", where="--ignore", remedy="Ignore fewer layers."
         )
-    check_model(specs, kept, target, inputs)
-    for name in mixed_in_bfloat16(specs) if target == "transformers" else ():
-        said = f"transformers decodes {specs[name].name} to bfloat16: load it in that dtype."
+    quantized = {name: spec for name, spec in specs.items() if spec is not None}
+    floats = [name for name in specs if name not in quantized]
+    check_model(quantized, [*kept, *floats], target, inputs)
+    for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
+        said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return Grids(specs, kept, notes, format_name, inputs)
+    return Grids(specs, kept, notes, format_name, inputs, sparsity)
 
 
-def _all_held(recipe: Recipe) -> bool:
-    """Whether compressed-tensors has a storage for every number format of a recipe."""
-    return all(holds(spec) for spec in (recipe.weights, *recipe.overrides.values()))
+def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
+    """The first format that holds the whole recipe: an engine's own before ours."""
+    asked = [spec for spec in (recipe.weights, *recipe.overrides.values()) if spec is not None]
+    if target == "pocketlm" and (asked or sparsity is not None):
+        return "pocketlm"
+    if not asked:
+        return "dense"
+    return "pocketlm" if transposed or not all(map(holds, asked)) else "compressed-tensors"
 
 
 def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -116,8 +170,13 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
         )
 
 
-def grid_text(spec: QuantSpec) -> str:
+def grid_text(spec: WeightSpec | None) -> str:
     """A number format: ``4 bits, symmetric, groups of 64``, ``NVFP4, groups of 16``."""
+    if spec is None or isinstance(spec, DenseSpec):
+        return "values as floats"
+    if isinstance(spec, SparseSpec):
+        form = "any" if spec.pattern is None else f"{spec.pattern[0]} of {spec.pattern[1]}"
+        return f"{grid_text(spec.values)}, {form} kept"
     if spec.group_rows is None:
         tiles = "one scale for the tensor"
     elif spec.group_rows > 1:
@@ -129,6 +188,25 @@ def grid_text(spec: QuantSpec) -> str:
         return f"{spec.bits} bits, {kind}, {tiles}"
     twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
     return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
+
+
+def sparsity_note(grids: Grids) -> str | None:
+    """What zeros are worth where the artifact is run; None where nothing is pruned."""
+    sparsity = grids.sparsity
+    if sparsity is None:
+        return None
+    stored = (
+        "only kept weights are stored"
+        if grids.compact
+        else f"zeros are stored like other values ({grids.format_name}); "
+        "--target pocketlm stores kept weights alone"
+    )
+    speed = (
+        "faster only where an engine multiplies 2:4 on sparse tensor cores"
+        if sparsity.pattern == (2, 4)
+        else "no engine is faster for it, for want of a kernel that skips them"
+    )
+    return f"{sparsity.name} of the weights pruned: {stored}; {speed}."
 
 
 def inputs_text(spec: ActivationSpec) -> str:

@@ -47,6 +47,7 @@ class Plan(BaseModel):
         linears: Linears that are compressed.
         inputs: How their inputs are rounded, such as ``int8-token``; None: not at all.
         grids: Grid in words → how many of them have it.
+        sparsity: Share of zeros or N:M, such as ``2:4``; None: nothing is pruned.
         source_bytes: Of the source's tensors.
         output_bytes: Of the artifact's tensors.
         bits_per_weight: Real bits of the compressed linears.
@@ -78,6 +79,7 @@ class Plan(BaseModel):
     linears: int
     inputs: str | None = None
     grids: dict[str, int]
+    sparsity: str | None = None
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
@@ -120,7 +122,8 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     on_gpu = model.device.type == "cuda"
     host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
-    linear_bits = sum(_bits(grids, name, shape) for name, shape in shapes.items())
+    floats = job.dtype or model.dtype
+    linear_bits = sum(_bits(grids, name, shape, floats) for name, shape in shapes.items())
     return Plan(
         source=job.source,
         method=" → ".join(step.method for step in job.recipe.steps),
@@ -131,6 +134,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         linears=len(shapes),
         inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
         grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
+        sparsity=None if grids.sparsity is None else grids.sparsity.name,
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
         bits_per_weight=linear_bits / sum(math.prod(shape) for shape in shapes.values()),
@@ -215,9 +219,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         module = name.removesuffix(".weight")
         if module in grids.specs and module in shapes:
             scale = scale_dtype_for(info.dtype)
-            stored = section.stored_bytes(
-                grids.specs[module], shapes[module], scale, grids.inputs.get(module)
-            )
+            form = grids.stored(module, shapes[module], dtype or info.dtype)
+            stored = section.stored_bytes(form, shapes[module], scale, grids.inputs.get(module))
             totals["blocks"] += stored
             totals["output"] += stored
         elif dtype is not None and info.dtype.is_floating_point:
@@ -227,9 +230,11 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
     return totals
 
 
-def _bits(grids: Grids, name: str, shape: tuple[int, int]) -> int:
+def _bits(grids: Grids, name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
     inputs = grids.inputs.get(name)
-    return grids.specs[name].stored_bits(shape) + (0 if inputs is None else inputs.stored_bits)
+    return grids.stored(name, shape, dtype).stored_bits(shape) + (
+        0 if inputs is None else inputs.stored_bits
+    )
 
 
 def _working_bytes(

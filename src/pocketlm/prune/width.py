@@ -1,8 +1,8 @@
 """Narrows a model: the least heads and FFN channels of every block go, equally many of each.
 
 Every measure of importance is a subclass that gives a score for each unit of a structure (see
-prune/importance). Widths stay uniform, so that a plain configuration can say them. A value head goes
-with its query heads; heads never lose more than the ratio, channels make up for what is left of it.
+prune/importance). Widths stay uniform, so that a plain configuration can say them. A value head
+goes with its query heads; heads lose no more than the ratio, channels make up for the rest of it.
 
 Legend: O output rows, I input columns, U units, L blocks.
 """

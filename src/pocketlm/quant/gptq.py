@@ -45,7 +45,8 @@ class Gptq(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "rounding with error feedback through the inputs' Hessian"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     damping: float = Field(0.01, gt=0, le=1)
     shrinkage: float = Field(0.15, ge=0, le=10)
@@ -61,7 +62,9 @@ class Gptq(Strict):
             return state.with_current(round_to_grid(state.reference_OI, grid, state.spec), note)
         order_I = column_order(hessian, self.order)
         factor = hessian.inverse_factor(self.damping, order_I, self.shrinkage)
-        level_OI = sweep(state.reference_OI, factor, grid, state.spec, order_I, self.block_columns)
+        level_OI = sweep(
+            state.reference_OI, factor, grid, state.spec, order_I, self.block_columns, state.mask_OI
+        )
         return state.with_current(packed(level_OI, grid, state.spec), *_ladder_notes(factor))
 
     def cost(self, rows: int, columns: int) -> Cost:
@@ -93,6 +96,7 @@ def sweep(
     spec: QuantSpec,
     order_I: Tensor | None = None,
     block_columns: int = 128,
+    mask_OI: Tensor | None = None,
 ) -> Tensor:
     """Rounds a weight with error feedback.
 
@@ -103,6 +107,8 @@ def sweep(
         spec: Number format and tiles.
         order_I: The order in which columns are rounded; None as stored.
         block_columns: Columns between two updates of the rest.
+        mask_OI: Bool: which weights stay; the others become zero, and later columns make up for
+            what feedback had put there. None: all stay.
 
     Returns:
         Levels [O, I] in the stored order, as `core.levels` means them.
@@ -114,6 +120,7 @@ def sweep(
     rest_IO = weight_OI.T[order_I].contiguous()
     scale_IO, zero_IO = grid.by_column((rows, columns), spec, order_I)
     level_IO = torch.empty_like(rest_IO)
+    mask_IO = None if mask_OI is None else mask_OI.T[order_I].to(rest_IO.dtype)
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
         upper_CC = factor.upper_II[start:stop, start:stop]
@@ -121,6 +128,8 @@ def sweep(
         for i in range(start, stop):
             column_O = rest_IO[i]
             level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
+            if mask_IO is not None:
+                level_O = level_O * mask_IO[i]
             level_IO[i] = level_O
             row_C = upper_CC[i - start]
             error_O = (column_O - level_O * scale_IO[i]) / row_C[i - start]

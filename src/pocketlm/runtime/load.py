@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.tensors import Packed
+from pocketlm.core.tensors import PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.linear import PackedLinear
@@ -69,8 +69,12 @@ def load(
         raise ConfigError(f"cannot compute in {dtype}.", where="dtype", remedy=f"One of {DTYPES}.")
 
     def make_linear(
-        weight: Packed, bias: Tensor | None, quantizer: InputQuantizer | None
-    ) -> PackedLinear:
+        weight: WeightTensor, bias: Tensor | None, quantizer: InputQuantizer | None
+    ) -> nn.Module:
+        if isinstance(weight, Sparse):  # no kernel skips zeros: they are multiplied like the rest
+            weight = weight.values
+        if not isinstance(weight, PackedInt | PackedFloat):
+            return _dense_linear(weight.dequantize(dtype), bias, place)
         return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
     return runtime_model(
@@ -80,6 +84,16 @@ def load(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _dense_linear(weight_OI: Tensor, bias: Tensor | None, device: torch.device) -> nn.Linear:
+    rows, columns = weight_OI.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI.to(device), requires_grad=False)
+    if bias is not None:
+        kept = bias.to(device, weight_OI.dtype)
+        linear.bias = nn.Parameter(kept, requires_grad=False)
+    return linear
 
 
 @dataclass(frozen=True)
@@ -131,4 +145,6 @@ def _weights(section: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "config_groups" in section:
         groups = [group.get("weights") or {} for group in section["config_groups"].values()]
         return [{**weights, "bits": weights["num_bits"]} for weights in groups if weights]
-    return [group["weights"] for group in section.get("groups", []) if "bits" in group["weights"]]
+    forms = [group["weights"] for group in section.get("groups", [])]
+    values = [form.get("values", form) for form in forms]  # of sparse weights
+    return [form for form in values if "bits" in form]

@@ -64,9 +64,10 @@ def default_candidates(recipe: Recipe) -> tuple[QuantSpec, ...]:
     Raises:
         ConfigError: If it is no grid of integers.
     """
-    if recipe.weights.type != "int":
+    if recipe.weights is None or recipe.weights.type != "int":
         raise ConfigError(
-            f"{recipe.weights.name} has one width; a budget needs grids to choose from.",
+            f"{'a float' if recipe.weights is None else recipe.weights.name} has one width; "
+            "a budget needs grids to choose from.",
             where="recipe",
             remedy="Start from integers such as w4a16, or name `candidates` in Python.",
         )
@@ -99,7 +100,7 @@ def choice_units(
     _refuse_one_grid(candidates, target)
     shapes = model.linear_shapes()
     members: dict[str, list[str]] = {}
-    for name in grids.specs:
+    for name in grids.quantized:
         members.setdefault(unit_of(name, target), []).append(name)
     units: list[Unit] = []
     for unit, linears in members.items():
