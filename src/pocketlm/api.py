@@ -122,7 +122,7 @@ def plan(
     """
     wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
     if _makes_smaller(wanted):
-        return _plan_stages(source, wanted, **options)
+        return _plan_stages(source, _without_grid(wanted), **options)
     return _prepare(source, wanted, Path("out"), resume=False, only_plan=True, **options).plan
 
 
@@ -255,7 +255,7 @@ def compress(
     wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
     if _makes_smaller(wanted):
         return _compress_in_stages(
-            source, wanted, output, resume=resume, on_event=on_event, **options
+            source, _without_grid(wanted), output, resume=resume, on_event=on_event, **options
         )
     return _compress_once(source, wanted, output, resume=resume, on_event=on_event, **options)
 
@@ -264,6 +264,13 @@ def _makes_smaller(recipe: Recipe) -> bool:
     from pocketlm.catalog import method_class
 
     return any(method_class(step.method).kind == "transform" for step in recipe.steps)
+
+
+def _without_grid(recipe: Recipe) -> Recipe:
+    """A recipe that makes nothing but a smaller model names no number format."""
+    from pocketlm.stages import split
+
+    return recipe if split(recipe)[1] else recipe.model_copy(update={"weights": None})
 
 
 def _plan_stages(
@@ -334,9 +341,8 @@ def _compress_in_stages(
         if reduced.rest is None:
             ledger = _ledger_of(output)
             seconds = {"stages": time.monotonic() - started}
-            result = _result(
-                output, ledger, stages.joined(reduced.plans), seconds, already_done=False
-            )
+            plan = stages.joined(reduced.plans)
+            result = _result(output, ledger, plan, seconds, already_done=False)
             _write_report(result, reduced.original)
         else:
             after = After(

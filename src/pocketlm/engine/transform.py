@@ -51,7 +51,6 @@ def run_transform(
     transform: Transform,
     job: Job,
     windows: Windows | None,
-    earlier: tuple[StageAccount, ...] = (),
     *,
     restart: bool,
     listener: Listener | None,
@@ -64,7 +63,6 @@ def run_transform(
         transform: What is done.
         job: Where to, and how the work is divided; its recipe is what the artifact carries.
         windows: Calibration tokens; None where the transform needs none.
-        earlier: Stages that made the original.
         restart: Forget an earlier attempt.
         listener: Called with each event.
         planned: Predicted seconds.
@@ -100,7 +98,7 @@ def run_transform(
                 )
         log = EventLog(journal.events_path, listener)
         log.emit("run_started", f"making a smaller model of {job.source}")
-        ledger = _run(model, transform, job, windows, earlier, journal, log, planned)
+        ledger = _run(model, transform, job, windows, journal, log, planned)
     except (MemoryError, torch.OutOfMemoryError) as error:
         journal.release()
         raise ResourceError(
@@ -121,7 +119,6 @@ def _run(
     transform: Transform,
     job: Job,
     windows: Windows | None,
-    earlier: tuple[StageAccount, ...],
     journal: Journal,
     log: EventLog,
     planned: float,
@@ -147,7 +144,7 @@ def _run(
         fingerprint=job.fingerprint,
         calibration=None if windows is None else account_of(windows),
         warnings=[*job.warnings, *changes.notes],
-        stages=[*earlier, account(job, model, smaller, changes)],
+        stages=[*job.stages, account(job, model, smaller, changes)],
     )
     _fill(ledger, model, smaller, changes, job.dtype)
     ledger.require_complete(list(model.source.infos()))

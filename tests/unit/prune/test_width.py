@@ -159,7 +159,7 @@ def test_unloadable_width_is_refused() -> None:
 
 def test_unproved_coupling_is_refused_by_name() -> None:
     """OLMo 2 norms all heads together: a head less changes the others."""
-    with pytest.raises(UnsupportedLayer, match="layers.0.self_attn.*cannot be proved"):
+    with pytest.raises(UnsupportedLayer, match=r"layers.0.self_attn.*cannot be proved"):
         outline_of("olmo2").structures(HEADS)
 
 
