@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
     "flap": "pocketlm.prune.importance.flap:Flap",
     "wanda_sp": "pocketlm.prune.importance.wanda_sp:WandaSp",
     "minitron": "pocketlm.prune.importance.minitron:Minitron",
+    "slicegpt": "pocketlm.prune.slicegpt:Slicegpt",
     "llm_pruner": "pocketlm.prune.importance.taylor:LlmPruner",
 }
 

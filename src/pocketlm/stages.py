@@ -246,7 +246,8 @@ def reduce(
             transform = catalog.build_step(step.method, step.options)
             settled = earlier_samples(place, job.work_dir)
             count, seq_len = _sizes(model, transform, settings, job, settled)
-            changes = transform.changes(ModelOutline(model), None)
+            outline = ModelOutline(model)
+            changes = transform.changes(outline, None)
             plan = plan_transform(
                 model, reopen(model, changes), job, changes.summary, count, seq_len
             )
@@ -261,8 +262,8 @@ def reduce(
                 else None
             )  # fmt: skip
             ledger = run_transform(
-                model, transform, job, windows, restart=last and not resume, listener=on_event,
-                planned=plan.seconds,
+                model, outline, transform, job, windows, restart=last and not resume,
+                listener=on_event, planned=plan.seconds,
             )  # fmt: skip
             accounts = ledger.stages
             ledgers[f"{LEDGERS}/{number}-{step.method}.json"] = (

@@ -113,6 +113,22 @@ class Outline(Protocol):
         """
         ...
 
+    @property
+    def hidden(self) -> int:
+        """Width of the stream between blocks."""
+        ...
+
+    def rotate(self, matrix_DK: Tensor) -> Changes:
+        """The model with its stream turned and cut to the columns of a matrix.
+
+        Args:
+            matrix_DK: Orthonormal columns, float64.
+
+        Raises:
+            UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
+        """
+        ...
+
     def loadable(self, dimension: str, units: int, family: str = "") -> str | None:
         """Why no model with so many units can be built; None where it can."""
         ...

@@ -23,7 +23,7 @@ from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import OutputBusy, ResourceError
-from pocketlm.core.transform import Findings, Transform
+from pocketlm.core.transform import Findings, Outline, Transform
 from pocketlm.core.views import TensorInfo
 from pocketlm.engine.artifact import CHUNK_BYTES, kept_info, partial_path, write_files
 from pocketlm.engine.compress import fingerprint, finished_ledger
@@ -39,7 +39,6 @@ from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import write_file
 from pocketlm.models import Model
 from pocketlm.models.opening import changed_config, reopen
-from pocketlm.models.outline import ModelOutline
 
 FORMAT = "dense"
 FOUND = "found"  # what the survey found, in the work directory
@@ -48,6 +47,7 @@ ACTIONS = ("cut", "merged", "rotated")
 
 def run_transform(
     model: Model,
+    outline: Outline,
     transform: Transform,
     job: Job,
     windows: Windows | None,
@@ -60,6 +60,7 @@ def run_transform(
 
     Args:
         model: The original.
+        outline: Its dimensions.
         transform: What is done.
         job: Where to, and how the work is divided; its recipe is what the artifact carries.
         windows: Calibration tokens; None where the transform needs none.
@@ -98,7 +99,7 @@ def run_transform(
                 )
         log = EventLog(journal.events_path, listener)
         log.emit("run_started", f"making a smaller model of {job.source}")
-        ledger = _run(model, transform, job, windows, journal, log, planned)
+        ledger = _run(model, outline, transform, job, windows, journal, log, planned)
     except (MemoryError, torch.OutOfMemoryError) as error:
         journal.release()
         raise ResourceError(
@@ -116,6 +117,7 @@ def run_transform(
 
 def _run(
     model: Model,
+    outline: Outline,
     transform: Transform,
     job: Job,
     windows: Windows | None,
@@ -123,7 +125,6 @@ def _run(
     log: EventLog,
     planned: float,
 ) -> Ledger:
-    outline = ModelOutline(model)
     transform.changes(outline, None)  # refuses what cannot be before any work
     progress = Progress(log, {"calibrate": planned, "assemble": 0.0})
     progress.stage("calibrate", "looking at the original")

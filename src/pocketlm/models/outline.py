@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.changes import Add, Changes, Constant, Edit, Operation, Take
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, UnsupportedModel
-from pocketlm.core.transform import CHANNELS, EXPERTS, HEADS, Cut, Structure
+from pocketlm.core.transform import CHANNELS, EXPERTS, HEADS, HIDDEN, Cut, Structure
 from pocketlm.models.adapter import Model
 from pocketlm.models.coupling_proof import prove
 from pocketlm.models.experts import split_like
 from pocketlm.models.linear import is_linear
+from pocketlm.models.rotation import Rotation
 from pocketlm.models.skeleton import Skeleton, skeleton_like
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -32,6 +33,7 @@ CHANNEL_KEYS = (
     "intermediate_size_mlp", "ffn_dim", "n_inner", "ffn_hidden_size",
 )  # fmt: skip
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+HIDDEN_KEYS = ("hidden_size", "n_embd")
 BIAS_KEYS = ("mlp_bias", "attention_bias", "use_bias", "bias")
 KEPT = "unchanged"
 
@@ -66,6 +68,8 @@ class ModelOutline:
         self.block_paths = model.block_paths
         self._parameters = _shapes(model.skeleton)
         self._structures: dict[str, tuple[Structure, ...]] = {}
+        self._rotation: Rotation | None = None
+        self._loadable: dict[tuple[str, int, str], str | None] = {}
 
     # --- depth ---
 
@@ -161,6 +165,12 @@ class ModelOutline:
 
     def loadable(self, dimension: str, units: int, family: str = "") -> str | None:
         """Why the model cannot be built with so many units; None where it can."""
+        key = (dimension, units, family)
+        if key not in self._loadable:
+            self._loadable[key] = self._why_unloadable(dimension, units, family)
+        return self._loadable[key]
+
+    def _why_unloadable(self, dimension: str, units: int, family: str) -> str | None:
         try:
             for trial in self._trials(dimension):
                 if not family or trial.key == family:
@@ -178,7 +188,7 @@ class ModelOutline:
             if not isinstance(heads, int) or not isinstance(groups, int):
                 return []
             return [Trial(HEADS, "num_key_value_heads", groups)]
-        keys = {CHANNELS: CHANNEL_KEYS, EXPERTS: EXPERT_KEYS}[dimension]
+        keys = {CHANNELS: CHANNEL_KEYS, EXPERTS: EXPERT_KEYS, HIDDEN: HIDDEN_KEYS}[dimension]
         values = {key: self.config.get(key) for key in keys}
         return [Trial(dimension, k, v) for k, v in values.items() if isinstance(v, int) and v > 1]
 
@@ -188,6 +198,7 @@ class ModelOutline:
         if trial.dimension == HEADS:
             queries = int(self.config["num_attention_heads"]) // trial.units
             changes["num_attention_heads"] = queries * units
+        if trial.dimension in (HEADS, HIDDEN):
             if isinstance(self.config.get("head_dim"), int):
                 changes["head_dim"] = self.config["head_dim"]
             elif self.config.get("hidden_size"):
@@ -424,6 +435,40 @@ class ModelOutline:
         prefixes = tuple(f"{path}." for path in self._model.block_paths)
         infos = self._model.source.infos().values()
         return sum(torch.Size(i.shape).numel() for i in infos if i.name.startswith(prefixes))
+
+    # --- the stream between blocks ---
+
+    @property
+    def hidden(self) -> int:
+        """Width of the stream between blocks."""
+        return self._trials(HIDDEN)[0].units
+
+    def rotate(self, matrix_DK: Tensor) -> Changes:
+        """The model with its stream turned and cut; see core/transform.py.
+
+        Raises:
+            UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
+        """
+        trial = self._trials(HIDDEN)[0]
+        if self._rotation is None:
+            axes: dict[str, int] = {}
+            parameters: dict[str, str] = {}
+            for name, (axis, ratio) in self._changed(trial).items():
+                binding = self._model.names.bindings[name]
+                if not binding.plain or ratio != 1:
+                    raise UnsupportedLayer(
+                        "it holds the stream in a form that cannot be turned.",
+                        where=binding.tensors[0],
+                    )
+                axes[binding.tensors[0]], parameters[binding.tensors[0]] = axis, name
+            self._rotation = Rotation(self._model, axes, parameters)
+            self._rotation.prove()
+        kept = matrix_DK.shape[1]
+        config = {} if kept == trial.units else self._sizes(trial, kept)
+        changes = self._rotation.changes(matrix_DK, config)
+        if config:
+            self._rotation.prove_embedding(changes, matrix_DK)
+        return changes
 
     # --- experts ---
 

@@ -48,6 +48,8 @@ def parameters_on_meta() -> Iterator[None]:
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
+            # transformers then draws no values for it
+            param._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         register(module, name, param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]

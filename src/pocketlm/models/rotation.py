@@ -1,0 +1,219 @@
+"""Turns the stream between blocks into another basis and cuts it (SliceGPT, arXiv:2401.15024).
+
+RMSNorm(x Q) = RMSNorm(x) Q for an orthogonal Q once the norm's weight g is folded into what reads
+it, so that with y = x Q
+    reader  W → W diag(g) Q,    writer  W → Qᵀ W,    embedding  E → E Q,    norm  g → √(D / K)
+is the same model. Columns of Q beyond the first K are then left out; the norm, which divides by the
+root of a mean over K instead of D, is scaled back. Where the head was tied to the embedding it no
+longer is: the final norm's weight is in the head alone.
+
+Which tensors read and write is observed (models/outline.py), which norm feeds a reader is proved by
+folding (models/folds.py), and that the turned model computes the same is proved on a block of each
+kind and on both ends. Mixtures, whose routers read the norm beside the experts, are refused.
+
+Legend: D hidden width, K columns kept, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.changes import Changes, Constant, Edit, Operation, Rotate, Scale
+from pocketlm.core.errors import PocketLMError, UnsupportedLayer, UnsupportedModel
+from pocketlm.models.adapter import Model
+from pocketlm.models.linear import is_linear
+
+TOKENS = 8
+TOLERANCE = 1e-5  # relative; norms compute in float32 even in a float64 model
+NORMS = ("weight", "one_plus_weight")
+
+
+class Rotation:
+    """What turning a model's stream does to each tensor.
+
+    Args:
+        model: The original.
+        axes: Checkpoint tensor → the axis that is as long as the stream is wide.
+        parameters: Checkpoint tensor → parameter.
+
+    Raises:
+        UnsupportedLayer: If a linear reads the stream otherwise than through a norm.
+        UnsupportedModel: If a norm subtracts a mean.
+    """
+
+    def __init__(
+        self, model: Model, axes: Mapping[str, int], parameters: Mapping[str, str]
+    ) -> None:
+        self._model, self._axes, self._parameters = model, axes, parameters
+        self._norm_of, self._plus = self._norms()
+        skeleton = model.skeleton.model
+        embedding = skeleton.get_input_embeddings()
+        path_of = {id(module): path for path, module in skeleton.named_modules()}
+        bindings = model.names.bindings
+        self._embedding = bindings[f"{path_of[id(embedding)]}.weight"].tensors[0]
+        self._head_parameter = f"{model.head_path}.weight"
+        self._head = bindings[self._head_parameter].tensors[0]
+        self._vectors = [name for name in axes if len(model.source.infos()[name].shape) == 1]
+        norms = [name for name in self._vectors if not self._is_bias(name)]
+        fed = set(self._norm_of.values())
+        outside = [name for name in norms if not name.startswith(tuple(model.block_paths))]
+        unread = [n for n in norms if n not in fed and n not in outside]
+        if len(outside) != 1 or unread or any(not name.endswith("weight") for name in norms):
+            what = (unread or [n for n in norms if not n.endswith("weight")] or outside or ["?"])[0]
+            raise UnsupportedModel(
+                "has a norm that no turned stream can pass: one on a block's output, or one that "
+                "subtracts a mean.",
+                where=what,
+                remedy="Prune channels, heads or blocks instead.",
+            )
+        self._final = outside[0]
+
+    def _is_bias(self, tensor: str) -> bool:
+        owner = self._parameters[tensor].rpartition(".")[0]
+        return is_linear(self._model.skeleton.model.get_submodule(owner))
+
+    def _norms(self) -> tuple[dict[str, str], bool]:
+        """Reader's tensor → the norm's, by the folds that are accepted; whether norms are 1 + w."""
+        found: dict[str, str] = {}
+        forms: set[str] = set()
+        paths = self._model.block_paths
+        for alike in self._model.alike_blocks():
+            with self._model.block(alike[0]) as block:
+                groups = block.probe_folds()
+                tensors = {name: view.tensor_name for name, view in block.linears.items()}
+            for group in groups:
+                fold = group.fold
+                if fold is None or not fold.accepted or fold.form not in NORMS:
+                    continue
+                forms.add(fold.form)
+                for name in group.linears:
+                    for index in alike:
+                        swap = (paths[alike[0]], paths[index])
+                        reader = tensors[name].replace(*swap, 1)
+                        found[reader] = f"{fold.producer.replace(*swap, 1)}.weight"
+        for name, axis in self._axes.items():
+            inside = name.startswith(tuple(paths))
+            if inside and axis == 1 and name not in found:
+                raise UnsupportedLayer(
+                    "it reads the stream, but no norm was proved to feed it alone.",
+                    where=name.removesuffix(".weight"),
+                    remedy="Prune channels, heads or blocks instead.",
+                )
+        return found, forms == {"one_plus_weight"}
+
+    def changes(self, matrix_DK: Tensor, config: Mapping[str, Any]) -> Changes:
+        """The turned and cut model.
+
+        Args:
+            matrix_DK: Orthonormal columns, float64.
+            config: Keys of the configuration for the new width.
+        """
+        infos = self._model.source.infos()
+        rows, columns = matrix_DK.shape
+        level = (rows / columns) ** 0.5
+        edits: list[Edit] = []
+        dropped = {name: "repeats a tied tensor" for name in self._model.repeated}
+        for name in infos:
+            if name in dropped:
+                continue
+            operations: tuple[Operation, ...] = ()
+            if name in self._axes:
+                operations = self._turned(name, matrix_DK, level)
+            edits.append(Edit(name, ((name, 1.0),), operations, "rotated" if operations else ""))
+            if name == self._embedding == self._head:
+                turned = (Scale(1, self._weight(self._final)), Rotate(1, matrix_DK))
+                edits.append(Edit(self._head_parameter, ((name, 1.0),), turned, "rotated"))
+        tied = self._embedding == self._head
+        keys = {**config, **({"tie_word_embeddings": False} if tied else {})}
+        notes = ()
+        if tied:
+            notes = ("the head is no longer tied to the embedding: the file holds both.",)
+        summary = f"hidden size {rows} → {columns}, one rotation for all blocks"
+        return Changes(keys, tuple(edits), dropped, summary, "", notes)
+
+    def _turned(self, name: str, matrix_DK: Tensor, level: float) -> tuple[Operation, ...]:
+        axis = self._axes[name]
+        if name in self._vectors:
+            if self._is_bias(name):
+                return (Rotate(0, matrix_DK),)
+            flat = torch.full((matrix_DK.shape[1],), level - 1 if self._plus else level)
+            return (Constant(flat),)
+        if name == self._embedding:
+            return (Rotate(axis, matrix_DK),)
+        norm = self._final if name == self._head else self._norm_of.get(name)
+        if norm is None or axis == 0:
+            return (Rotate(axis, matrix_DK),)
+        return (Scale(axis, self._weight(norm)), Rotate(axis, matrix_DK))
+
+    def _weight(self, norm: str) -> Tensor:
+        """What a norm multiplies with, float64 [D]."""
+        value_D = self._model.source.read(norm).double()
+        return value_D + 1 if self._plus else value_D
+
+    def prove(self) -> None:
+        """Turns the whole stream by a random matrix and compares, in float64.
+
+        Raises:
+            UnsupportedLayer: Naming what gives something else.
+        """
+        from pocketlm.models.opening import reopen
+
+        width = self._model.source.infos()[self._final].shape[0]
+        generator = torch.Generator().manual_seed(0)
+        matrix_DD = torch.linalg.qr(
+            torch.randn(width, width, generator=generator, dtype=torch.float64)
+        )[0]
+        same = Changes({}, tuple(Edit(n, ((n, 1.0),)) for n in self._names()), {})
+        try:
+            plain = reopen(self._model, same, dtype=torch.float64)
+            turned = reopen(self._model, self.changes(matrix_DD, {}), dtype=torch.float64)
+        except PocketLMError as error:
+            raise UnsupportedLayer(f"the turned model cannot be opened: {error.what}") from error
+        tokens_BT = torch.arange(TOKENS, device=plain.device).remainder(plain.vocabulary)[None]
+        matrix_DD = matrix_DD.to(plain.device)
+        hidden_BTD, call = plain.begin(tokens_BT)
+        turned_BTD, turned_call = turned.begin(tokens_BT)
+        _compare(turned_BTD, hidden_BTD @ matrix_DD, self._embedding)
+        noise_BTD = torch.randn(hidden_BTD.shape, generator=generator, dtype=torch.float64)
+        noise_BTD = noise_BTD.to(plain.device)
+        for alike in plain.alike_blocks():
+            with plain.block(alike[0]) as block:
+                expected_BTD = block.forward(noise_BTD, call) @ matrix_DD
+            with turned.block(alike[0]) as block:
+                found_BTD = block.forward(noise_BTD @ matrix_DD, turned_call)
+            _compare(found_BTD, expected_BTD, plain.block_paths[alike[0]])
+        expected = plain.logits(plain.finish(noise_BTD)[0])
+        found = turned.logits(turned.finish(noise_BTD @ matrix_DD)[0])
+        _compare(found, expected, self._model.head_path)
+
+    def _names(self) -> list[str]:
+        return [name for name in self._model.source.infos() if name not in self._model.repeated]
+
+    def prove_embedding(self, changes: Changes, matrix_DK: Tensor) -> None:
+        """That the embedding gives the cut stream at its new width: some scale by the width.
+
+        Raises:
+            UnsupportedLayer: If it does not.
+        """
+        from pocketlm.models.opening import reopen
+
+        tokens_BT = torch.arange(TOKENS, device=self._model.device)[None]
+        tokens_BT = tokens_BT.remainder(self._model.vocabulary)
+        hidden_BTD, _ = self._model.begin(tokens_BT)
+        cut_BTK, _ = reopen(self._model, changes).begin(tokens_BT)
+        expected_BTK = hidden_BTD.double() @ matrix_DK.to(hidden_BTD.device)
+        _compare(cut_BTK.double(), expected_BTK, self._embedding, 1e-2)
+
+
+def _compare(found: Tensor, expected: Tensor, where: str, tolerance: float = TOLERANCE) -> None:
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference < tolerance:
+        raise UnsupportedLayer(
+            f"a turned stream gives something else there (relative difference {difference:.1e}).",
+            where=where.removesuffix(".weight"),
+            remedy="Prune channels, heads or blocks instead.",
+        )
