@@ -32,6 +32,8 @@ METHODS: dict[str, str] = {
     "wanda_sp": "pocketlm.prune.importance.wanda_sp:WandaSp",
     "minitron": "pocketlm.prune.importance.minitron:Minitron",
     "slicegpt": "pocketlm.prune.slicegpt:Slicegpt",
+    "experts": "pocketlm.prune.experts:Experts",
+    "laco": "pocketlm.prune.laco:Laco",
     "llm_pruner": "pocketlm.prune.importance.taylor:LlmPruner",
 }
 

@@ -55,7 +55,7 @@ class Structure:
         units: How many there are.
         cuts: Where they lie.
         readers: Linears, by module path, whose input columns are units: what is removed is what
-            they no longer read.
+            they no longer read. Of experts: all their linears, expert after expert.
         family: Structures of one family keep equally many units: a key of the configuration.
     """
 
@@ -110,6 +110,18 @@ class Outline(Protocol):
         Args:
             kept: Dimension → path of the structure → units [kept], as many of each family.
             biases: Reader → what is added to its output, where it can be held.
+        """
+        ...
+
+    def keep_experts(self, kept: Mapping[str, Sequence[Mapping[int, float]]]) -> Changes:
+        """The model with fewer experts.
+
+        Args:
+            kept: Path of the mixture → for each expert that stays, experts of the original and
+                their weights in its sum; the first is the one whose router row it takes.
+
+        Raises:
+            ConfigError: If too few stay, or more in some mixtures than in others.
         """
         ...
 

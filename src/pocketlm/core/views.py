@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, D hidden width, V vocabulary, O output rows, I in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -189,6 +189,15 @@ class BlockView(Protocol):
 
     def forward_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor, call: Any) -> Tensor:
         """The block's output with other weights [O, I], by module path; differentiable in them."""
+        ...
+
+    def watch_experts(self, take: Callable[[str, int, Tensor, Tensor], None] | None) -> None:
+        """Tells from now on what each expert is given, where they are linears of their own.
+
+        Args:
+            take: Called with the mixture's path, the expert, the router's weights of its tokens
+                [n] and the norms of its weighted outputs [n]; None: no longer.
+        """
         ...
 
     def probe_folds(self) -> tuple[Group, ...]:

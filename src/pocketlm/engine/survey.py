@@ -124,7 +124,10 @@ class StreamedSurvey:
         for index in range(first, total):
             with self._model.block(index) as block:
                 visit = BlockVisit(block, calls, store, self._model.device)
-                seen = {name: value.cpu().contiguous() for name, value in look(visit).items()}
+                seen = {
+                    name: value.cpu().clone(memory_format=torch.contiguous_format)
+                    for name, value in look(visit).items()
+                }
                 for _ in visit.run():  # what the look has left
                     pass
             self._journal.write_block(index, seen, {})

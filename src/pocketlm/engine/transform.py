@@ -149,7 +149,7 @@ def _run(
     )
     _fill(ledger, model, smaller, changes, job.dtype)
     ledger.require_complete(list(model.source.infos()))
-    config = changed_config(model.config, changes.config)
+    config = changed_config(model, changes.config)
     write_files(
         job,
         dict(model.side_files()),
@@ -184,7 +184,9 @@ def _kept(path: Path, measure: Callable[[], Findings]) -> Findings:
     if not counts.exists():
         found = measure()
         flat = {
-            f"{i}.{n}": v.cpu().contiguous() for i, one in enumerate(found) for n, v in one.items()
+            f"{i}.{n}": v.cpu().clone(memory_format=torch.contiguous_format)
+            for i, one in enumerate(found)
+            for n, v in one.items()
         }
         write_file(tensors, save(flat))
         write_file(counts, json.dumps(len(found)).encode())

@@ -54,8 +54,8 @@ def check_logits(artifact: Artifact) -> str:
         return f"bit-equal to transformers{unlike}, float32, {TOKENS} tokens, sha256 {digest}."
     largest = float((ours_TV - theirs_TV).abs().max())
     kl = float(_divergence(ours_TV, theirs_TV))
-    reason = None if index is None else _why_unequal(artifact, index)
-    if reason and by_library and kl < KL_LIMIT:
+    reason = _why_unequal(artifact, index)
+    if reason and (by_library or index is None) and kl < KL_LIMIT:
         return (
             f"KL to transformers{unlike} {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
             f"transformers {reason}."
@@ -96,8 +96,11 @@ def _round_as_library(view: Model, index: CompressedIndex) -> str:
     return " (the inputs of experts unrounded, as it runs them)" if experts else ""
 
 
-def _why_unequal(artifact: Artifact, index: CompressedIndex) -> str | None:
+def _why_unequal(artifact: Artifact, index: CompressedIndex | None) -> str | None:
     """What transformers is known to do otherwise than float32 weights, one linear at a time."""
+    if index is None:
+        experts = any(is_expert(name.removesuffix(".weight")) for name in artifact.tensors)
+        return "multiplies the experts' gate and up as one" if experts else None
     if any(is_expert(name) for name in index.modules):
         return "multiplies the experts' gate and up as one, in the dtype of their scales"
     for module in index.modules.values():

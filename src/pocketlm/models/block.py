@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from pocketlm.core.views import Folded, Group, LinearView
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.call import BlockCall, Call, first_tensor
+from pocketlm.models.experts import PerExpert
 from pocketlm.models.linear import Linear
 from pocketlm.models.run import Run
 
@@ -85,6 +87,13 @@ class Block:
         runner = _Whole(self.module, call.blocks[self.index])
         named = {f"module.{name}": value for name, value in parameters.items()}
         return functional_call(runner, named, (hidden_BTD,))
+
+    def watch_experts(self, take: Callable[[str, int, Tensor, Tensor], None] | None) -> None:
+        """Tells from now on what each expert is given; see core/views.py."""
+        for inner, module in self.module.named_modules():
+            if isinstance(module, PerExpert):
+                path = f"{self.path}.{inner}"
+                module.watch = None if take is None else partial(take, path)
 
     def fold(self, group: Group, scale_I: Tensor, dtype: torch.dtype | None) -> Folded:
         """Divides what a group's producer gives and multiplies the columns of its readers."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm.core.changes import Changes, Take, Zero
+from pocketlm.core.changes import Changes, Edit, Take, Zero
 from pocketlm.core.errors import PocketLMError, UnsupportedLayer
 from pocketlm.core.transform import Structure
 from pocketlm.models.adapter import Model
@@ -73,6 +73,38 @@ def prove(
                 f"{difference:.1e}): the coupling cannot be proved.",
                 where=touched[index],
                 remedy="Prune another dimension.",
+            )
+
+
+def prove_same(model: Model, structures: Sequence[Structure], reordered: Changes) -> None:
+    """Compares a model with one whose experts were put in another order.
+
+    Args:
+        model: The original.
+        structures: Its mixtures.
+        reordered: The other one.
+
+    Raises:
+        UnsupportedLayer: Naming a mixture whose output differs.
+    """
+    from pocketlm.models.opening import reopen
+
+    names = [name for name in model.source.infos() if name not in model.repeated]
+    same = Changes({}, tuple(Edit(name, ((name, 1.0),)) for name in names), {})
+    plain = reopen(model, same, dtype=torch.float64)
+    other = reopen(model, reordered, dtype=torch.float64)
+    touched = {structure.block: structure.path for structure in structures}
+    for alike in model.alike_blocks():
+        index = next((i for i in alike if i in touched), None)
+        if index is None:
+            continue
+        expected_BTD, found_BTD = (_run(view, index) for view in (plain, other))
+        difference = float((found_BTD - expected_BTD).norm() / expected_BTD.norm())
+        if not difference < TOLERANCE:
+            raise UnsupportedLayer(
+                "its experts in another order give something else (relative difference "
+                f"{difference:.1e}): the coupling cannot be proved.",
+                where=touched[index],
             )
 
 

@@ -57,6 +57,7 @@ class PerExpert(nn.Module):
         assert callable(act_fn)
         self.experts = nn.ModuleList(Expert(width, inner, act_fn, gate_up) for _ in range(count))
         self.run_all = False  # while observing, so that every linear is seen
+        self.watch: Callable[[int, Tensor, Tensor], None] | None = None
 
     def forward(self, hidden_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """The weighted sum of each token's experts [N, D]; experts without a token are not run."""
@@ -67,6 +68,8 @@ class PerExpert(nn.Module):
                 continue
             token, place = torch.where(index_NK == expert)
             out_nD = self.experts[expert](hidden_ND[token]) * weight_NK[token, place, None]
+            if self.watch is not None:
+                self.watch(expert, weight_NK[token, place], out_nD.norm(dim=-1))
             total_ND.index_add_(0, token, out_nD.to(total_ND.dtype))
         return total_ND
 

@@ -109,7 +109,7 @@ def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) 
     skeleton = skeleton_like(model.skeleton.model, dtype, changes.config)
     parts = Parts(
         source=EditedSource(model.source, changes),
-        config=changed_config(model.config, changes.config),
+        config=changed_config(model, changes.config),
         skeleton=skeleton,
         side_files=model.side_files,
         load_tokenizer=model.tokenizer,
@@ -119,12 +119,22 @@ def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) 
     return _put_together(parts, model.device, dtype)
 
 
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with changed keys, in the part that describes the text model."""
+def changed_config(model: Model, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with changed keys, in the part that describes the text model.
+
+    A key goes by the name that the source gives it, where transformers knows several.
+    """
+    config = dict(model.config)
     text = config.get("text_config")
-    if isinstance(text, dict):
-        return {**config, "text_config": {**text, **changes}}
-    return {**config, **changes}
+    part = dict(text) if isinstance(text, dict) else config
+    known = model.skeleton.model.config.get_text_config().attribute_map
+    for key, value in changes.items():
+        names = [alias for alias, real in known.items() if real == key and alias in part]
+        for name in names or [key]:
+            part[name] = value
+        if names and key in part:
+            part[key] = value
+    return {**config, "text_config": part} if isinstance(text, dict) else part
 
 
 def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype) -> Model:

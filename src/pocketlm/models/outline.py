@@ -8,7 +8,7 @@ cutting these slices is the same as zeroing them is then proved on a block (mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from pocketlm.core.changes import Add, Changes, Constant, Edit, Operation, Take
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, UnsupportedModel
 from pocketlm.core.transform import CHANNELS, EXPERTS, HEADS, HIDDEN, Cut, Structure
 from pocketlm.models.adapter import Model
-from pocketlm.models.coupling_proof import prove
-from pocketlm.models.experts import split_like
+from pocketlm.models.coupling_proof import prove, prove_same
+from pocketlm.models.experts import PerExpert, split_like
 from pocketlm.models.linear import is_linear
 from pocketlm.models.rotation import Rotation
 from pocketlm.models.skeleton import Skeleton, skeleton_like
@@ -225,6 +225,25 @@ class ModelOutline:
                 break
         return tuple(found)
 
+    def _with_readers(self, structure: Structure, home: str) -> Structure:
+        """Adds the linears of a mixture's experts, expert after expert.
+
+        Raises:
+            UnsupportedLayer: If its experts are no linears of their own.
+        """
+        prefix = self._model.skeleton.block_paths[structure.block]
+        for inner, mixture in self._model.skeleton.blocks[structure.block].named_modules():
+            path = f"{prefix}.{inner}"
+            if isinstance(mixture, PerExpert) and path.startswith(f"{home}."):
+                names = [n for n, _ in mixture.named_parameters()]
+                tensors = [self._tensor(f"{path}.{name}") for name in names]
+                linears = tuple(t.removesuffix(".weight") for t in tensors if t is not None)
+                return replace(structure, readers=linears)
+        raise UnsupportedLayer(
+            "its experts are stored as one tensor, so none can be taken out or merged.",
+            where=structure.path,
+        )
+
     def _changed(self, trial: Trial) -> dict[str, tuple[int, int]]:
         """Parameter → (axis, its size over the units), of those that the trial's key changes."""
         for units in range(trial.units - 1, 0, -1):
@@ -235,7 +254,8 @@ class ModelOutline:
             except UnsupportedModel:
                 continue
             split_like(skeleton.blocks, self._model.skeleton.blocks)
-            return _differences(self._parameters, _shapes(skeleton), trial.units, units)
+            bound = {n: s for n, s in self._parameters.items() if n in self._model.names.bindings}
+            return _differences(bound, _shapes(skeleton), trial.units, units)
         return {}
 
     def _group(
@@ -282,14 +302,22 @@ class ModelOutline:
             i for i, p in enumerate(self._model.skeleton.block_paths) if home.startswith(p)
         )
         path = _common(list(cuts))
-        return Structure(
+        found = Structure(
             trial.dimension, path, block, trial.units, tuple(cuts.values()), tuple(readers),
             trial.key,
         )  # fmt: skip
+        return self._with_readers(found, home) if trial.dimension == EXPERTS else found
 
     def _prove(self, trial: Trial, structures: Sequence[Structure]) -> None:
         """Cuts some units of every structure and compares with zeroing them, in float64."""
         generator = torch.Generator().manual_seed(0)
+        if trial.dimension == EXPERTS:  # what a router gives up goes to others: reorder instead
+            orders = {s.path: torch.randperm(s.units, generator=generator) for s in structures}
+            reordered = {p: [{i: 1.0} for i in order.tolist()] for p, order in orders.items()}
+            prove_same(
+                self._model, structures, self._with_experts(structures, reordered, {}, trial)
+            )
+            return
         for units in range(max(1, trial.units // 2), trial.units):
             if self.loadable(trial.dimension, units, trial.key) is None:
                 break
@@ -472,13 +500,61 @@ class ModelOutline:
 
     # --- experts ---
 
-    def merge_experts(self, groups: Mapping[str, Sequence[Mapping[int, float]]]) -> Changes:
+    def keep_experts(self, kept: Mapping[str, Sequence[Mapping[int, float]]]) -> Changes:
         """The model with fewer experts; see core/transform.py.
 
         Raises:
-            ConfigError: If a mixture would lose all experts, or some lose more than others.
+            ConfigError: If too few stay, or more in some mixtures than in others.
         """
-        raise NotImplementedError
+        trial = self._trials(EXPERTS)[0]
+        structures = [s for s in self.structures(EXPERTS) if s.path in kept]
+        counts = {len(kept[s.path]) for s in structures}
+        chosen = int(self.config.get("num_experts_per_tok") or 1)
+        if len(counts) != 1 or min(counts) < chosen:
+            raise ConfigError(
+                f"{sorted(counts)} experts would be left; every mixture keeps one number, of at "
+                f"least the {chosen} that a token takes.",
+                where=EXPERTS,
+                remedy="Remove fewer.",
+            )
+        units = counts.pop()
+        config = {} if units == trial.units else self._sizes(trial, units)
+        return self._with_experts(structures, kept, config, trial)
+
+    def _with_experts(
+        self,
+        structures: Sequence[Structure],
+        kept: Mapping[str, Sequence[Mapping[int, float]]],
+        config: Mapping[str, Any],
+        trial: Trial,
+    ) -> Changes:
+        operations: dict[str, list[Operation]] = {}
+        made: dict[str, Edit] = {}
+        dropped: dict[str, str] = {}
+        for structure in structures:
+            mine = kept[structure.path]
+            first = torch.tensor([next(iter(sources)) for sources in mine])
+            for cut in structure.cuts:
+                index = cut.index(first, structure.units)
+                operations.setdefault(cut.tensor, []).append(Take(cut.axis, index))
+            each = len(structure.readers) // structure.units
+            parts = [structure.readers[i * each : (i + 1) * each] for i in range(structure.units)]
+            for expert, linears in enumerate(parts):
+                for place, linear in enumerate(linears):
+                    name = f"{linear}.weight"
+                    if expert >= len(mine):
+                        dropped[name] = f"{trial.units} experts become {len(mine)}"
+                        continue
+                    sources = {f"{parts[i][place]}.weight": w for i, w in mine[expert].items()}
+                    account = "merged" if len(sources) > 1 else "cut"
+                    made[name] = Edit(name, tuple(sources.items()), (), account)
+        whole = self._edits(operations, config)
+        edits = tuple(made.get(e.name, e) for e in whole.edits if e.name not in dropped)
+        read = {edit.parts[0][0] for edit in edits}
+        dropped = {n: "its expert is gone" for n in self._model.source.infos() if n not in read}
+        dropped |= dict(whole.dropped)
+        summary = f"{trial.key} {trial.units} → {len(next(iter(kept.values()), ()))}"
+        return Changes(whole.config, edits, dropped, summary)
 
 
 def parts_of(name: str) -> tuple[tuple[str, float], ...]:
@@ -502,7 +578,8 @@ def _with_added(edits: Sequence[Edit], added: Mapping[str, Sequence[Edit]]):
 
 def _shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     model: nn.Module = skeleton.model
-    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tuple(value.shape) for name, value in named}
 
 
 def _differences(

@@ -163,3 +163,35 @@ def test_transform_after_quantization_is_refused(saved, compress, tmp_path: Path
 def test_no_block_is_refused(saved) -> None:
     with pytest.raises(ConfigError, match="0 of 4"):
         ModelOutline(open_model(saved("llama"))).keep_blocks([])
+
+
+def test_merged_blocks_are_summed(saved, compress, tmp_path: Path) -> None:
+    """LaCo's formula on the whole model, in the weights that are written."""
+    source, out = saved("llama"), tmp_path / "out"
+    compress(source, out, {"method": "laco", "blocks": 1, "threshold": 0.01})
+    before, after = plain(source).model.layers, plain(out).model.layers
+    assert len(after) == BLOCKS - 1
+    into = next(i for i in range(BLOCKS) if i >= len(after) or not torch.equal(
+        before[i].mlp.up_proj.weight, after[i].mlp.up_proj.weight))  # fmt: skip
+    summed = before[into + 1].mlp.up_proj.weight  # θ + (θ' - θ)
+    torch.testing.assert_close(after[into].mlp.up_proj.weight, summed)
+
+
+def test_merging_two_into_one() -> None:
+    """θ* = θ₀ + (θ₁ - θ₀) + (θ₂ - θ₀)."""
+    from tests.unit.models.families import build
+
+    from pocketlm.models.opening import reopen
+
+    model = open_model(build("llama"))
+    changes = ModelOutline(model).keep_blocks([0], {0: {1: 1.0, 2: 1.0}})
+    name = "model.layers.{}.mlp.up_proj.weight"
+    merged = reopen(model, changes).source.read(name.format(0))
+    first, second, third = (model.source.read(name.format(i)) for i in range(3))
+    torch.testing.assert_close(merged, second + third - first)
+
+
+def test_laco_removes_the_asked_number(saved, compress, tmp_path: Path) -> None:
+    source, out = saved("llama", num_hidden_layers=6), tmp_path / "out"
+    compress(source, out, {"method": "laco", "ratio": 0.5})
+    assert plain(out).config.num_hidden_layers == 3
