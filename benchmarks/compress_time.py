@@ -50,7 +50,7 @@ def main() -> int:
             while stream.read(1 << 24):
                 pass
     threads = arguments.threads
-    ours_command = pocketlm(*
+    ours_command = pocketlm(
         *inputs.compress_arguments(SCRATCH / "time-ours", threads, method=arguments.method)
     )
     peer_line = peer_command(
@@ -92,7 +92,8 @@ def main() -> int:
         f"**{ratio:.3f}** of the stage, {whole:.3f} of the process; figure: at most {figure}: "
         f"{'met' if met else 'missed'}."
     )
-    publish(f"Time to compress, W4A16 symmetric g64, {arguments.method} beside GPTQ", shown, result, arguments.record)
+    title = f"Time to compress, W4A16 symmetric g64, {arguments.method} beside the peer's GPTQ"
+    publish(title, shown, result, arguments.record)
     return 0 if met else 1
 
 
