@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pocketlm.engine.events import Listener
+    from pocketlm.engine.export import Export
     from pocketlm.engine.ledger import Ledger
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.verify import VerifyReport
@@ -426,6 +427,32 @@ def verify(path: str | Path, against_source: str | Path | None = None) -> Verify
     from pocketlm.evaluate.verify import verify_artifact
 
     return verify_artifact(path, against_source)
+
+
+def export(
+    path: str | Path,
+    output: str | Path,
+    *,
+    to: str = "dense",
+    dtype: str | None = None,
+) -> Export:
+    """Writes an artifact in another form.
+
+    Args:
+        path: The artifact.
+        output: Where the exported model goes.
+        to: The form: "dense", an ordinary checkpoint with every weight decoded.
+        dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
+
+    Returns:
+        What was made: bytes and multiplications before and after.
+
+    Raises:
+        PocketLMError: If there is no such form, or the artifact cannot be read.
+    """
+    from pocketlm.engine.export import export as export_artifact
+
+    return export_artifact(Path(path), Path(output).absolute(), to, dtype)
 
 
 def report(path: str | Path) -> Path:

@@ -82,6 +82,12 @@ class LinearState:
         """Levels or values [O, I] with zeros where the mask keeps nothing."""
         return level_OI if self.mask_OI is None else level_OI * self.mask_OI
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.reference_OI.shape
+        return rows, columns
+
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""
         return replace(self, current=current, notes=(*self.notes, *notes))
