@@ -321,8 +321,16 @@ def _prepare(
     """A job for a recipe; where there is a budget, for the recipe that a search finds within it."""
     from pocketlm.prepare import prepare
 
-    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), ()
+    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), tuple[str, ...]()
     started = time.monotonic()
+    if any("allocation" in step.options for step in wanted.steps):
+        from pocketlm.search.ranks import ranks_of_source
+
+        shared = {name: options[name] for name in SHARED if name in options}
+        wanted, notes = ranks_of_source(
+            source, wanted, search_minutes=search_minutes, search_dir=search_dir,
+            listener=on_event, **shared,
+        )  # fmt: skip
     if bits is not None or size is not None:
         shared = {name: options[name] for name in SHARED if name in options}
         found = search(
@@ -330,7 +338,7 @@ def _prepare(
             search_minutes=search_minutes, search_dir=search_dir, on_event=on_event, **shared,
         )  # fmt: skip
         assert found.recipe is not None
-        wanted, notes = found.recipe, tuple(found.notes)
+        wanted, notes = found.recipe, (*notes, *found.notes)
     prepared = prepare(
         source, wanted, output, resume=resume, warnings=notes, on_event=on_event, **options
     )

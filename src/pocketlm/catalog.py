@@ -26,6 +26,15 @@ METHODS: dict[str, str] = {
     "wanda": "pocketlm.prune.steps:Wanda",
     "ria": "pocketlm.prune.steps:Ria",
     "sparsegpt": "pocketlm.prune.steps:Sparsegpt",
+    "svd": "pocketlm.lowrank.svd:Svd",
+    "fwsvd": "pocketlm.lowrank.fwsvd:Fwsvd",
+    "asvd": "pocketlm.lowrank.asvd:Asvd",
+    "svd_llm": "pocketlm.lowrank.svd_llm:SvdLlm",
+    "laser": "pocketlm.lowrank.laser:Laser",
+    "losparse": "pocketlm.lowrank.losparse:Losparse",
+    "lqer": "pocketlm.lowrank.lqer:Lqer",
+    "lorc": "pocketlm.lowrank.lqer:Lorc",
+    "caldera": "pocketlm.lowrank.caldera:Caldera",
 }
 
 

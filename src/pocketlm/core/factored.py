@@ -1,4 +1,4 @@
-"""Weights in two thin factors, alone or beside another weight; the best left factor for a right one.
+"""Weights in two thin factors, alone or beside another; the best left factor for a right one.
 
 Legend: O output rows, I input columns, R rank.
 """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 from pocketlm.core.errors import NumericError
 
@@ -126,11 +127,11 @@ def _exact(matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All singular values; in float64 where float32 does not converge."""
     try:
         return torch.linalg.svd(matrix_OI, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         pass
     try:
         parts = torch.linalg.svd(matrix_OI.double(), full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise NumericError(
             "the singular value decomposition does not converge.",
             remedy="Leave the layer out with --ignore.",

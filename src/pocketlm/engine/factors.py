@@ -1,8 +1,8 @@
 """Steps on a factorised linear: each factor is a linear of its own, with its own inputs.
 
 What comes after a step that factorises knows whole weights only. So
-- of W = L R, the steps compress R first, whose inputs are the linear's; then L, whose inputs are what
-  the compressed R gives: their Hessian is R H Rᵀ, and L is fitted to them before it is compressed;
+- of W = L R, the steps compress R first, whose inputs are the linear's; then L, whose inputs are
+  what the compressed R gives: their Hessian is R H Rᵀ, and L is fitted to them before;
 - of W = B + L R, the steps compress B, against what L R leaves of the weight.
 
 Legend: O output rows, I input columns, R rank.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from pocketlm.core.errors import UnsupportedLayer
+from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.factored import LowRank, Sum, best_left
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.state import LinearState, LinearStep, Note, Statistics
+from pocketlm.core.state import LinearState, LinearStep, Note, Statistics, Step
 from pocketlm.core.stats import Hessian
 from pocketlm.core.stored import DenseSpec, LowRankSpec, SparseSpec, SumSpec, WeightSpec
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
@@ -116,15 +117,46 @@ def _require(
     return result
 
 
-def after_grid(form: WeightSpec, asked: QuantSpec) -> WeightSpec:
-    """In what form a weight is once quantizing steps have run on it.
+def predicted_form(
+    steps: Sequence[Step],
+    name: str,
+    shape: tuple[int, int],
+    asked: QuantSpec | None,
+    base: WeightSpec,
+    dtype: str,
+) -> WeightSpec:
+    """In what form a linear will be stored, factors and all.
 
     Args:
-        form: Before them.
-        asked: The grid, fitted to the linear's columns.
+        steps: The recipe's.
+        name: Module path.
+        shape: (O, I).
+        asked: Its grid, fitted to the columns; None: values stay floats.
+        base: What is stored of a weight without factors: codes or floats, perhaps sparse.
+        dtype: Of 16-bit values.
+
+    Raises:
+        ConfigError: If a step cannot do what its place in the recipe asks of it.
     """
+    form: WeightSpec = base if asked is None else DenseSpec.model_validate({"dtype": dtype})
+    for step in steps:
+        if "factors" in step.makes:
+            factoring: Any = step
+            form = factoring.form(name, shape, form, dtype)
+        elif "grid" in step.makes and asked is not None:
+            form = _after_grid(form, asked, base, name)
+    return form
+
+
+def _after_grid(form: WeightSpec, asked: QuantSpec, base: WeightSpec, name: str) -> WeightSpec:
     if isinstance(form, LowRankSpec):
         return LowRankSpec(rank=form.rank, left=asked.fit(form.rank), right=asked)
-    if isinstance(form, SumSpec):
-        return SumSpec(base=asked, low=form.low)
-    return asked
+    if not isinstance(form, SumSpec):
+        return base
+    if isinstance(form.base, SparseSpec) and form.base != base:
+        raise ConfigError(
+            "a sparse part beside factors is stored as floats; nothing quantizes it.",
+            where=name,
+            remedy="Leave out the steps after losparse, and set `weights: null`.",
+        )
+    return form

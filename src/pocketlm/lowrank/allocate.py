@@ -1,9 +1,10 @@
 """Ranks for all linears of a model within one budget: directions go where they save most.
 
-Dropping direction i of a linear costs σ_i² of |W X|², σ_i the singular values of the whitened weight
-(`svd_llm`). Relative to the linear's whole output, e_i = σ_i² / Σ σ², that is comparable between
-linears (SVD-LLM V2, arXiv:2503.12340, section 3.1, compares truncation losses of linears of one kind
-and shares out ratios by them). A direction of an O x I linear costs O + I parameters. The least
+Dropping direction i of a linear costs σ_i² of |W X|², σ_i the singular values of the whitened
+weight (`svd_llm`). Relative to the linear's whole output, e_i = σ_i² / Σ σ², that is comparable
+between linears (SVD-LLM V2, arXiv:2503.12340, section 3.1, compares truncation losses of linears of
+one kind and shares out ratios by them). A direction of an O x I linear costs O + I parameters. The
+least
     Σ over linears of w Σ over dropped i of e_i
 within a number of parameters is reached by taking directions in the order of falling
 e_i w / (O + I): each linear's are falling already, so that the greedy choice is optimal up to the
@@ -52,9 +53,7 @@ class Spectrum:
         return (rows * columns - 1) // (rows + columns)
 
 
-def allocate_ranks(
-    spectra: Mapping[str, Spectrum], ratio: float, least: int = 1
-) -> dict[str, int]:
+def allocate_ranks(spectra: Mapping[str, Spectrum], ratio: float, least: int = 1) -> dict[str, int]:
     """The rank of each linear.
 
     Args:

@@ -3,8 +3,8 @@
     minimise |(W - Q - L R) X|²
 
 by turns over Q for given L R and over L R for given Q (algorithm 1). The turns are the recipe's
-steps: the quantizer before this one makes Q of W - L R, this one L R of W - Q, and again. Q's method
-is the recipe's choice (the paper: LDLQ, which is gptq).
+steps: the quantizer before this one makes Q of W - L R, this one L R of W - Q, and again. Q's
+method is the recipe's choice (the paper: LDLQ, which is gptq).
 
 L R is found as in the paper's LPLRFactorize (algorithm 2), with E = W - Q and H = XXᵀ: the best
 factors in 32 bits first, then, `iterations` times,

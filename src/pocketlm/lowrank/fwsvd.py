@@ -8,8 +8,8 @@ Deviation: the paper's F is that of the task's loss, whose gradient needs the wh
 and a backward pass through it. Here it is that of the block's output y taken for the mean of a
 normal distribution of unit variance, F = diag(JᵀJ) with J = ∂y/∂W: what a change of the weight does
 to the block. It is estimated by Fᵢ = E (Jᵀv)ᵢ² over random v of independent unit entries, one
-backward pass of the block for each batch; tokens need no passes of their own, since the entries of v
-are independent.
+backward pass of the block for each batch; tokens need no passes of their own, since the entries of
+v are independent.
 
 Legend: B sequences, T tokens, D hidden width, O output rows, I input columns, R rank.
 """
@@ -74,9 +74,7 @@ class Fwsvd(Ranked):
         return Cost(24 * rows * columns, 0.0, calls=30)
 
 
-def column_information(
-    task: BlockTask, names: list[str], batches: int
-) -> dict[str, Tensor]:
+def column_information(task: BlockTask, names: list[str], batches: int) -> dict[str, Tensor]:
     """The Fisher information of a block's output, summed over each column of a weight.
 
     Args:

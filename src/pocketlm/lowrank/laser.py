@@ -1,8 +1,8 @@
 """LASER: a much lower rank for a few chosen matrices, everything else untouched.
 
-The paper (arXiv:2312.13558) keeps the share ρ of the largest rank min(O, I), by plain SVD, of single
-matrices: it gains most in the MLPs of late layers, at ρ as small as 0.01. Which layers help depends
-on model and task and is searched there; here it is said.
+The paper (arXiv:2312.13558) keeps the share ρ of the largest rank min(O, I), by plain SVD, of
+single matrices: it gains most in the MLPs of late layers, at ρ as small as 0.01. Which layers help
+depends on model and task and is searched there; here it is said.
 
 Deviation: the paper stores the product; here the factors are stored, which also makes it smaller
 where ρ is below O I / ((O + I) min(O, I)).
@@ -51,6 +51,16 @@ class Laser(Strict):
         if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
             raise ValueError(f"'{layers}' is no list of layers such as 24-29 or 20,28")
         return text
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """None that must match: the defaults name families' MLPs."""
+        return ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the options ask for nothing; they always ask for something."""
+        return False
 
     def rank_of(self, name: str, shape: tuple[int, int]) -> int | None:
         """The rank of a linear; None where it stays as it is.

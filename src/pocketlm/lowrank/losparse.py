@@ -24,7 +24,14 @@ from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
 from pocketlm.core.stored import DenseSpec, SparseSpec, SumSpec, WeightSpec
 from pocketlm.core.tensors import Dense, Sparse
-from pocketlm.lowrank.factor import Diagonal, best_factors, factor_flops, left_alone, stored, whitening
+from pocketlm.lowrank.factor import (
+    Diagonal,
+    best_factors,
+    factor_flops,
+    left_alone,
+    stored,
+    whitening,
+)
 from pocketlm.lowrank.rank import Ranked, plain_form, rank_at
 
 

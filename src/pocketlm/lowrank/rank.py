@@ -41,6 +41,16 @@ class Chosen(Strict):
             raise ValueError(f"the rank of '{negative[0]}' is negative")
         return ranks
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of linears that it names: each must match some."""
+        return (*self.modules, *self.ranks)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the options ask for nothing."""
+        return False
+
     def rank_of(self, name: str, shape: tuple[int, int]) -> int | None:
         """The rank of a linear, at most its shorter side; None where it stays as it is.
 
@@ -86,6 +96,11 @@ class Ranked(Chosen):
         if self.rank is not None and self.allocation != "uniform":
             raise ValueError(f"allocation '{self.allocation}' shares out a ratio, not a rank")
         return self
+
+    @property
+    def idle(self) -> bool:
+        """Whether the options ask for nothing: a ratio of 0."""
+        return self.rank is None and not self.share_removed and not any(self.ranks.values())
 
     @property
     def share_removed(self) -> float:

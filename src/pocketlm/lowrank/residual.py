@@ -57,7 +57,8 @@ class Repair(Chosen):
         floats = DenseSpec(dtype=dtype)
         left, right = (self.factor_spec(columns) or floats for columns in (rank, shape[1]))
         base = before.base if isinstance(before, SumSpec) else before
-        assert not isinstance(base, LowRankSpec)
+        if isinstance(base, DenseSpec | LowRankSpec):
+            raise _nothing_to_repair(type(self).__name__.lower(), name)
         return SumSpec(base=base, low=LowRankSpec(rank=rank, left=left, right=right))
 
     def encoded(self, factor: Tensor, dtype: torch.dtype) -> Dense | Packed:
@@ -86,10 +87,14 @@ def base_of(state: LinearState, step: str) -> Dense | Packed | Sparse:
     current = state.current
     base = current.base if isinstance(current, Sum) else current
     if base is None or isinstance(base, LowRank) or isinstance(base.spec, DenseSpec):
-        raise ConfigError(
-            f"{step} repairs a quantized or pruned weight, and no step before it left one.",
-            where=state.name,
-            remedy="Put a step such as gptq or rtn before it.",
-        )
+        raise _nothing_to_repair(step, state.name)
     assert isinstance(base, Dense | Packed | Sparse)
     return base
+
+
+def _nothing_to_repair(step: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"{step} repairs a quantized weight, and no step before it left one.",
+        where=name,
+        remedy="Put a step such as gptq or rtn before it.",
+    )

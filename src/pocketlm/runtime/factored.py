@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pocketlm.core.activations import InputQuantizer
+
 
 class LowRankLinear(nn.Module):
     """y = L (R x) + b.
@@ -43,3 +45,20 @@ class SumLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies the last axis, [..., I] → [..., O]."""
         return self.base(x) + self.low(x)
+
+
+class RoundedInputs(nn.Module):
+    """A linear whose inputs are rounded first.
+
+    Args:
+        linear: Multiplies.
+        quantizer: Rounds, on the linear's device.
+    """
+
+    def __init__(self, linear: nn.Module, quantizer: InputQuantizer) -> None:
+        super().__init__()
+        self.linear, self.quantizer = linear, quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies the last axis, [..., I] → [..., O]."""
+        return self.linear(self.quantizer(x))

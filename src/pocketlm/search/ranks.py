@@ -4,7 +4,7 @@ energy        each direction by its share of the linear's output (`lowrank.alloc
 sensitivity   that times KL / error of the linear: near the original the divergence is quadratic in
               the output error, so that one figure serves for all ranks. It is measured as for grids
               (`search.measure`), with 3-bit integers as the change. It stands for ASVD's search
-              (arXiv:2312.05821, section 3.3), which runs the whole model for every linear and ratio.
+              (arXiv:2312.05821, section 3.3), which runs the model for every linear and ratio.
 """
 
 from __future__ import annotations
@@ -12,25 +12,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pocketlm import __version__, catalog
-from pocketlm.calibration.windows import Windows
+from pocketlm.calibration.texts import load_text
+from pocketlm.calibration.windows import Windows, token_windows
 from pocketlm.core.spec import QuantSpec, Recipe, StepSpec, matches
 from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import choose_grids
+from pocketlm.engine.machine import cache_directory, choose_device
 from pocketlm.lowrank.allocate import Spectrum, allocate_ranks
 from pocketlm.lowrank.rank import Ranked
+from pocketlm.models import open_model
 from pocketlm.search.measure import Measurer
 from pocketlm.search.quick import STEPS
+from pocketlm.search.source import SEQ_LEN, WINDOWS
 from pocketlm.search.spectra import measure_spectra
 from pocketlm.search.store import Store
 from pocketlm.search.table import filled
 from pocketlm.search.units import choice_units
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPECTRA_WINDOWS = 64  # the Hessian of a wide linear needs many more tokens than a KL
 PROBE = QuantSpec(bits=3, group_size=64)  # the change whose KL tells how much an error costs
 DAMPING = 1e-4
 UNIFORM = "uniform"
@@ -138,3 +146,55 @@ def _weights(
             weights[name] = max(damage[0], 0.0) / max(error[0], 1e-12)
     typical = torch.tensor(list(weights.values())).median().item() if weights else 1.0
     return {name: weights.get(name, typical) for name in model.linear_shapes()}, measurer.notes
+
+
+def ranks_of_source(
+    source: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    *,
+    search_minutes: float,
+    search_dir: str | Path | None,
+    listener: Listener | None,
+    calibration: str = "builtin",
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    **_: Any,
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with every rank named, from what a user names.
+
+    Args:
+        source: What `open_model` takes.
+        recipe: With a step that has an `allocation`.
+        search_minutes: What measuring KL may take.
+        search_dir: Where findings are kept; None: the user's cache.
+        listener: Called with each event.
+        calibration: What `load_text` takes; ``self`` is measured on the builtin text.
+        seed: Of the windows.
+        device: Where blocks compute.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+
+    Returns:
+        The recipe, and what is to be told.
+    """
+    if not wants_ranks(recipe):
+        return recipe, ()
+    model = open_model(
+        source, device=choose_device(device), compute_dtype=torch.float32,
+        trust_remote_code=trust_remote_code, revision=revision,
+    )  # fmt: skip
+    tokenizer = model.tokenizer()
+    own = calibration == "self"
+    text = load_text("builtin" if own else calibration, "calibration", tokenizer)
+    length = min(SEQ_LEN, model.context)
+
+    def windows(count: int) -> Windows:
+        return token_windows(tokenizer, text, count, length, seed, model.context)
+
+    measured_on = Text(windows(SPECTRA_WINDOWS), windows(WINDOWS))
+    root = Path(search_dir) if search_dir else cache_directory("search")
+    found, notes = ranked_recipe(model, measured_on, recipe, root, 60.0 * search_minutes, listener)
+    said = ["ranks were measured on the builtin text."] if own else []
+    return found, (*said, *notes)

@@ -30,7 +30,9 @@ def parameters(ranks: dict[str, int]) -> int:
 
 
 def damage(ranks: dict[str, int]) -> float:
-    return sum(SPECTRA[name].weight * lost_share(SPECTRA[name], rank) for name, rank in ranks.items())
+    return sum(
+        SPECTRA[name].weight * lost_share(SPECTRA[name], rank) for name, rank in ranks.items()
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

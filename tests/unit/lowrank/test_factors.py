@@ -38,8 +38,8 @@ def state_of(rows: int = ROWS, columns: int = COLUMNS, bits: int = 4) -> LinearS
 def inputs_of(columns: int = COLUMNS) -> Tensor:
     """Correlated inputs of very different size."""
     draw = torch.Generator().manual_seed(2)
-    mixed = torch.randn(TOKENS, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
-    return mixed * torch.logspace(-1, 1, columns)
+    mixing_II = torch.randn(columns, columns, generator=draw)
+    return torch.randn(TOKENS, columns, generator=draw) @ mixing_II * torch.logspace(-1, 1, columns)
 
 
 def stats_of(x_TI: Tensor) -> Statistics:
@@ -152,7 +152,7 @@ def test_ratio_zero_changes_nothing() -> None:
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="option|unknown|contradict|shares"):
+    with pytest.raises(ConfigError, match=r"option|unknown|contradict|shares"):
         Svd.parse(options, where="recipe step 'svd'")
 
 

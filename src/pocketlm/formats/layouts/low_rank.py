@@ -1,8 +1,8 @@
 """Two thin factors in the place of a weight, each stored as a weight of its own.
 
-``x.weight`` [O, I] becomes ``x.left.…`` [O, R] and ``x.right.…`` [R, I], the product of which it is:
-``left.weight`` and ``right.weight`` where they are floats, else the tensors that the layout of their
-codes makes of a weight, such as ``left.weight_packed``.
+``x.weight`` [O, I] becomes ``x.left.…`` [O, R] and ``x.right.…`` [R, I], whose product it is:
+``left.weight`` and ``right.weight`` where they are floats, else the tensors that the layout of
+their codes makes of a weight, such as ``left.weight_packed``.
 
 Legend: O output rows, I input columns, R rank.
 """
@@ -18,9 +18,16 @@ from pocketlm.core.errors import ArtifactError
 from pocketlm.core.factored import LowRank
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.stored import DenseSpec, LowRankSpec
-from pocketlm.formats.layouts import Layout, Parts, dense, float_packed, pack_quantized
+from pocketlm.formats.layouts import (
+    FACTORS,
+    Layout,
+    Parts,
+    dense,
+    float_packed,
+    pack_quantized,
+)
 
-LEFT, RIGHT = "left", "right"
+LEFT, RIGHT = FACTORS
 
 
 def factor_layout(spec: QuantSpec | DenseSpec) -> Layout:

@@ -1,4 +1,4 @@
-"""A weight and two thin factors beside it: the weight in its own layout, the factors in `low_rank`."""
+"""A weight and two thin factors beside it: its own layout for the one, `low_rank` for them."""
 
 from __future__ import annotations
 
