@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 from pocketlm.core.errors import NumericError
 
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 LADDER = 4  # rungs of ten times more damping before float64 is tried
 EXACT_SIDE = 1536  # matrices whose shorter side is at most this are decomposed exactly
 OVERSAMPLING = 32  # directions beyond the rank that a randomised decomposition looks at

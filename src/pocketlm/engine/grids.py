@@ -110,7 +110,7 @@ def choose_grids(
     _require_matches(recipe, shapes)
     capability(target)
     sparsity = asked_sparsity(steps)
-    factoring = tuple(steps) if any("factors" in step.makes for step in steps) else ()
+    factoring = tuple(steps) if _factorises(steps) else ()
     format_name = _format_of(recipe, transposed, target, sparsity)
     if factoring:
         format_name = "pocketlm"  # no engine's own format holds factors
@@ -166,6 +166,12 @@ def choose_grids(
     for name, text in check_factors(grids, shapes, target).items():
         notes[name] = f"{notes[name]} {text}" if name in notes else text
     return grids
+
+
+def _factorises(steps: Sequence[Step]) -> bool:
+    """Whether a step makes factors, and its options ask for some."""
+    making: list[Any] = [step for step in steps if "factors" in step.makes]
+    return not all(step.idle for step in making)
 
 
 def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
@@ -251,7 +257,7 @@ def check_factors(
                 notes[name] = f"factors of rank {form.rank} hold more than the weight they replace."
         factorised += isinstance(form, LowRankSpec | SumSpec)
     steps: list[Any] = [step for step in grids.factoring if "factors" in step.makes]
-    if steps and not factorised and not all(step.idle for step in steps):
+    if steps and not factorised:
         raise ConfigError(
             f"{type(steps[-1]).__name__} factorises no linear of this model.",
             where="recipe",
