@@ -15,7 +15,7 @@ from pocketlm.calibration.windows import Windows, token_windows
 from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids, sparsity_note
+from pocketlm.engine.grids import Grids, choose_grids, factors_note, sparsity_note
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
@@ -126,9 +126,8 @@ def prepare(
         seed=seed,
         warnings=warnings,
     )
-    sparse = sparsity_note(grids)
-    if sparse is not None:
-        job = replace(job, warnings=(*job.warnings, sparse))
+    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     if not job.needs_data and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
         job = replace(job, warnings=(*job.warnings, unused))

@@ -252,6 +252,17 @@ class SumSpec(Strict):
 
 
 WeightSpec = QuantSpec | DenseSpec | SparseSpec | LowRankSpec | SumSpec
+
+
+def values_of(form: WeightSpec) -> QuantSpec | DenseSpec:
+    """In what form most values of a weight lie: of what it keeps, of its base, of its factors."""
+    if isinstance(form, LowRankSpec):
+        return form.right
+    if isinstance(form, SumSpec):
+        return values_of(form.base)
+    return form.values if isinstance(form, SparseSpec) else form
+
+
 _ANY: TypeAdapter[WeightSpec] = TypeAdapter(WeightSpec)
 
 

@@ -202,7 +202,7 @@ def grid_text(spec: WeightSpec | None) -> str:
         return "values as floats"
     if isinstance(spec, LowRankSpec):
         factors = dict.fromkeys(map(grid_text, (spec.left, spec.right)))
-        return f"factors of rank {spec.rank}, {' and '.join(factors)}"
+        return f"two thin factors, {' and '.join(factors)}"
     if isinstance(spec, SumSpec):
         return f"{grid_text(spec.base)}, plus {grid_text(spec.low)}"
     if isinstance(spec, SparseSpec):
@@ -290,6 +290,35 @@ def _check_factor(
             remedy="Give the factorising step `multiple_of: 32`, or choose integers.",
         )
     check_layer("pocketlm", spec, shape, target, where)
+
+
+def factors_note(grids: Grids, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """How large the factors are, and what runs them; None where nothing is factorised.
+
+    Args:
+        grids: The fitted grids.
+        shapes: (O, I) of every linear, by module path.
+    """
+    if not grids.factoring:
+        return None
+    ranks: list[int] = []
+    before = after = 0
+    for name in grids.specs:
+        rows, columns = shapes[name]
+        form = grids.stored(name, (rows, columns), torch.bfloat16)
+        low = form.low if isinstance(form, SumSpec) else form
+        before += rows * columns
+        after += rows * columns if not isinstance(form, LowRankSpec) else 0
+        if isinstance(low, LowRankSpec):
+            ranks.append(low.rank)
+            after += low.rank * (rows + columns)
+    least, most = min(ranks), max(ranks)
+    span = f"{least}" if least == most else f"{least} to {most}"
+    return (
+        f"{len(ranks)} linears with factors of rank {span}: {after / before:.3f} times the "
+        "multiplications of the linears in `pocketlm.load`; transformers multiplies the factors "
+        "when it loads, and runs the dense product."
+    )
 
 
 def sparsity_note(grids: Grids) -> str | None:

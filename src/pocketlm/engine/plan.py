@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         blocks=len(model.block_paths),
         linears=len(shapes),
         inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
-        grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
+        grids=dict(Counter(_forms(grids, shapes, floats)).most_common()),
         sparsity=None if grids.sparsity is None else grids.sparsity.name,
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
@@ -226,6 +226,15 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         else:
             totals["output"] += info.bytes_stored
     return totals
+
+
+def _forms(
+    grids: Grids, shapes: Mapping[str, tuple[int, int]], floats: torch.dtype
+) -> Iterator[str]:
+    """What is asked of each linear in words: its grid, its factors."""
+    for name, shape in shapes.items():
+        asked = grids.stored(name, shape, floats) if grids.factoring else grids.specs[name]
+        yield grid_text(asked)
 
 
 def _bits(grids: Grids, name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
