@@ -25,7 +25,12 @@ METHODS: dict[str, str] = {
     "magnitude": "pocketlm.prune.steps:Magnitude",
     "wanda": "pocketlm.prune.steps:Wanda",
     "ria": "pocketlm.prune.steps:Ria",
+    "esparse": "pocketlm.prune.steps:Esparse",
+    "dsnot": "pocketlm.prune.steps:Dsnot",
     "sparsegpt": "pocketlm.prune.steps:Sparsegpt",
+    "sparsegpt_joint": "pocketlm.prune.steps:SparsegptJoint",
+    "alps": "pocketlm.prune.steps:Alps",
+    "tune": "pocketlm.prune.tune:Tune",
 }
 
 
