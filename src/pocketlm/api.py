@@ -158,7 +158,7 @@ def search(
         device: Where to run.
         dtype: Of the tensors that are kept.
         threads: CPU threads.
-        search_minutes: What measuring may take; less measures less and fills in more.
+        search_minutes: What measuring may take beyond one KL a unit, which is always measured.
         search_dir: Where findings are kept for every later budget; None: the user's cache.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
@@ -231,7 +231,7 @@ def compress(
         output: Where the artifact goes.
         resume: False forgets an earlier attempt and replaces an artifact in the way.
         on_event: Called with each event.
-        **options: `calibration` (builtin, a file, hf:org/name), `samples`, `seq_len`, `seed`,
+        **options: `calibration` (builtin, self, a file, hf:org/name), `samples`, `seq_len`, `seed`,
             `ignore`, `target`, `device`, `dtype`, `threads`, `work_dir`,
             `activation_budget_bytes`, `trust_remote_code`, `revision`; a budget, `bits` (a float)
             or `size`, with `candidates`, `search_minutes` and `search_dir` as for `search`.

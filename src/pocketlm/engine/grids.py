@@ -22,6 +22,7 @@ from pocketlm.core.stored import (
 from pocketlm.engine.factors import predicted_form
 from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
+from pocketlm.formats.packing import fills_bytes
 
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
 
@@ -134,7 +135,7 @@ def choose_grids(
                 f"groups of {asked.group_size}, as {asked.name} has them, do not divide "
                 f"{shape[1]} columns"
             )
-        elif asked.type != "int" and shape[1] * asked.bits % 8:
+        elif asked.type != "int" and not fills_bytes(shape[1], asked.bits):
             kept[name] = f"{shape[1]} codes of {asked.bits} bits do not fill whole bytes"
         else:
             fitted = asked.fit(shape[1])
@@ -194,6 +195,19 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
             where="recipe",
             remedy=nearest(pattern, {*leaves, *shapes} if "." in pattern else leaves),
         )
+
+
+def linear_bits(
+    spec: WeightSpec, shape: tuple[int, int], inputs: ActivationSpec | None = None
+) -> int:
+    """Stored bits of a linear: codes, scales, zero points, and what rounds its inputs.
+
+    Args:
+        spec: In what form it is.
+        shape: (O, I).
+        inputs: How its inputs are rounded; None: not at all.
+    """
+    return spec.stored_bits(shape) + (0 if inputs is None else inputs.stored_bits)
 
 
 def grid_text(spec: WeightSpec | None) -> str:
