@@ -269,7 +269,11 @@ def check_factors(
             _check_factor(form.left, (rows, form.rank), f"{name}.left", target)
             if form.rank * (rows + columns) >= rows * columns:
                 notes[name] = f"factors of rank {form.rank} hold more than the weight they replace."
-        factorised += isinstance(form, LowRankSpec | SumSpec)
+        if isinstance(form, LowRankSpec | SumSpec):
+            factorised += 1
+            if target == "transformers" and is_expert(name):
+                said = "transformers fuses experts and takes no factors of one: use pocketlm.load."
+                notes[name] = f"{notes[name]} {said}" if name in notes else said
     steps: list[Any] = [step for step in grids.factoring if "factors" in step.makes]
     if steps and not factorised:
         raise ConfigError(
