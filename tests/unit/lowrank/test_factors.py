@@ -129,6 +129,17 @@ def test_asvd_without_alpha_is_svd() -> None:
     assert torch.allclose(result_of(Asvd(rank=5, alpha=0), state, stats), plain_OI, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [*FACTORISING, Losparse])
+def test_the_order_of_the_inputs_does_not_matter(method) -> None:
+    state, x_TI = state_of(), inputs_of()
+    order_I = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(5))
+    mixed = LinearState(NAME, state.reference_OI[:, order_I], state.asked, torch.float32)
+    step = method(rank=6)
+    weight_OI = result_of(step, state, stats_of(x_TI))
+    mixed_OI = result_of(step, mixed, stats_of(x_TI[:, order_I]))
+    assert torch.allclose(mixed_OI, weight_OI[:, order_I], atol=2e-3)
+
+
 def test_ratio_removes_at_least_its_share_of_the_parameters() -> None:
     for ratio in (0.1, 0.2, 0.5, 0.9):
         rank = Svd(ratio=ratio).rank_of(NAME, (ROWS, COLUMNS))
