@@ -65,7 +65,7 @@ def test_a_large_matrix_is_decomposed_at_random_and_well():
 def test_factors_take_less_time_than_the_weight(tokens):
     """A fifth of the parameters gone, at a size where the products take the time."""
     size = 8192
-    rank = Svd(ratio=0.2).rank_of("x", (size, size))
+    rank = Svd(ratio=0.2, multiple_of=64).rank_of("x", (size, size))
     whole = nn.Linear(size, size, bias=False, device=CUDA, dtype=torch.bfloat16)
     left = nn.Linear(rank, size, bias=False, device=CUDA, dtype=torch.bfloat16)
     right = nn.Linear(size, rank, bias=False, device=CUDA, dtype=torch.bfloat16)

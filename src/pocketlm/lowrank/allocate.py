@@ -53,30 +53,32 @@ class Spectrum:
         return (rows * columns - 1) // (rows + columns)
 
 
-def allocate_ranks(spectra: Mapping[str, Spectrum], ratio: float, least: int = 1) -> dict[str, int]:
+def allocate_ranks(
+    spectra: Mapping[str, Spectrum], ratio: float, multiple_of: int = 1
+) -> dict[str, int]:
     """The rank of each linear.
 
     Args:
         spectra: Module path → its spectrum.
         ratio: Share of all their parameters to remove, from 0 to below 1.
-        least: The least rank of any linear.
+        multiple_of: Directions that are taken together: ranks are multiples of it, but for linears
+            whose largest rank is smaller.
 
     Returns:
         Module path → rank; 0 where the linear keeps its weight. What all take together is at most
-        the share 1 - ratio of the parameters, and one direction less than that at most where none
-        is kept whole.
+        the share 1 - ratio of the parameters.
 
     Raises:
         BudgetError: If not even the least ranks fit; says the largest ratio that does.
     """
     whole = sum(s.shape[0] * s.shape[1] for s in spectra.values())
     budget = int((1 - ratio) * whole)
-    start = {name: min(least, s.most) for name, s in spectra.items()}
+    start = {name: min(multiple_of, s.most) for name, s in spectra.items()}
     left = budget - sum(rank * spectra[name].each for name, rank in start.items())
     if left < 0:
         most = 1 - sum(rank * spectra[name].each for name, rank in start.items()) / whole
         raise BudgetError(
-            f"ranks of {least} already take more than {1 - ratio:.1%} of the parameters.",
+            f"ranks of {multiple_of} already take more than {1 - ratio:.1%} of the parameters.",
             where="ratio",
             remedy=f"The largest ratio possible is {most:.3f}.",
         )
@@ -84,19 +86,22 @@ def allocate_ranks(spectra: Mapping[str, Spectrum], ratio: float, least: int = 1
         return dict.fromkeys(spectra, 0)
     shares = {name: _shares(spectrum) for name, spectrum in spectra.items()}
     ranks = dict(start)
-    waiting = [
-        (-shares[name][ranks[name]], name) for name in spectra if ranks[name] < spectra[name].most
-    ]
-    heapq.heapify(waiting)
+    waiting: list[tuple[float, str]] = []
+
+    def offer(name: str) -> None:
+        after = ranks[name] + multiple_of
+        if after <= spectra[name].most:
+            heapq.heappush(waiting, (-sum(shares[name][ranks[name] : after]), name))
+
+    for name in spectra:
+        offer(name)
     while waiting:
         _, name = heapq.heappop(waiting)
-        if spectra[name].each > left:
-            continue
-        ranks[name] += 1
-        left -= spectra[name].each
-        if ranks[name] < spectra[name].most:
-            heapq.heappush(waiting, (-shares[name][ranks[name]], name))
-    return _whole_again(ranks, spectra, left)
+        price = multiple_of * spectra[name].each
+        if price <= left:
+            ranks[name], left = ranks[name] + multiple_of, left - price
+            offer(name)
+    return _whole_again(ranks, spectra, multiple_of, left)
 
 
 def _shares(spectrum: Spectrum) -> list[float]:
@@ -107,10 +112,10 @@ def _shares(spectrum: Spectrum) -> list[float]:
 
 
 def _whole_again(
-    ranks: dict[str, int], spectra: Mapping[str, Spectrum], left: int
+    ranks: dict[str, int], spectra: Mapping[str, Spectrum], multiple_of: int, left: int
 ) -> dict[str, int]:
     """Gives linears at their largest rank the whole weight back where what is left pays for it."""
-    full = sorted(name for name, rank in ranks.items() if rank == spectra[name].most)
+    full = sorted(n for n, rank in ranks.items() if rank + multiple_of > spectra[n].most)
     for name in full:
         spectrum = spectra[name]
         more = spectrum.shape[0] * spectrum.shape[1] - ranks[name] * spectrum.each

@@ -77,8 +77,9 @@ class Ranked(Chosen):
     Attributes:
         ratio: Share of each linear's parameters that is removed; 0 leaves every linear as it is.
             In place of `rank`; 0.2 where none of ratio, rank and ranks is given.
-        multiple_of: Ranks that follow from a ratio are rounded down to a multiple of this: with 32
-            or more, groups of a quantized left factor divide its columns.
+        multiple_of: Ranks that follow from a ratio are rounded down to a multiple of this where
+            they reach it: 8 is what tensor cores want, with 32 or more the groups of a quantized
+            left factor divide its columns.
         allocation: How the ratio is shared out. "uniform": the same for every linear; "energy": by
             what each direction carries of the linear's output; "sensitivity": that times what an
             error of the linear costs the model. The latter two are measured before the run
@@ -86,7 +87,7 @@ class Ranked(Chosen):
     """
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
-    multiple_of: int = Field(default=1, ge=1)
+    multiple_of: int = Field(default=8, ge=1)
     allocation: Literal["uniform", "energy", "sensitivity"] = "uniform"
 
     @model_validator(mode="after")
@@ -140,19 +141,19 @@ def rank_at(share: float, shape: tuple[int, int], multiple_of: int = 1, where: s
     Args:
         share: Of the parameters O I, from 0 to 1.
         shape: (O, I).
-        multiple_of: What the rank is rounded down to.
+        multiple_of: What the rank is rounded down to, if it reaches it.
         where: Module path for the message.
 
     Raises:
-        ConfigError: If not even the least rank fits.
+        ConfigError: If not even rank 1 fits.
     """
     rows, columns = shape
-    rank = int(share * rows * columns / (rows + columns)) // multiple_of * multiple_of
+    rank = int(share * rows * columns / (rows + columns))
     if rank < 1:
         raise ConfigError(
-            f"factors of a {rows} x {columns} linear, of a rank of at least {multiple_of}, "
-            f"do not fit into {share:.0%} of its parameters.",
+            f"factors of a {rows} x {columns} linear do not fit into {share:.0%} of its "
+            "parameters, even of rank 1.",
             where=where or None,
-            remedy="Lower the ratio or multiple_of, or leave the layer out with --ignore.",
+            remedy="Lower the ratio, or leave the layer out with --ignore.",
         )
-    return rank
+    return rank - rank % multiple_of if rank >= multiple_of else rank

@@ -110,7 +110,7 @@ def ranked_recipe(
                 name: Spectrum(s.shape, s.energy_R, weights[name]) for name, s in spectra.items()
             }
             notes += said
-        ranks = allocate_ranks(spectra, step.share_removed)
+        ranks = allocate_ranks(spectra, step.share_removed, step.multiple_of)
         options = {k: v for k, v in spec.options.items() if k not in ("ratio", "allocation")}
         options["ranks"] = {**ranks, **step.ranks}
         steps.append(StepSpec(method=spec.method, options=options))

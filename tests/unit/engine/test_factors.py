@@ -234,7 +234,7 @@ def test_ratio_zero_is_the_original(sources: dict[str, Path], tmp_path: Path) ->
 def test_ranks_by_budget_become_a_recipe(
     allocation: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    steps = {"method": "svd_llm", "ratio": 0.4, "allocation": allocation}
+    steps = {"method": "svd_llm", "ratio": 0.4, "allocation": allocation, "multiple_of": 1}
     made = run(sources["llama"], tmp_path / "out", recipe(steps), search_dir=tmp_path / "findings")
     entries = ledger_of(tmp_path / "out").compressed()
     weights = sum(math.prod(entry.shape) for entry in entries.values())
@@ -242,7 +242,7 @@ def test_ranks_by_budget_become_a_recipe(
     assert made.bits_per_weight > 0.59 * 16
     assert len({entry.rank for entry in entries.values()}) > 3
     uniform = run(
-        sources["llama"], tmp_path / "uniform", recipe({"method": "svd_llm", "ratio": 0.4})
+        sources["llama"], tmp_path / "uniform", recipe({**steps, "allocation": "uniform"})
     )
     if allocation == "energy":
         assert made.mean_error < uniform.mean_error

@@ -48,6 +48,12 @@ def test_no_other_ranks_within_the_budget_lose_much_less(ratio: float) -> None:
     assert damage(found) <= best + 0.08  # the last direction may be one that does not fit
 
 
+def test_directions_are_taken_in_multiples() -> None:
+    found = allocate_ranks(SPECTRA, 0.4, multiple_of=2)
+    assert all(rank % 2 == 0 for rank in found.values())
+    assert 0 < parameters(found) <= 0.6 * parameters(dict.fromkeys(SPECTRA, 0))
+
+
 def test_what_matters_more_gets_more() -> None:
     plain = allocate_ranks(SPECTRA, 0.6)
     heavy = {**SPECTRA, "flat": spectrum(12, 12, 0.95, weight=50.0)}

@@ -142,10 +142,17 @@ def test_the_order_of_the_inputs_does_not_matter(method) -> None:
 
 def test_ratio_removes_at_least_its_share_of_the_parameters() -> None:
     for ratio in (0.1, 0.2, 0.5, 0.9):
-        rank = Svd(ratio=ratio).rank_of(NAME, (ROWS, COLUMNS))
+        rank = Svd(ratio=ratio, multiple_of=1).rank_of(NAME, (ROWS, COLUMNS))
         assert rank is not None
         kept = rank * (ROWS + COLUMNS)
         assert kept <= (1 - ratio) * ROWS * COLUMNS < kept + ROWS + COLUMNS
+
+
+def test_ranks_are_rounded_down_to_a_multiple_that_they_reach() -> None:
+    shape = (ROWS, COLUMNS)
+    found = [Svd(ratio=0.2, multiple_of=m).rank_of(NAME, shape) for m in (1, 4, 8, 32)]
+    assert found == [10, 8, 8, 10]
+    assert Svd(ratio=0.2).rank_of(NAME, shape) == 8
 
 
 def test_ratio_zero_changes_nothing() -> None:
