@@ -44,6 +44,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.core.stored import (
+    LowRankSpec,
+    SparseSpec,
+    SumSpec,
+    WeightSpec,
+    parse_weight_spec,
+)
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
@@ -72,10 +79,10 @@ class PocketlmConfig(QuantizationConfigMixin):
             for module in group["modules"]
         }
 
-    def specs(self) -> dict[str, QuantSpec]:
-        """Module path, as in the checkpoint → number format."""
+    def specs(self) -> dict[str, WeightSpec]:
+        """Module path, as in the checkpoint → form of the weight."""
         return {
-            module: QuantSpec.parse(group["weights"], where="quantization_config")
+            module: parse_weight_spec(group["weights"], "quantization_config")
             for group in self.groups
             for module in group["modules"]
         }
@@ -89,13 +96,13 @@ class PackedStandIn(nn.Module):
 
     Args:
         layer: The dense layer it stands in for, on the meta device.
-        spec: The number format of its weight.
+        spec: In what form its weight is stored.
         transposed: Whether the layer's weight is [I, O].
         inputs: How its inputs are rounded; None: not at all.
     """
 
     def __init__(
-        self, layer: nn.Module, spec: QuantSpec, transposed: bool, inputs: ActivationSpec | None
+        self, layer: nn.Module, spec: WeightSpec, transposed: bool, inputs: ActivationSpec | None
     ) -> None:
         super().__init__()
         self.dense = [layer]  # in a list, so that its weight is no parameter of the model meanwhile
@@ -104,10 +111,16 @@ class PackedStandIn(nn.Module):
         self.dtype = weight.dtype
         rows, columns = weight.shape[::-1] if transposed else weight.shape
         # Integers are decoded in the model's dtype, all else in float32 and rounded at the end.
-        scale_dtype = weight.dtype if spec.type == "int" else torch.float32
+        values = spec.values if isinstance(spec, SparseSpec) else spec
+        self.factors = isinstance(spec, LowRankSpec | SumSpec)
+        integers = isinstance(values, QuantSpec) and values.type == "int"
+        scale_dtype = weight.dtype if integers else torch.float32
         for role, (shape, dtype) in own_format.parts(spec, (rows, columns), scale_dtype).items():
+            if self.factors and dtype.is_floating_point and dtype.itemsize > 1:
+                dtype = torch.float32  # both factors and their scales, multiplied in float32
             data = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(role, nn.Parameter(data, requires_grad=False))
+            owner, leaf = _owner(self, role)
+            owner.register_parameter(leaf, nn.Parameter(data, requires_grad=False))
         for role in stored_inputs.roles(inputs):
             dtype = torch.int8 if role == stored_inputs.ZERO else torch.float32
             data = torch.empty(1, dtype=dtype, device="meta")
@@ -131,6 +144,16 @@ class PackedStandIn(nn.Module):
                 lambda _, arguments: (quantizer(arguments[0]), *arguments[1:])
             )
         return layer
+
+
+def _owner(stand_in: nn.Module, role: str) -> tuple[nn.Module, str]:
+    """The module that holds a stored tensor, made if need be, and its name there."""
+    side, dot, leaf = role.rpartition(".")
+    if not dot:
+        return stand_in, role
+    if not hasattr(stand_in, side):
+        stand_in.add_module(side, nn.Module())
+    return stand_in.get_submodule(side), leaf
 
 
 @register_quantizer(own_format.NAME)
@@ -191,7 +214,8 @@ def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
         float32 [T, V], on the CPU.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    section = json.loads((Path(path) / "config.json").read_text("utf-8"))["quantization_config"]
+    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    section = config.get("quantization_config", {})
     if _has_bfloat16_layers(model, section):
         _decode_to_float32(model)
     with torch.no_grad():

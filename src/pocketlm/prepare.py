@@ -14,9 +14,10 @@ from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.engine.grids import Grids, choose_grids, factors_note, sparsity_note
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
+from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
@@ -102,11 +103,13 @@ def prepare(
         PocketLMError: If something cannot be read, or cannot work.
     """
     steps = tuple(catalog.build_step(step.method, step.options) for step in recipe.steps)
+    check_order(recipe, steps)
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
     model = open_model(source, device=place, trust_remote_code=trust_remote_code, revision=revision)
-    grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
+    shapes = model.linear_shapes()
+    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps)
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=_name(source),
@@ -121,9 +124,11 @@ def prepare(
         seed=seed,
         warnings=warnings,
     )
+    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     if not job.needs_data and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
-        job = replace(job, warnings=(*warnings, unused))
+        job = replace(job, warnings=(*job.warnings, unused))
     settled = earlier_samples(output, job.work_dir) if resume else None
     count = samples or settled or SAMPLES
     predicted = make_plan(model, job, grids, count, seq_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from pocketlm.core.spec import (
     parse_inputs,
     parse_scheme,
 )
+from pocketlm.core.stored import SparsitySpec
 
 DEFAULT = "w4a16"
 IGNORED = ("lm_head",)
+PRUNING = "sparsegpt"  # what --sparsity stands for
 
 # A method's name stands for the steps that make the best of it.
 CHAINS: dict[str, tuple[StepSpec, ...]] = {
@@ -33,7 +36,13 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
         *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
         StepSpec(method="refine", options={"rounds": 3}),
     ),
+    "sparsegpt": (StepSpec(method="sparsegpt"),),
     "lkd": tuple(StepSpec(method=name) for name in ("clip", "lkd")),
+    "lqer": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "lqer")),
+    "lorc": tuple(StepSpec(method=name) for name in ("rtn", "lorc")),
+    "caldera": tuple(
+        StepSpec(method=name) for name in ("clip", "gptq", "caldera", "gptq", "caldera")
+    ),
 }
 
 
@@ -57,10 +66,28 @@ def _preset(scheme: str) -> Recipe:
     )
 
 
-def _chain(method: str, weights: QuantSpec) -> Recipe:
+def _chain(method: str, weights: QuantSpec | None) -> Recipe:
     catalog.method_class(method)
     steps = CHAINS.get(method, (StepSpec(method=method),))
     return Recipe(steps=steps, weights=weights, ignore=IGNORED)
+
+
+def _makes(step: StepSpec, what: str) -> bool:
+    return what in catalog.build_step(step.method, step.options).makes
+
+
+def _pruned(recipe: Recipe, sparsity: SparsitySpec) -> Recipe:
+    """The recipe with a sparsity for its steps that prune; with sparsegpt where none does."""
+    steps = recipe.steps
+    if not any(_makes(step, "mask") for step in steps):
+        first = next((i for i, s in enumerate(steps) if _makes(s, "grid")), len(steps))
+        steps = (*steps[:first], *CHAINS[PRUNING], *steps[first:])
+    said = {"sparsity": sparsity.name}
+    steps = tuple(
+        StepSpec(method=s.method, options={**s.options, **said}) if _makes(s, "mask") else s
+        for s in steps
+    )
+    return recipe.model_copy(update={"steps": steps})
 
 
 def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
@@ -75,7 +102,9 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
     Raises:
         ConfigError: If the name, a key, a method or an option is unknown.
     """
-    if isinstance(recipe, str) and recipe.lower() in presets():
+    if isinstance(recipe, str) and re.fullmatch(r"\d+:\d+", recipe):
+        recipe = _pruned(_chain(PRUNING, None), SparsitySpec.read(recipe, "--recipe"))
+    elif isinstance(recipe, str) and recipe.lower() in presets():
         recipe = presets()[recipe.lower()]
     elif isinstance(recipe, str | Path):
         recipe = Recipe.parse(_read_yaml(recipe), where=str(recipe))
@@ -109,6 +138,7 @@ def build_recipe(
     group_size: int | None = None,
     symmetric: bool | None = None,
     ignore: tuple[str, ...] = (),
+    sparsity: str | float | None = None,
 ) -> Recipe:
     """A recipe from flags, on top of a recipe or of the default.
 
@@ -121,6 +151,8 @@ def build_recipe(
         group_size: Columns that share a scale; -1 for whole rows.
         symmetric: Whether the grid is symmetric.
         ignore: Further patterns of linears to keep.
+        sparsity: Share of zeros or N:M for the steps that prune. Without anything that asks for a
+            number format it stands for sparsegpt alone; else pruning comes before quantization.
 
     Returns:
         The recipe.
@@ -134,16 +166,43 @@ def build_recipe(
             where="--recipe and --method",
             remedy="Give one of them.",
         )
+    if scheme is not None and ":" in scheme:  # 2:4 is a scheme too
+        if sparsity not in (None, scheme):
+            raise ConfigError("they contradict each other.", where="--scheme and --sparsity")
+        scheme, sparsity = None, scheme
+    asked_zeros = None if sparsity is None else SparsitySpec.read(sparsity, "--sparsity")
+    said = (scheme, bits, group_size, symmetric)
+    if recipe is None and all(flag is None for flag in said):
+        if method is None and asked_zeros is not None:
+            method = PRUNING
+        if method is not None:
+            chain = _chain(method, None)
+            if not any(_makes(step, "grid") for step in chain.steps):
+                pruned = chain if asked_zeros is None else _pruned(chain, asked_zeros)
+                return pruned.model_copy(update={"ignore": (*chain.ignore, *ignore)})
     inputs = None if scheme is None else parse_inputs(scheme)
     default = DEFAULT if scheme is None or inputs is None else scheme
     base = read_recipe(default if recipe is None else recipe)
     if method is not None:
         chain = _chain(method, base.weights)
+        if not any(_makes(step, "grid") for step in chain.steps):  # it prunes: quantize after it
+            chain = chain.model_copy(update={"steps": (*chain.steps, *base.steps)})
         base = chain.model_copy(update={"activations": base.activations})
+    if asked_zeros is not None:
+        base = _pruned(base, asked_zeros)
+    grid = base.weights
+    if grid is None:
+        if any(flag is not None for flag in said):
+            raise ConfigError(
+                "the recipe quantizes nothing.",
+                where="--recipe",
+                remedy="Give its `weights` a number format there.",
+            )
+        return base.model_copy(update={"ignore": (*base.ignore, *ignore)})
     changes: dict[str, Any] = {}
     if scheme is not None:
         asked = parse_scheme(scheme)
-        integers = asked.type == "int" and base.weights.type == "int" and inputs is None
+        integers = asked.type == "int" and grid.type == "int" and inputs is None
         changes = {"bits": asked.bits} if integers else _fields(asked)
         base = base.model_copy(update={"activations": inputs})
     if bits is not None:
@@ -158,7 +217,7 @@ def build_recipe(
         changes["group_size"] = None if group_size == -1 else group_size
     if symmetric is not None:
         changes["symmetric"] = symmetric
-    weights = QuantSpec.parse({**_fields(base.weights), **changes}, where="grid")
+    weights = QuantSpec.parse({**_fields(grid), **changes}, where="grid")
     return base.model_copy(update={"weights": weights, "ignore": (*base.ignore, *ignore)})
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from pocketlm.cli.units import parse_bytes
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import parse_scheme
+from pocketlm.core.stored import SparsitySpec
 
-TARGETS = ("transformers", "vllm", "llama.cpp")
+TARGETS = ("transformers", "vllm", "llama.cpp", "pocketlm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -106,7 +107,8 @@ def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         bits=bits, **_some(given, "size", "scheme", "search_minutes", "search_dir")
     )
     wanted = recipe_flags(
-        bits=bits, **_some(given, "recipe", "method", "scheme", "group_size", "sym", "asym")
+        bits=bits,
+        **_some(given, "recipe", "method", "scheme", "group_size", "sym", "asym", "sparsity"),
     )
     settings |= _some(given, "samples", "seq_len")
     settings["activation_budget_bytes"] = parse_bytes(
@@ -195,6 +197,7 @@ def recipe_flags(
     group_size: int | None,
     sym: bool,
     asym: bool,
+    sparsity: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of `api.build_recipe` that the flags stand for.
 
@@ -206,6 +209,7 @@ def recipe_flags(
         group_size: Of ``--group-size``; -1 is the whole row.
         sym: Of ``--sym``.
         asym: Of ``--asym``.
+        sparsity: Of ``--sparsity``.
 
     Returns:
         Keyword arguments.
@@ -213,6 +217,12 @@ def recipe_flags(
     Raises:
         ConfigError: If two flags contradict each other or a value is out of range.
     """
+    if scheme is not None and ":" in scheme:  # 2:4 is a scheme too
+        if sparsity not in (None, scheme):
+            raise ConfigError("they contradict each other.", where="--scheme and --sparsity")
+        scheme, sparsity = None, scheme
+    if sparsity is not None:
+        SparsitySpec.read(sparsity, "--sparsity")
     if sym and asym:
         raise ConfigError("they contradict each other.", where="--sym and --asym")
     bits = bits if isinstance(bits, int) else None
@@ -245,4 +255,5 @@ def recipe_flags(
         "bits": bits,
         "group_size": group_size,
         "symmetric": False if asym else True if sym else None,
+        "sparsity": sparsity,
     }

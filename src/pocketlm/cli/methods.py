@@ -23,13 +23,15 @@ def run(json: Json = False) -> Answer:
 
 
 def _describe(name: str, method: Any) -> dict[str, Any]:
-    options = {key: field.get_default() for key, field in method.model_fields.items()}
+    step = method.parse({})
+    options = step.model_dump(mode="json")
     return {
         "name": name,
-        "kind": method.kind,
+        "kind": step.kind,
         "summary": (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " "),
-        "needs": [need.__name__ for need in method.needs],
-        "preserves": sorted(method.preserves),
+        "needs": [need.__name__ for need in step.needs],
+        "preserves": sorted(step.preserves),
+        "makes": sorted(step.makes),
         "options": options,
     }
 

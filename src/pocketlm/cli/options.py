@@ -88,6 +88,15 @@ Sym = Annotated[
 Asym = Annotated[
     bool, typer.Option("--asym", help="Grid with a zero point.", rich_help_panel=_RECIPE)
 ]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        "--sparsity",
+        help="Prune: 0.5, a share of zeros, or N:M such as 2:4. Alone: sparsegpt, values stay "
+        "floats; with --scheme or --bits: before quantization.",
+        rich_help_panel=_RECIPE,
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(
@@ -100,7 +109,7 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        help="The engine that will load it: transformers, vllm, llama.cpp.",
+        help="The engine that will load it: transformers, vllm, llama.cpp, pocketlm.",
         rich_help_panel=_RECIPE,
     ),
 ]

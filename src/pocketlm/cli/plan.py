@@ -29,6 +29,7 @@ from pocketlm.cli.options import (
     SeqLen,
     Size,
     Source,
+    Sparsity,
     Sym,
     Target,
     Threads,
@@ -52,6 +53,7 @@ def run(
     group_size: GroupSize = None,
     sym: Sym = False,
     asym: Asym = False,
+    sparsity: Sparsity = None,
     ignore: Ignore = None,
     target: Target = "transformers",
     calibration: Calibration = "builtin",
@@ -118,6 +120,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
             f"{plan.blocks} blocks",
             "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
+            "sparsity": plan.sparsity or "none",
             "inputs": plan.inputs or "as they come",
             "calibration": _calibration(plan),
             **_text(plan),

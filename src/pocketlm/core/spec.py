@@ -350,14 +350,15 @@ class Recipe(Strict):
 
     Attributes:
         steps: What is done, in order.
-        weights: The grid of every linear that no override names.
+        weights: The grid of every linear that no override names; None: values stay floats, as
+            they do in a recipe that prunes only.
         overrides: Pattern → another grid; the last matching pattern rules.
         ignore: Patterns of linears kept as they are.
         activations: How the inputs of every compressed linear are rounded; None: not at all.
     """
 
     steps: tuple[StepSpec, ...] = Field(min_length=1)
-    weights: QuantSpec = Field(default_factory=lambda: QuantSpec.parse({}))
+    weights: QuantSpec | None = Field(default_factory=lambda: QuantSpec.parse({}))
     overrides: dict[str, QuantSpec] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     activations: ActivationSpec | None = None
@@ -370,9 +371,13 @@ class Recipe(Strict):
             return steps
         return [_nested_step(step) for step in steps]
 
+    def ignores(self, name: str) -> bool:
+        """Whether the recipe leaves the linear `name` alone."""
+        return any(matches(pattern, name) for pattern in self.ignore)
+
     def spec_for(self, name: str) -> QuantSpec | None:
-        """The grid for the linear `name`, or None where the recipe leaves it alone."""
-        if any(matches(pattern, name) for pattern in self.ignore):
+        """The grid for the linear `name`, or None where it gets none."""
+        if self.ignores(name):
             return None
         chosen = self.weights
         for pattern, spec in self.overrides.items():

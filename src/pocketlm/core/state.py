@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stats import Stat
+from pocketlm.core.stored import WeightSpec
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
 S = TypeVar("S", bound=Stat)
@@ -38,7 +40,8 @@ class LinearState:
     Attributes:
         name: Module path.
         reference_OI: What every step approximates, float32 [O, I]: the original, after folds.
-        spec: The number format the recipe asks for, its groups fitted to these columns.
+        asked: The number format the recipe asks for, its groups fitted to these columns; None: the
+            values stay floats.
         scale_dtype: The dtype in which scales are stored, where they are plain floats.
         current: The compressed weight so far; None before the first step.
         notes: What the steps have to tell, oldest first.
@@ -46,16 +49,45 @@ class LinearState:
             tensor (NVFP4: engines fuse those that read one value); None: this one's own.
         inputs: How the model will round what this linear reads; None: not at all. Statistics of
             linear steps are of inputs so rounded, those of folds of the inputs as they come.
+        mask_OI: Bool: which weights stay, the others are zero from here on; None: all do. A step
+            that makes a mask also moves `reference_OI` to the pruned weight, so that what follows
+            approximates that.
     """
 
     name: str
     reference_OI: Tensor
-    spec: QuantSpec
+    asked: QuantSpec | None
     scale_dtype: torch.dtype
     current: WeightTensor | None = None
     notes: tuple[Note, ...] = ()
     shared_absmax: float | None = None
     inputs: ActivationSpec | None = None
+    mask_OI: Tensor | None = None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The number format the recipe asks for.
+
+        Raises:
+            ConfigError: If it asks for none.
+        """
+        if self.asked is None:
+            raise ConfigError(
+                "a step needs a number format, and the recipe names none.",
+                where=self.name,
+                remedy="Give --scheme W4A16, or `weights` in the recipe.",
+            )
+        return self.asked
+
+    def masked(self, level_OI: Tensor) -> Tensor:
+        """Levels or values [O, I] with zeros where the mask keeps nothing."""
+        return level_OI if self.mask_OI is None else level_OI * self.mask_OI
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.reference_OI.shape
+        return rows, columns
 
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""
@@ -64,6 +96,8 @@ class LinearState:
     def grid(self) -> Packed | None:
         """The grid an earlier step chose, if it is of the asked spec; its codes are advisory."""
         current = self.current
+        if self.asked is None:
+            return None
         if isinstance(current, PackedFloat):
             return current if current.spec == self.spec else None
         if self.spec.type != "int":
@@ -124,7 +158,8 @@ class LinearStep(Protocol):
 
     kind: ClassVar[str]  # "linear"
     needs: ClassVar[tuple[type[Stat], ...]]
-    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape"}
+    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors"}
+    makes: ClassVar[frozenset[str]]  # of {"mask", "grid", "factors"}: what it decides of the result
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The state after this step."""
@@ -132,6 +167,31 @@ class LinearStep(Protocol):
 
     def cost(self, rows: int, columns: int) -> Cost:
         """What `compress` takes for a weight [rows, columns]."""
+        ...
+
+
+class Factoring(Protocol):
+    """What a step that makes factors says of its result, before a weight is read."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of linears that it names: each must match some."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether its options ask for nothing, such as a ratio of 0."""
+        ...
+
+    def form(self, name: str, shape: tuple[int, int], before: WeightSpec, dtype: str) -> WeightSpec:
+        """In what form a linear is after this step; `before` where it leaves it alone.
+
+        Args:
+            name: Module path.
+            shape: (O, I).
+            before: Its form before.
+            dtype: Of 16-bit values.
+        """
         ...
 
 
@@ -144,6 +204,8 @@ class FoldStep(Protocol):
 
     kind: ClassVar[str]  # "fold"
     needs: ClassVar[tuple[type[Stat], ...]]
+    preserves: ClassVar[frozenset[str]]
+    makes: ClassVar[frozenset[str]]  # always empty
 
     def scale(self, linears: Sequence[LinearState], stats: Statistics) -> Tensor | None:
         """A positive scale [I] for the columns of a group's linears; None leaves them alone."""
@@ -193,6 +255,8 @@ class BlockStep(Protocol):
 
     kind: ClassVar[str]  # "block"
     needs: ClassVar[tuple[type[Stat], ...]]  # always empty
+    preserves: ClassVar[frozenset[str]]
+    makes: ClassVar[frozenset[str]]
 
     def compress(self, task: BlockTask) -> Mapping[str, LinearState]:
         """The states of all linears of the block after this step."""

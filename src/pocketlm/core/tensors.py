@@ -5,7 +5,8 @@ Legend: O output rows, I input columns, G groups of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,17 +14,77 @@ from torch import Tensor
 from pocketlm.core.levels import levels_of
 from pocketlm.core.scales import Scale
 from pocketlm.core.spec import QuantSpec
+from pocketlm.core.stored import DenseSpec, SparseSpec, WeightSpec
+
+
+class WeightTensor(Protocol):
+    """One linear's weight in some form: all the engine knows of it; formats choose by `spec`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        ...
+
+    @property
+    def spec(self) -> WeightSpec:
+        """In what form it is."""
+        ...
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything in it is a number."""
+        ...
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored bits, everything counted."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I] in `dtype`."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight on a device."""
+        ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """An ordinary weight, `weight_OI`."""
+    """An ordinary weight, `weight_OI`, in the dtype it is stored in.
+
+    Attributes:
+        weight_OI: The values.
+        transposed: Whether a file holds them as [I, O] (GPT-2).
+    """
 
     weight_OI: Tensor
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.weight_OI.shape
+        return rows, columns
+
+    @property
+    def spec(self) -> DenseSpec:
+        """The dtype."""
+        name: Any = str(self.weight_OI.dtype).removeprefix("torch.")
+        return DenseSpec(dtype=name, transposed=self.transposed)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value is a number."""
+        return bool(torch.isfinite(self.weight_OI).all())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] in `dtype`."""
         return self.weight_OI.to(dtype)
+
+    def to(self, device: torch.device | str) -> Dense:
+        """The same weight on a device."""
+        return replace(self, weight_OI=self.weight_OI.to(device))
 
     @property
     def stored_bits(self) -> int:
@@ -184,4 +245,49 @@ def decode_rows(
 
 
 Packed = PackedInt | PackedFloat
-WeightTensor = Dense | Packed
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A weight of which only what a mask keeps is stored.
+
+    Attributes:
+        values: The whole weight; it decodes to zero wherever the mask keeps nothing.
+        mask_OI: Bool, true for what is kept.
+        pattern: (N, M) where each M neighbours of a row keep N; None: any.
+    """
+
+    values: Dense | Packed
+    mask_OI: Tensor
+    pattern: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.values.shape
+
+    @property
+    def spec(self) -> SparseSpec:
+        """Form of the values and of the mask."""
+        kept = int(self.mask_OI.sum())
+        return SparseSpec(values=self.values.spec, kept=kept, pattern=self.pattern)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value and scale is a number."""
+        return self.values.is_finite
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored bits: kept values, scales, mask."""
+        spec = self.spec
+        absent = self.mask_OI.numel() - spec.kept
+        return self.values.stored_bits - absent * spec.bits + spec.mask_bits(self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I] in `dtype`."""
+        return self.values.dequantize(dtype)
+
+    def to(self, device: torch.device | str) -> Sparse:
+        """The same weight on a device."""
+        return replace(self, values=self.values.to(device), mask_OI=self.mask_OI.to(device))

@@ -18,6 +18,7 @@ import yaml
 
 from pocketlm.calibration.record import account_of, hashes_file
 from pocketlm.calibration.windows import Windows
+from pocketlm.core.stored import DenseSpec
 from pocketlm.core.views import ModelView, TensorInfo
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
@@ -86,7 +87,9 @@ def write_artifact(
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
     if windows is not None:
         ledger.files[HASHES] = write_file(growing / HASHES, hashes_file(windows))
-    config = json.dumps(_config(model, job, grids), indent=2, sort_keys=True).encode() + b"\n"
+    config = (
+        json.dumps(_config(model, job, grids, ledger), indent=2, sort_keys=True).encode() + b"\n"
+    )
     ledger.files["config.json"] = hashlib.sha256(config).hexdigest()
     text = ledger.model_dump_json(indent=1).encode() + b"\n"
     write_file(growing / "pocketlm" / "ledger.json", text)
@@ -107,18 +110,25 @@ def _take_place(growing: Path, output: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _config(model: ModelView, job: Job, grids: Grids) -> dict[str, Any]:
+def _config(model: ModelView, job: Job, grids: Grids, ledger: Ledger) -> dict[str, Any]:
     config = dict(model.config)
+    specs: dict[str, Any] = {}  # as they came out; what stays an ordinary tensor is not named
+    floats: list[str] = []
+    for name, entry in ledger.compressed().items():
+        module = name.removesuffix(".weight")
+        if isinstance(entry.spec, DenseSpec):
+            floats.append(module)
+        else:
+            specs[module] = entry.spec
+    kept = [*grids.kept, *floats]
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
-        transposed = list(grids.specs) if model.stores_transposed else []
+        transposed = list(specs) if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), transposed, grids.inputs
+            specs, kept, transposed, grids.inputs
         )
-    else:
-        config["quantization_config"] = section.config_section(
-            grids.specs, list(grids.kept), grids.inputs
-        )
+    elif specs:
+        config["quantization_config"] = section.config_section(specs, kept, grids.inputs)
     if job.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(job.dtype).removeprefix("torch.")

@@ -8,16 +8,14 @@ block pass:   one step on all linears against the block's output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
-from pocketlm.core.errors import ConfigError, UnsupportedLayer
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.measure import relative_error
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.state import (
@@ -30,13 +28,15 @@ from pocketlm.core.state import (
     Step,
 )
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
+from pocketlm.core.tensors import Dense, WeightTensor
 from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
+from pocketlm.engine.factors import run_steps
 from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
 from pocketlm.engine.health import InputHealth, InputWatch
 from pocketlm.engine.inputs import Inputs
+from pocketlm.engine.order import passes
 from pocketlm.engine.task import Task
 
 FEW_TOKENS = Note("few_tokens", "fewer calibration tokens reached it than it has inputs.")
@@ -48,21 +48,23 @@ class Compressed:
 
     Attributes:
         view: Where it came from.
-        packed: What is written.
-        spec: Its grid.
+        weight: What is written.
+        spec: The grid that was asked for; None: values stay floats.
         error: Relative squared output error of the weight on the calibration inputs.
         notes: Of every fallback.
         inputs: What reached it; None without calibration data.
         quantizer: What its inputs are rounded with; None: nothing.
+        mask_OI: Which weights are not pruned; None: none is.
     """
 
     view: LinearView
-    packed: Packed
-    spec: QuantSpec
+    weight: WeightTensor
+    spec: QuantSpec | None
     error: float
     notes: tuple[Note, ...]
     inputs: InputHealth | None
     quantizer: InputQuantizer | None = None
+    mask_OI: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,44 +80,10 @@ class BlockResult:
     folded: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Consecutive steps of one kind; a block step makes a pass of its own."""
-
-    kind: str
-    steps: tuple[Any, ...]
-
-
-def passes(steps: Iterable[Step]) -> list[Pass]:
-    """The passes over a block that a recipe's steps make.
-
-    Raises:
-        ConfigError: If a fold comes after a step that quantizes, or nothing quantizes.
-    """
-    found: list[Pass] = []
-    for kind, run in groupby(steps, key=lambda step: step.kind):
-        together = tuple(run)
-        found += [Pass(kind, (s,)) for s in together] if kind == "block" else [Pass(kind, together)]
-    late = [p for p in found[1:] if p.kind == "fold"]
-    if late:
-        raise ConfigError(
-            f"{type(late[0].steps[0]).__name__} moves scales after a step that quantizes.",
-            where="recipe",
-            remedy="Put folds such as awq or smoothquant first.",
-        )
-    if found[-1].kind == "fold":
-        raise ConfigError(
-            f"{type(found[-1].steps[-1]).__name__} is the last step, and it quantizes nothing.",
-            where="recipe",
-            remedy="Add a quantizing step such as rtn or gptq after it.",
-        )
-    return found
-
-
 def compress_block(
     block: BlockView,
     steps: Sequence[Step],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec | None],
     batches: Batches | None,
     device: torch.device,
     *,
@@ -124,12 +92,12 @@ def compress_block(
     seed: int = 0,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
 ) -> BlockResult:
-    """Compresses the linears of a block that have a grid; their weights in the block follow.
+    """Compresses the linears of a block that are chosen; their weights in the block follow.
 
     Args:
         block: The loaded block; its weights are replaced by what is returned.
         steps: What is done.
-        specs: Grids by module path; linears without one are kept.
+        specs: Grids by module path, None where values stay floats; linears not named are kept.
         batches: The calibration data; None where no step needs any.
         device: Where statistics are gathered.
         activations: Module path → how its inputs are rounded, of the linears whose are.
@@ -157,7 +125,7 @@ def compress_block(
         if one.kind == "linear":
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
-                block, one.steps, specs, sweep, inputs, device, results, notes, tell
+                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype, tell
             )
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
@@ -175,7 +143,9 @@ def compress_block(
             step: BlockStep = one.steps[0]
             after = step.compress(task)
             results = {
-                name: _finish(block.linears[name], after[name], inputs, None, _seen(results, name))
+                name: _finish(
+                    block.linears[name], after[name], inputs, None, _seen(results, name), kept_dtype
+                )
                 for name in states
             }
     if batches is not None and todo[-1].kind != "linear":  # a sweep has run them itself
@@ -191,8 +161,8 @@ def _within(
     return lambda done, steps, loss=None: report((place + done / steps) / total, loss)
 
 
-def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[list[LinearView]]:
-    """The linears that have a grid, by group."""
+def _chosen(block: BlockView, specs: Mapping[str, QuantSpec | None]) -> list[list[LinearView]]:
+    """The linears that are compressed, by group."""
     return [
         [block.linears[name] for name in group.linears if name in specs] for group in block.groups
     ]
@@ -201,12 +171,13 @@ def _chosen(block: BlockView, specs: Mapping[str, QuantSpec]) -> list[list[Linea
 def _linear_pass(
     block: BlockView,
     steps: Sequence[LinearStep],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec | None],
     sweep: Sweep | None,
     inputs: Inputs,
     device: torch.device,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
+    kept_dtype: torch.dtype | None,
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
     total = sum(map(len, _chosen(block, specs)))
@@ -214,7 +185,7 @@ def _linear_pass(
 
     def exchange(original: bool) -> None:
         for name, done in {**earlier, **results}.items():
-            weight_OI = done.view.weight_OI() if original else done.packed.dequantize().to(device)
+            weight_OI = done.view.weight_OI() if original else done.weight.dequantize().to(device)
             done.view.set_weight_OI(weight_OI)
             inputs.set(name, on=not original)
 
@@ -228,9 +199,8 @@ def _linear_pass(
             state = _state(view, specs, inputs, earlier, notes, shared)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
-            for step in steps:
-                state = step.compress(state, stats)
-            results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen)
+            state = run_steps(steps, state, stats)
+            results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen, kept_dtype)
             tell(len(results), total, None)
     return results
 
@@ -270,15 +240,18 @@ def _gather(
     return gathered, watch.health(gathered.get(Hessian))
 
 
-def shared_absmax(views: Sequence[LinearView], specs: Mapping[str, QuantSpec]) -> float | None:
+def shared_absmax(
+    views: Sequence[LinearView], specs: Mapping[str, QuantSpec | None]
+) -> float | None:
     """The largest weight of linears that share a constant of the tensor (NVFP4), if any do."""
-    sharing = [view for view in views if specs[view.name].scale == "e4m3"]
+    asked = {view.name: specs[view.name] for view in views}
+    sharing = [v for v in views if (spec := asked[v.name]) is not None and spec.scale == "e4m3"]
     return max((float(view.weight_OI().abs().amax()) for view in sharing), default=None)
 
 
 def _state(
     view: LinearView,
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec | None],
     inputs: Inputs,
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
@@ -298,8 +271,12 @@ def _state(
     done = earlier.get(view.name)
     if done is None:
         return state
-    current = done.packed.to(state.reference_OI.device)
-    return replace(state, current=current, notes=done.notes)
+    current = done.weight.to(state.reference_OI.device)
+    state = replace(state, current=current, notes=done.notes)
+    if done.mask_OI is None:
+        return state
+    mask_OI = done.mask_OI.to(state.reference_OI.device)
+    return replace(state, reference_OI=current.dequantize(), mask_OI=mask_OI)
 
 
 def _seen(results: Mapping[str, Compressed], name: str) -> InputHealth | None:
@@ -312,16 +289,20 @@ def _finish(
     inputs: Inputs,
     hessian: Hessian | None,
     seen: InputHealth | None,
+    kept_dtype: torch.dtype | None,
 ) -> Compressed:
     """What a pass leaves of a linear; the block goes on with it as it will be executed."""
-    packed = state.current
-    if not isinstance(packed, PackedInt | PackedFloat):
+    weight = state.current
+    if weight is None:
         raise UnsupportedLayer(
-            "the recipe's last step left no quantized weight.",
+            "the recipe's last step left the weight as it was.",
             where=view.name,
-            remedy="End the recipe with a quantizing step such as gptq or rtn.",
+            remedy="End the recipe with a step that compresses, such as gptq or sparsegpt.",
         )
-    decoded_OI = packed.dequantize()
+    if isinstance(weight, Dense):  # rounded as it will be stored
+        stored_OI = weight.weight_OI.to(kept_dtype or view.dtype)
+        weight = Dense(stored_OI, view.stored_transposed)
+    decoded_OI = weight.dequantize()
     # Steps may have moved what they approximate: the error is told against the original.
     error = relative_error(
         view.weight_OI(), decoded_OI, None if hessian is None else hessian.matrix_II()
@@ -329,5 +310,7 @@ def _finish(
     view.set_weight_OI(decoded_OI)
     inputs.set(view.name, on=True)
     rounding = inputs.of(view.name)
-    on_cpu = packed.to("cpu")
-    return Compressed(view, on_cpu, state.spec, error, state.notes, seen, rounding)
+    mask_OI = None if state.mask_OI is None else state.mask_OI.cpu()
+    return Compressed(
+        view, weight.to("cpu"), state.asked, error, state.notes, seen, rounding, mask_OI
+    )

@@ -35,7 +35,9 @@ def fingerprint(
     return {
         "source": model.source.fingerprint(),
         "recipe": job.recipe.model_dump(mode="json"),
-        "grids": {name: spec.model_dump(mode="json") for name, spec in grids.specs.items()},
+        "grids": {
+            name: spec and spec.model_dump(mode="json") for name, spec in grids.specs.items()
+        },
         "inputs": {name: spec.model_dump(mode="json") for name, spec in grids.inputs.items()},
         "format": grids.format_name,
         "calibration": None if windows is None else windows.sha256,

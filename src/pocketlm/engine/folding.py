@@ -23,7 +23,7 @@ from pocketlm.engine.health import InputWatch
 def fold_groups(
     block: BlockView,
     steps: Sequence[FoldStep],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, QuantSpec | None],
     batches: Batches | None,
     device: torch.device,
     kept_dtype: torch.dtype | None,
@@ -68,14 +68,14 @@ def fold_groups(
 
 
 def _state(
-    block: BlockView, name: str, spec: QuantSpec, activations: Mapping[str, ActivationSpec]
+    block: BlockView, name: str, spec: QuantSpec | None, activations: Mapping[str, ActivationSpec]
 ) -> LinearState:
     view = block.linears[name]
     scale_dtype = scale_dtype_for(view.dtype)
     return LinearState(name, view.weight_OI(), spec, scale_dtype, inputs=activations.get(name))
 
 
-def _why_not(group: Group, specs: Mapping[str, QuantSpec]) -> str | None:
+def _why_not(group: Group, specs: Mapping[str, QuantSpec | None]) -> str | None:
     """Why a group takes no fold; None where it does."""
     fold = group.fold
     if fold is None:

@@ -1,4 +1,4 @@
-"""Every tensor of the source accounted for: quantized, folded, kept or dropped; no times."""
+"""Every tensor of the source accounted for: compressed, folded, kept or dropped; no times."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pocketlm.calibration.record import CalibrationAccount
 from pocketlm.core.errors import ArtifactError
-from pocketlm.core.spec import ActivationSpec, QuantSpec
+from pocketlm.core.spec import ActivationSpec
+from pocketlm.core.stored import WeightSpec
 from pocketlm.engine.health import InputHealth
+
+Action = Literal["quantized", "pruned", "factorised", "folded", "kept", "dropped"]
 
 
 class Entry(BaseModel):
@@ -20,22 +23,26 @@ class Entry(BaseModel):
         reason: Why.
         shape: As in the source.
         bits: Stored bits, scales and zero points counted.
-        spec: The grid, where quantized.
+        spec: In what form the values are stored, where compressed.
+        sparsity: The share of weights that were pruned; None: the step prunes nothing.
+        rank: Of its two factors; None: it has none.
         activations: How the linear's inputs are rounded; None: not at all.
         error: Relative squared error of the linear's output, |(W - Q)X|² / |WX|², measured on the
             calibration inputs; of the weight itself where there are none.
-        inputs: What calibration data reached the linear, where quantized with data.
+        inputs: What calibration data reached the linear, where compressed with data.
         notes: Fallbacks and approximations, as sentences.
         outputs: The tensors that stand for it in the artifact.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["quantized", "folded", "kept", "dropped"]
+    action: Action
     reason: str
     shape: tuple[int, ...]
     bits: int
-    spec: QuantSpec | None = None
+    spec: WeightSpec | None = None
+    sparsity: float | None = None
+    rank: int | None = None
     activations: ActivationSpec | None = None
     error: float | None = None
     inputs: InputHealth | None = None
@@ -66,9 +73,13 @@ class Ledger(BaseModel):
     files: dict[str, str] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
 
-    def bits_per_weight(self, action: str | None = "quantized") -> float:
-        """Real bits per weight of the tensors with that action; of all where None."""
-        chosen = [e for e in self.tensors.values() if action in (None, e.action)]
+    def compressed(self) -> dict[str, Entry]:
+        """The compressed linears: tensor of the source → what became of it."""
+        return {name: entry for name, entry in self.tensors.items() if entry.spec is not None}
+
+    def bits_per_weight(self) -> float:
+        """Real bits per weight of the compressed linears."""
+        chosen = list(self.compressed().values())
         weights = sum(_count(entry.shape) for entry in chosen)
         return sum(entry.bits for entry in chosen) / weights if weights else 0.0
 

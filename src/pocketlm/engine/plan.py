@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Plan(BaseModel):
         linears: Linears that are compressed.
         inputs: How their inputs are rounded, such as ``int8-token``; None: not at all.
         grids: Grid in words → how many of them have it.
+        sparsity: Share of zeros or N:M, such as ``2:4``; None: nothing is pruned.
         source_bytes: Of the source's tensors.
         output_bytes: Of the artifact's tensors.
         bits_per_weight: Real bits of the compressed linears.
@@ -77,6 +78,7 @@ class Plan(BaseModel):
     linears: int
     inputs: str | None = None
     grids: dict[str, int]
+    sparsity: str | None = None
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
@@ -118,8 +120,9 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     on_gpu = model.device.type == "cuda"
     host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
+    floats = job.dtype or model.dtype
     bits = sum(
-        linear_bits(grids.specs[name], shape, grids.inputs.get(name))
+        linear_bits(grids.stored(name, shape, floats), shape, grids.inputs.get(name))
         for name, shape in shapes.items()
     )
     return Plan(
@@ -131,7 +134,8 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         blocks=len(model.block_paths),
         linears=len(shapes),
         inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
-        grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
+        grids=dict(Counter(_forms(grids, shapes, floats)).most_common()),
+        sparsity=None if grids.sparsity is None else grids.sparsity.name,
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
@@ -216,9 +220,8 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         module = name.removesuffix(".weight")
         if module in grids.specs and module in shapes:
             scale = scale_dtype_for(info.dtype)
-            stored = section.stored_bytes(
-                grids.specs[module], shapes[module], scale, grids.inputs.get(module)
-            )
+            form = grids.stored(module, shapes[module], dtype or info.dtype)
+            stored = section.stored_bytes(form, shapes[module], scale, grids.inputs.get(module))
             totals["blocks"] += stored
             totals["output"] += stored
         elif dtype is not None and info.dtype.is_floating_point:
@@ -226,6 +229,15 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         else:
             totals["output"] += info.bytes_stored
     return totals
+
+
+def _forms(
+    grids: Grids, shapes: Mapping[str, tuple[int, int]], floats: torch.dtype
+) -> Iterator[str]:
+    """What is asked of each linear in words: its grid, its factors."""
+    for name, shape in shapes.items():
+        asked = grids.stored(name, shape, floats) if grids.factoring else grids.specs[name]
+        yield grid_text(asked)
 
 
 def _working_bytes(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import NumericError
+from pocketlm.core.factored import LowRank, Sum
+from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.artifact import write_artifact
 from pocketlm.engine.batches import Batches
@@ -25,7 +27,7 @@ from pocketlm.engine.block import Compressed, compress_block
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
-from pocketlm.engine.ledger import Entry, Ledger
+from pocketlm.engine.ledger import Action, Entry, Ledger
 from pocketlm.engine.memory import held_runs
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
@@ -175,8 +177,8 @@ class Runner:
                 block.set_tensor(name, tensors[name])
         for name, view in block.linears.items():
             if name in self._grids.specs:
-                packed = self._format.decode(tensors, name, self._grids.specs[name])
-                view.set_weight_OI(packed.dequantize().to(self._model.device))
+                weight = self._format.decode(tensors, name, entries[view.tensor_name].spec)
+                view.set_weight_OI(weight.dequantize().to(self._model.device))
                 quantizer = decode_inputs(tensors, name, self._grids.inputs.get(name))
                 view.set_input_quantizer(quantizer)
 
@@ -202,11 +204,10 @@ class Runner:
             tensors: dict[str, Tensor] = dict(compressed.folded)
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
             for result in compressed.linears:
-                encoded = self._format.encode(
-                    result.view.tensor_name, result.packed, result.quantizer
-                )
+                weight = self._stored(result)
+                encoded = self._format.encode(result.view.tensor_name, weight, result.quantizer)
                 tensors.update(encoded)
-                entries[result.view.tensor_name] = self._account(result, list(encoded))
+                entries[result.view.tensor_name] = self._account(result, weight, list(encoded))
         self._journal.write_block(index, tensors, entries)
         for store in (self._store, self._original):
             if store is not None:
@@ -261,7 +262,19 @@ class Runner:
             outputs=[name],
         )
 
-    def _account(self, result: Compressed, outputs: list[str]) -> Entry:
+    def _stored(self, result: Compressed) -> WeightTensor:
+        """A weight in the form in which it is written."""
+        weight, sparsity = result.weight, self._grids.sparsity
+        if result.mask_OI is None or sparsity is None or not self._grids.compact:
+            return weight
+        if isinstance(weight, Sum):
+            assert not isinstance(weight.base, Sparse)
+            return Sum(Sparse(weight.base, result.mask_OI, sparsity.pattern), weight.low)
+        assert isinstance(weight, Dense | PackedInt | PackedFloat)
+        plain = replace(weight, transposed=False) if isinstance(weight, Dense) else weight
+        return Sparse(plain, result.mask_OI, sparsity.pattern)
+
+    def _account(self, result: Compressed, weight: WeightTensor, outputs: list[str]) -> Entry:
         name = result.view.name
         if not torch.isfinite(torch.tensor(result.error)):
             raise NumericError(
@@ -270,12 +283,17 @@ class Runner:
         notes = list(self._notes(result))
         rounding = self._grids.inputs.get(name)
         scale_bits = 0 if rounding is None else rounding.stored_bits
+        mask_OI = result.mask_OI
+        action, rank = _action(weight, result)
+        reason = " → ".join(step.method for step in self._job.recipe.steps)
         return Entry(
-            action="quantized",
-            reason=" → ".join(step.method for step in self._job.recipe.steps),
+            action=action,
+            reason=f"{reason} leaves it as it is" if action == "kept" else reason,
             shape=self._model.source.infos()[result.view.tensor_name].shape,
-            bits=result.packed.stored_bits + scale_bits,
-            spec=result.spec,
+            bits=weight.stored_bits + scale_bits,
+            spec=weight.spec,
+            sparsity=None if mask_OI is None else 1 - int(mask_OI.sum()) / mask_OI.numel(),
+            rank=rank,
             activations=rounding,
             error=round(result.error, 9),
             inputs=result.inputs,
@@ -293,3 +311,14 @@ class Runner:
 
     def _wrote(self, done: int, total: int) -> None:
         self._progress.step(done / total if total else 1.0, "assembling the artifact")
+
+
+def _action(weight: WeightTensor, result: Compressed) -> tuple[Action, int | None]:
+    """What was done to a linear, and the rank of its factors if it has some."""
+    if isinstance(weight, LowRank):
+        return "factorised", weight.rank
+    if isinstance(weight, Sum):
+        return "factorised", weight.low.rank
+    if result.spec is not None:
+        return "quantized", None
+    return ("pruned" if result.mask_OI is not None else "kept"), None

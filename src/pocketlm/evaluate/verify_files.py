@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import Recipe
-from pocketlm.engine.ledger import Ledger
+from pocketlm.core.stored import DenseSpec
+from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.formats.layouts import pack_quantized
 from pocketlm.formats.packing import padding_is_zero
 from pocketlm.formats.read import CompressedIndex, CompressedModule
-from pocketlm.formats.safetensors_header import StoredTensor, element_bytes, read_header
+from pocketlm.formats.safetensors_header import StoredTensor, read_header
 from pocketlm.formats.shards import INDEX, PARTIAL, SINGLE
 from pocketlm.models import open_model
 from pocketlm.models.tokenizer import load_tokenizer
@@ -46,7 +47,8 @@ class Artifact:
         config: config.json.
         ledger: The accounts.
         tensors: Tensor name → (file, place).
-        index: What is compressed.
+        index: What is compressed and not an ordinary tensor.
+        bits: Tensor of the source → stored bits of its compressed weight, counted as it decodes.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Artifact:
     ledger: Ledger | None = None
     tensors: dict[str, tuple[Path, StoredTensor]] = field(default_factory=dict)
     index: CompressedIndex | None = None
+    bits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
@@ -125,7 +128,7 @@ def checks(
 
 
 def check_config(artifact: Artifact) -> str:
-    """config.json is there (it is written last) and tells how the weights are stored."""
+    """config.json is there (it is written last) and tells how compressed weights are stored."""
     path = artifact.path / "config.json"
     if not path.is_file():
         raise ArtifactError(
@@ -133,9 +136,11 @@ def check_config(artifact: Artifact) -> str:
             remedy=AGAIN,
         )
     config = json.loads(path.read_text("utf-8"))
-    if not isinstance(config, dict) or "quantization_config" not in config:
-        raise ArtifactError("config.json has no quantization_config.", remedy=AGAIN)
+    if not isinstance(config, dict):
+        raise ArtifactError("config.json is no JSON object.", remedy=AGAIN)
     artifact.config = config
+    if "quantization_config" not in config:
+        return "no quantization_config: an ordinary checkpoint."
     return f"quant_method {config['quantization_config'].get('quant_method')}."
 
 
@@ -145,6 +150,13 @@ def check_ledger(artifact: Artifact) -> str:
     if not path.is_file():
         raise ArtifactError(f"{LEDGER} is missing.", remedy=AGAIN)
     artifact.ledger = Ledger.model_validate_json(path.read_text("utf-8"))
+    packed = artifact.ledger.format != "dense"
+    if packed and artifact.config and "quantization_config" not in artifact.config:
+        raise ArtifactError(
+            f"is in the format {artifact.ledger.format}, but config.json has no "
+            "quantization_config.",
+            remedy=AGAIN,
+        )
     return f"{len(artifact.ledger.tensors)} tensors, {len(artifact.ledger.files)} files."
 
 
@@ -207,22 +219,48 @@ def check_shards(artifact: Artifact) -> str:
 
 
 def check_compressed(artifact: Artifact) -> str:
-    """Every compressed linear decodes; scales are finite, shapes agree, padding is zero."""
+    """Every compressed linear decodes and is as sparse as the ledger says; padding is zero."""
     index = CompressedIndex.build(artifact.config, artifact.tensors)
-    if index is None:
-        raise ArtifactError("nothing is compressed.")
     artifact.index = index
-    for module in index.modules.values():
+    entries = {} if artifact.ledger is None else artifact.ledger.compressed()
+    if index is None and not entries:
+        raise ArtifactError("nothing is compressed.")
+    for module in index.modules.values() if index is not None else ():
+        assert index is not None
         packed = index.decode(module.name, artifact.read)
         if not packed.is_finite:
             raise ArtifactError("a scale or code is not finite.", where=module.name)
         if module.layout is pack_quantized:
             words_OW = artifact.read(f"{module.name}.weight_packed")
-            if not padding_is_zero(words_OW, packed.bits, packed.shape[1]):
+            if not padding_is_zero(words_OW, module.spec.bits, packed.shape[1]):
                 raise ArtifactError("the padding of a packed row is not zero.", where=module.name)
         index.quantizer(module.name, artifact.read)  # refuses a static scale that is unusable
         _check_shape(artifact, module, packed.shape)
-    return f"{len(index.modules)} linears decode."
+        _check_zeros(module.name, packed.dequantize(), entries.get(module.tensor_name))
+        artifact.bits[module.tensor_name] = packed.stored_bits
+    for name in [
+        name for name in entries if name in artifact.tensors and name not in artifact.bits
+    ]:
+        _check_zeros(name, artifact.read(name), entries[name])
+    return f"{len(entries) or len(artifact.bits)} linears decode{_sparsity(entries)}."
+
+
+def _check_zeros(where: str, weight: Tensor, entry: Entry | None) -> None:
+    """A pruned weight has at least the zeros that the ledger tells of."""
+    if entry is None or entry.sparsity is None:
+        return
+    zeros, told = int((weight == 0).sum()), round(entry.sparsity * weight.numel())
+    if zeros < told:
+        raise ArtifactError(f"has {zeros} zeros, in the ledger {told}.", where=where)
+
+
+def _sparsity(entries: Mapping[str, Entry]) -> str:
+    pruned = [e for e in entries.values() if e.sparsity is not None]
+    if not pruned:
+        return ""
+    weights = [math.prod(entry.shape) for entry in pruned]
+    zeros = sum((e.sparsity or 0.0) * n for e, n in zip(pruned, weights, strict=True))
+    return f", {100 * zeros / sum(weights):.2f} % of their weights pruned"
 
 
 def _check_shape(artifact: Artifact, module: CompressedModule, shape: tuple[int, int]) -> None:
@@ -248,7 +286,8 @@ def check_accounts(artifact: Artifact) -> str:
     grids = {} if artifact.index is None else artifact.index.modules
     for name, entry in entries.items():
         module = grids.get(name.removesuffix(".weight"))
-        if (entry.action == "quantized") != (module is not None):
+        packed = entry.spec is not None and not isinstance(entry.spec, DenseSpec)
+        if packed != (module is not None):
             raise ArtifactError(f"is '{entry.action}' in the ledger only.", where=name)
         if module is not None and entry.spec != module.spec:
             raise ArtifactError(f"is {module.spec!r}, in the ledger {entry.spec!r}.", where=name)
@@ -259,7 +298,7 @@ def check_accounts(artifact: Artifact) -> str:
             )
         if entry.action == "dropped" and entry.outputs:
             raise ArtifactError("was dropped, yet has outputs.", where=name)
-        same = entry.action in ("kept", "folded")
+        same = entry.action in ("kept", "folded") or isinstance(entry.spec, DenseSpec)
         if same and artifact.tensors[entry.outputs[0]][1].shape != entry.shape:
             raise ArtifactError("has another shape than in the source.", where=name)
     kinds = Counter(entry.action for entry in entries.values())
@@ -290,18 +329,13 @@ def check_bits(artifact: Artifact) -> str:
         if module is None:
             found = sum(8 * artifact.tensors[output][1].bytes_stored for output in entry.outputs)
         else:
-            found = _stored_bits(artifact, module, entry.shape)
+            inputs = 0 if module.activations is None else module.activations.stored_bits
+            found = artifact.bits[name] + inputs
+        if entry.spec is not None:
             bits_total, weights = bits_total + found, weights + math.prod(entry.shape)
         if found != entry.bits:
             raise ArtifactError(f"takes {found} bits, in the ledger {entry.bits}.", where=name)
     return f"{bits_total / max(weights, 1):.4f} bits per compressed weight, scales included."
-
-
-def _stored_bits(artifact: Artifact, module: CompressedModule, shape: tuple[int, ...]) -> int:
-    scale = artifact.tensors[f"{module.name}.weight_scale"][1]
-    columns, rows = shape if module.transposed else shape[::-1]
-    inputs = 0 if module.activations is None else module.activations.stored_bits
-    return module.spec.stored_bits((rows, columns), 8 * element_bytes(scale.dtype)) + inputs
 
 
 def check_tied(artifact: Artifact) -> str:

@@ -11,17 +11,17 @@ def format_for(name: str) -> ModuleType:
     """The module that writes and reads a format.
 
     Args:
-        name: ``compressed-tensors`` or ``pocketlm``.
+        name: ``compressed-tensors``, ``pocketlm`` or ``dense``.
 
     Returns:
-        A module with `names`, `encode`, `decode`, `config_section`, `stored_bytes` and `check`.
+        A module with `names`, `encode`, `decode`, `config_section` and `stored_bytes`.
 
     Raises:
         ConfigError: If the format is unknown.
     """
-    from pocketlm.formats import compressed_tensors, pocketlm
+    from pocketlm.formats import compressed_tensors, dense, pocketlm
 
-    known = {module.NAME: module for module in (compressed_tensors, pocketlm)}
+    known = {module.NAME: module for module in (compressed_tensors, pocketlm, dense)}
     if name not in known:
         raise ConfigError(f"unknown format '{name}'.", remedy=nearest(name, known))
     return known[name]

@@ -23,11 +23,12 @@ from torch import Tensor
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec
-from pocketlm.core.tensors import Packed
+from pocketlm.core.stored import DenseSpec, WeightSpec
+from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_config import NAME, config_section, storage, weight_args
-from pocketlm.formats.layouts import Layout, float_packed, pack_quantized, plain_quantized
+from pocketlm.formats.layouts import Layout, dense, float_packed, pack_quantized, plain_quantized
 from pocketlm.formats.packing import fills_bytes
 from pocketlm.formats.safetensors_header import element_bytes
 
@@ -86,13 +87,13 @@ def names(
 
 
 def encode(
-    tensor_name: str, packed: Packed, quantizer: InputQuantizer | None = None
+    tensor_name: str, weight: WeightTensor, quantizer: InputQuantizer | None = None
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight, by name.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
-        packed: Codes and scales of [O, I].
+        weight: Codes and scales of [O, I]; or values as they are, which stay an ordinary tensor.
         quantizer: What the linear's inputs are rounded with; None: nothing.
 
     Returns:
@@ -102,24 +103,33 @@ def encode(
         ArtifactError: If a code or zero point does not fit, or a scale is not finite.
     """
     module = module_of(tensor_name)
-    if not packed.is_finite:
+    if not weight.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
-    layout = LAYOUTS[storage(packed.spec, None if quantizer is None else quantizer.spec)]
-    return {**layout.encode(module, packed), **inputs.encode(module, quantizer)}
+    spec = weight.spec
+    if isinstance(spec, DenseSpec):
+        return dense.encode(module, weight)
+    if not isinstance(spec, QuantSpec):
+        raise UnsupportedLayer(f"{NAME} cannot hold {spec.name}.", where=module)
+    layout = LAYOUTS[storage(spec, None if quantizer is None else quantizer.spec)]
+    return {**layout.encode(module, weight), **inputs.encode(module, quantizer)}
 
 
-def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
-    """The codes and scales of a weight, from its stored tensors.
+def decode(tensors: Mapping[str, Tensor], base: str, spec: WeightSpec) -> WeightTensor:
+    """A weight, from its stored tensors.
 
     Args:
         tensors: By name, at least those of this weight; others are not looked at.
         base: Module path, or the weight's name in the source.
-        spec: Its number format.
+        spec: In what form it is.
 
     Raises:
         ArtifactError: If a tensor is missing or the shapes contradict each other.
     """
     module = base.removesuffix(".weight")
+    if isinstance(spec, DenseSpec):
+        return dense.decode(tensors, module, spec)
+    if not isinstance(spec, QuantSpec):
+        raise UnsupportedLayer(f"{NAME} cannot hold {spec.name}.", where=module)
     if spec.type == "int" and f"{module}.weight" in tensors:
         return plain_quantized.decode(tensors, module, spec)
     return LAYOUTS[storage(spec)].decode(tensors, module, spec)
@@ -144,7 +154,7 @@ def stored_bytes(
 
 
 def parts_bytes(
-    layout: Layout, spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype
+    layout: Layout, spec: WeightSpec, shape: tuple[int, int], scale_dtype: torch.dtype
 ) -> int:
     """Bytes of all tensors that a layout makes of a weight."""
     parts = layout.parts(spec, shape, scale_dtype).values()

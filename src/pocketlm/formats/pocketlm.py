@@ -1,10 +1,11 @@
 """The format ``pocketlm``: what no engine's own format can hold, loaded through `pocketlm.hf`.
 
-That is GPT-2's Conv1D, whose weight lies transposed ([I, O]) in the checkpoint, and the tables of
-bitsandbytes (NF4, FP4). Codes are stored as [O, I], so that groups run along the inputs as
-everywhere; the section of config.json lists a transposed module under ``transposed``. Integers lie
-as in ``pack-quantized`` of compressed-tensors, everything else as bytes
-(`layouts.float_packed`).
+That is GPT-2's Conv1D, whose weight lies transposed ([I, O]) in the checkpoint, the tables of
+bitsandbytes (NF4, FP4), sparse weights of which only what is kept is stored, and weights in two
+thin factors. Codes are stored as [O, I], so that groups run along the inputs as everywhere; the
+section of config.json lists a transposed module under ``transposed``. Integers lie as in
+``pack-quantized`` of compressed-tensors, other codes as bytes (`layouts.float_packed`), sparse
+weights as in `layouts.sparse`, factors as in `layouts.low_rank` and `layouts.summed`.
 """
 
 from __future__ import annotations
@@ -18,34 +19,52 @@ from torch import Tensor
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
-from pocketlm.core.tensors import Packed
+from pocketlm.core.stored import DenseSpec, LowRankSpec, SparseSpec, SumSpec, WeightSpec
+from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_tensors import check_shape, module_of, parts_bytes
-from pocketlm.formats.layouts import Layout, Parts, float_packed, pack_quantized
+from pocketlm.formats.layouts import (
+    Layout,
+    Parts,
+    dense,
+    float_packed,
+    low_rank,
+    pack_quantized,
+    sparse,
+    summed,
+)
 
 NAME = "pocketlm"
 FORMAT_VERSION = 1
 
 
-def layout_of(spec: QuantSpec) -> Layout:
-    """How a number format is stored."""
+def layout_of(spec: WeightSpec) -> Layout:
+    """How a weight is stored."""
+    if isinstance(spec, DenseSpec):
+        return dense
+    if isinstance(spec, SparseSpec):
+        return sparse
+    if isinstance(spec, LowRankSpec):
+        return low_rank
+    if isinstance(spec, SumSpec):
+        return summed
     return pack_quantized if spec.type == "int" else float_packed
 
 
-def parts(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
+def parts(spec: WeightSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
     """Role, shape and dtype of the tensors that take the place of a weight (O, I)."""
     return layout_of(spec).parts(spec, shape, scale_dtype)
 
 
 def names(
-    tensor_name: str, spec: QuantSpec, activations: ActivationSpec | None = None
+    tensor_name: str, spec: WeightSpec, activations: ActivationSpec | None = None
 ) -> tuple[str, ...]:
     """The tensors that take the place of a weight, in the order in which they are written.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
-        spec: Its number format.
+        spec: In what form it is.
         activations: How the linear's inputs are rounded; None: not at all.
     """
     module = module_of(tensor_name)
@@ -54,32 +73,32 @@ def names(
 
 
 def encode(
-    tensor_name: str, packed: Packed, quantizer: InputQuantizer | None = None
+    tensor_name: str, weight: WeightTensor, quantizer: InputQuantizer | None = None
 ) -> dict[str, Tensor]:
     """The stored tensors of a weight, by name.
 
     Args:
         tensor_name: The weight's name in the source, ``….weight``.
-        packed: Codes and scales of [O, I].
+        weight: The weight [O, I], in any form.
         quantizer: What the linear's inputs are rounded with; None: nothing.
 
     Raises:
         ArtifactError: If a code or zero point does not fit, or a scale is not finite.
     """
     module = module_of(tensor_name)
-    if not packed.is_finite:
+    if not weight.is_finite:
         raise ArtifactError("a scale is not finite.", where=module)
-    stored = layout_of(packed.spec).encode(module, packed)
+    stored = layout_of(weight.spec).encode(module, weight)
     return {**stored, **stored_inputs.encode(module, quantizer)}
 
 
-def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
-    """The codes and scales of a weight, from its stored tensors.
+def decode(tensors: Mapping[str, Tensor], base: str, spec: WeightSpec) -> WeightTensor:
+    """A weight, from its stored tensors.
 
     Args:
         tensors: By name, at least those of this weight; others are not looked at.
         base: Module path, or the weight's name in the source.
-        spec: Its number format.
+        spec: In what form it is.
 
     Raises:
         ArtifactError: If a tensor is missing or the shapes contradict each other.
@@ -88,7 +107,7 @@ def decode(tensors: Mapping[str, Tensor], base: str, spec: QuantSpec) -> Packed:
 
 
 def stored_bytes(
-    spec: QuantSpec,
+    spec: WeightSpec,
     shape: tuple[int, int],
     scale_dtype: torch.dtype,
     activations: ActivationSpec | None = None,
@@ -96,7 +115,7 @@ def stored_bytes(
     """Bytes on disk of one weight, everything counted.
 
     Args:
-        spec: Its number format.
+        spec: In what form it is.
         shape: (O, I).
         scale_dtype: The dtype in which plain scales are stored.
         activations: As in `names`.
@@ -125,7 +144,7 @@ def check(
 
 
 def config_section(
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, WeightSpec],
     ignored: Sequence[str],
     transposed: Sequence[str] = (),
     inputs: Mapping[str, ActivationSpec] | None = None,
@@ -133,7 +152,7 @@ def config_section(
     """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
     Args:
-        specs: Module path → number format, of every compressed linear.
+        specs: Module path → form of the weight, of every compressed linear.
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
@@ -150,7 +169,7 @@ def config_section(
     if strangers:
         raise ConfigError("a module without a grid is called transposed.", where=strangers[0])
     rounded = inputs or {}
-    groups: dict[tuple[QuantSpec, ActivationSpec | None], list[str]] = {}
+    groups: dict[tuple[WeightSpec, ActivationSpec | None], list[str]] = {}
     for module, spec in specs.items():
         groups.setdefault((spec, rounded.get(module)), []).append(module)
     return {
@@ -158,7 +177,7 @@ def config_section(
         "format_version": FORMAT_VERSION,
         "groups": [
             {
-                "weights": spec.model_dump(),
+                "weights": spec.model_dump(mode="json"),
                 **({} if activations is None else {"inputs": activations.model_dump()}),
                 "modules": modules,
             }

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, UnsupportedModel
-from pocketlm.core.spec import ActivationSpec, QuantSpec
-from pocketlm.core.tensors import Packed
+from pocketlm.core.spec import ActivationSpec
+from pocketlm.core.stored import WeightSpec, parse_weight_spec
+from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import compressed_tensors, inputs, pocketlm
 from pocketlm.formats.compressed_config import spec_of
-from pocketlm.formats.layouts import ROLES, Layout
+from pocketlm.formats.layouts import FACTORS, ROLES, Layout
 
-Scheme = tuple[QuantSpec, Layout, ActivationSpec | None]
-"""A weight's number format, how it is stored, and how the inputs are rounded."""
+Scheme = tuple[WeightSpec, Layout, ActivationSpec | None]
+"""A weight's form, how it is stored, and how the inputs are rounded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CompressedModule:
 
     Attributes:
         name: Module path, as the checkpoint spells it.
-        spec: Its number format.
+        spec: In what form its weight is.
         layout: How it is stored.
         activations: How its inputs are rounded; None: not at all.
         tensors: The stored tensors it consists of.
@@ -41,7 +42,7 @@ class CompressedModule:
     """
 
     name: str
-    spec: QuantSpec
+    spec: WeightSpec
     layout: Layout
     tensors: tuple[str, ...]
     transposed: bool = False
@@ -102,8 +103,8 @@ class CompressedIndex:
             remedy="Start from the model before quantization.",
         )
 
-    def decode(self, module: str, read: Callable[[str], Tensor]) -> Packed:
-        """Codes and scales of one linear, [O, I].
+    def decode(self, module: str, read: Callable[[str], Tensor]) -> WeightTensor:
+        """The weight of one linear, [O, I].
 
         Args:
             module: Module path, a key of `modules`.
@@ -184,7 +185,7 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
     transposed = set(section["transposed"])
     modules = {}
     for group in section["groups"]:
-        spec = QuantSpec.parse(group["weights"], where="quantization_config")
+        spec = parse_weight_spec(group["weights"], "quantization_config")
         layout, words = pocketlm.layout_of(spec), group.get("inputs")
         rounding = words and ActivationSpec.parse(words, where="quantization_config")
         for module in group["modules"]:
@@ -194,7 +195,7 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
 
 def _module(
     module: str,
-    spec: QuantSpec,
+    spec: WeightSpec,
     layout: Layout,
     activations: ActivationSpec | None,
     names: set[str],
@@ -205,7 +206,7 @@ def _module(
     missing = [name for name in tensors if name not in names]
     if missing:
         raise ArtifactError(f"the tensor '{missing[0]}' is missing.", where=module)
-    known = (*ROLES, *inputs.ROLES)
+    known = (*ROLES, *(f"{side}.{role}" for side in FACTORS for role in ROLES), *inputs.ROLES)
     extra = [f"{module}.{role}" for role in known if f"{module}.{role}" in names]
     surplus = sorted(set(extra) - set(tensors))
     if surplus:

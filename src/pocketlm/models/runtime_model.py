@@ -23,7 +23,7 @@ from transformers import (
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
-from pocketlm.core.tensors import Packed
+from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorSource
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.config import judge_config, read_config, transformers_config
@@ -37,7 +37,7 @@ from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
-MakeLinear = Callable[[Packed, Tensor | None, InputQuantizer | None], nn.Module]
+MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
 
 
 def runtime_model(
@@ -52,7 +52,7 @@ def runtime_model(
 
     Args:
         path: A directory or a `.gguf` file.
-        make_linear: Makes the module for codes [O, I], a bias [O] or None, and what rounds the
+        make_linear: Makes the module for a weight [O, I], a bias [O] or None, and what rounds the
             inputs or None; all on the CPU.
         device: Where the model lies.
         dtype: What it computes in.
@@ -140,7 +140,7 @@ def _bias(path: str, source: TensorSource, names: NameMap) -> Tensor | None:
 def _replace(
     model: PreTrainedModel,
     path: str,
-    packed: Packed,
+    packed: WeightTensor,
     bias: Tensor | None,
     quantizer: InputQuantizer | None,
     make_linear: MakeLinear,

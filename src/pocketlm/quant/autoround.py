@@ -52,7 +52,8 @@ class Autoround(Strict):
     kind: ClassVar[Literal["block"]] = "block"
     summary: ClassVar[str] = "rounding learned by signed gradients against the block's output"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     preset: Literal["light", "default", "best"] = "default"
     iters: int | None = Field(None, ge=1, le=100_000)

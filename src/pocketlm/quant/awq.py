@@ -39,6 +39,7 @@ class Awq(Strict):
     summary: ClassVar[str] = "scales important input columns up before rounding (needs a next step)"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    makes: ClassVar[frozenset[str]] = frozenset()
 
     steps: int = Field(20, ge=1, le=200)
     clip: bool = True

@@ -42,7 +42,8 @@ class Clip(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "search of each group's clipping; a grid for gptq or rtn"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     weighting: Literal["diagonal", "feedback", "none"] = "diagonal"
     smallest: float = Field(0.3, gt=0, lt=1)

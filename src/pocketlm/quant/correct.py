@@ -36,6 +36,7 @@ class Correct(Strict):
     summary: ClassVar[str] = "makes up for inputs changed by earlier layers; before clip or gptq"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian, Drift)
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset()
 
     strength: float = Field(0.5, gt=0, le=1)
     damping: float = Field(0.05, gt=0, le=1)

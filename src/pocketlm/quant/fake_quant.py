@@ -140,7 +140,7 @@ class LearnedGrid:
         weight_RGn = FakeQuant.apply(
             self._weight_RGn, self._moved(), scale_RG[:, :, None], _each(zero_RG), self._spec
         )
-        return ungrouped(weight_RGn, self._shape_OI, self._spec)
+        return self._state.masked(ungrouped(weight_RGn, self._shape_OI, self._spec))
 
     def packed(self) -> Packed:
         """The weight as it is kept; it decodes to `weight_OI`."""
@@ -148,7 +148,8 @@ class LearnedGrid:
             grid, scale_RG, zero_RG = self._grid()
             place_RGn = _place(self._weight_RGn, self._moved(), scale_RG[:, :, None])
             level_RGn = _level(place_RGn, _each(zero_RG), self._spec)
-            return packed(ungrouped(level_RGn, self._shape_OI, self._spec), grid, self._spec)
+            level_OI = self._state.masked(ungrouped(level_RGn, self._shape_OI, self._spec))
+            return packed(level_OI, grid, self._spec)
 
     @property
     def _shape_OI(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core import feedback
 from pocketlm.core.levels import rounder
 from pocketlm.core.linalg import InverseFactor
 from pocketlm.core.spec import QuantSpec, Strict
@@ -45,7 +46,8 @@ class Gptq(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "rounding with error feedback through the inputs' Hessian"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     damping: float = Field(0.01, gt=0, le=1)
     shrinkage: float = Field(0.15, ge=0, le=10)
@@ -61,8 +63,10 @@ class Gptq(Strict):
             return state.with_current(round_to_grid(state.reference_OI, grid, state.spec), note)
         order_I = column_order(hessian, self.order)
         factor = hessian.inverse_factor(self.damping, order_I, self.shrinkage)
-        level_OI = sweep(state.reference_OI, factor, grid, state.spec, order_I, self.block_columns)
-        return state.with_current(packed(level_OI, grid, state.spec), *_ladder_notes(factor))
+        level_OI = sweep(
+            state.reference_OI, factor, grid, state.spec, order_I, self.block_columns, state.mask_OI
+        )
+        return state.with_current(packed(level_OI, grid, state.spec), *ladder_notes(factor))
 
     def cost(self, rows: int, columns: int) -> Cost:
         """The sweep: the weight, its codes and scales by column; and the factor of the Hessian."""
@@ -79,7 +83,8 @@ def column_order(hessian: Hessian, order: str) -> Tensor | None:
     return torch.argsort(hessian.diagonal_I(), descending=True, stable=True)
 
 
-def _ladder_notes(factor: InverseFactor) -> tuple[Note, ...]:
+def ladder_notes(factor: InverseFactor) -> tuple[Note, ...]:
+    """What is to be told of how a Hessian was factorised."""
     if not factor.rung:
         return ()
     text = f"the Hessian was not positive definite; what held: {factor.rung}."
@@ -93,6 +98,7 @@ def sweep(
     spec: QuantSpec,
     order_I: Tensor | None = None,
     block_columns: int = 128,
+    mask_OI: Tensor | None = None,
 ) -> Tensor:
     """Rounds a weight with error feedback.
 
@@ -103,6 +109,8 @@ def sweep(
         spec: Number format and tiles.
         order_I: The order in which columns are rounded; None as stored.
         block_columns: Columns between two updates of the rest.
+        mask_OI: Bool: which weights stay; the others become zero, and later columns make up for
+            what feedback had put there. None: all stay.
 
     Returns:
         Levels [O, I] in the stored order, as `core.levels` means them.
@@ -110,23 +118,18 @@ def sweep(
     rows, columns = weight_OI.shape
     order_I = torch.arange(columns, device=weight_OI.device) if order_I is None else order_I
     nearest = rounder(spec)
-    # Columns are taken one at a time: as rows of the transpose they lie together in memory.
-    rest_IO = weight_OI.T[order_I].contiguous()
     scale_IO, zero_IO = grid.by_column((rows, columns), spec, order_I)
-    level_IO = torch.empty_like(rest_IO)
-    for start in range(0, columns, block_columns):
-        stop = min(start + block_columns, columns)
-        upper_CC = factor.upper_II[start:stop, start:stop]
-        errors_CO = torch.empty_like(rest_IO[start:stop])
-        for i in range(start, stop):
-            column_O = rest_IO[i]
-            level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
-            level_IO[i] = level_O
-            row_C = upper_CC[i - start]
-            error_O = (column_O - level_O * scale_IO[i]) / row_C[i - start]
-            errors_CO[i - start] = error_O
-            rest_IO[i + 1 : stop].addr_(row_C[i - start + 1 :], error_O, alpha=-1)
-        rest_IO[stop:].addmm_(factor.upper_II[start:stop, stop:].T, errors_CO, alpha=-1)
+    mask_IO = None if mask_OI is None else mask_OI.T[order_I].to(weight_OI.dtype)
+    level_IO = torch.empty_like(scale_IO)
+
+    def settle(i: int, column_O: Tensor) -> Tensor:
+        level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
+        if mask_IO is not None:
+            level_O = level_O * mask_IO[i]
+        level_IO[i] = level_O
+        return level_O * scale_IO[i]
+
+    feedback.sweep(weight_OI, factor.upper_II, settle, order_I, block_columns)
     level_OI = torch.empty_like(weight_OI)
     level_OI[:, order_I] = level_IO.T
     return level_OI

@@ -48,7 +48,8 @@ class Hqq(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "a robust grid from the weight alone, no data"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     norm: float = Field(0.7, gt=0, le=2)
     rounds: int = Field(20, ge=1, le=1000)

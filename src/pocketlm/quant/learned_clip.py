@@ -50,7 +50,8 @@ class LearnedClip(Strict):
     kind: ClassVar[Literal["block"]] = "block"
     summary: ClassVar[str] = "clipping learned against the block's output; a grid for what follows"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     epochs: int = Field(20, ge=1, le=1000)
     batch_size: int = Field(4, ge=1)

@@ -43,7 +43,8 @@ class Lkd(Strict):
     kind: ClassVar[Literal["block"]] = "block"
     summary: ClassVar[str] = "weights trained against the block's output, grid fixed (ZeroQuant)"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     iters: int = Field(200, ge=1, le=100_000)
     batch_size: int = Field(8, ge=1)

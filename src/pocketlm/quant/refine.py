@@ -50,7 +50,8 @@ class Refine(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "scales and codes renewed in turn on the Hessian, after gptq"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     rounds: int = Field(1, ge=1, le=100)
     damping: float = Field(0.01, gt=0, le=1)
@@ -79,7 +80,7 @@ class Refine(Strict):
         weight_OI = state.reference_OI
         for _ in range(self.rounds):
             current = renewed_scales(weight_OI, current, hessian_II, state.spec)
-            current = renewed_codes(weight_OI, current, hessian_II, state.spec)
+            current = renewed_codes(weight_OI, current, hessian_II, state.spec, state.mask_OI)
         return state.with_current(current)
 
     def cost(self, rows: int, columns: int) -> Cost:
@@ -147,6 +148,7 @@ def renewed_codes(
     current: Packed,
     hessian_II: Float[Tensor, "i i"],
     spec: QuantSpec,
+    mask_OI: Tensor | None = None,
 ) -> Packed:
     """One round of coordinate descent over the codes, all rows at once.
 
@@ -155,6 +157,7 @@ def renewed_codes(
         current: Codes to start from, and the grid.
         hessian_II: Damped Hessian of the inputs.
         spec: Number format and tiles.
+        mask_OI: Bool: which weights stay; the others are zero and remain so.
 
     Returns:
         Codes of no larger error on the same grid.
@@ -166,6 +169,7 @@ def renewed_codes(
     error_IO = weight_IO - current.dequantize(weight_OI.dtype).T
     level_IO = torch.empty_like(weight_IO)
     inverse_I = 1.0 / hessian_II.diagonal()
+    mask_IO = None if mask_OI is None else mask_OI.T.to(weight_IO.dtype)
     for start in range(0, columns, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, columns)
         slope_CO = hessian_II[start:stop] @ error_IO
@@ -174,6 +178,8 @@ def renewed_codes(
             # The error that column i should have, given all others, is error_i - slope_i / H_ii.
             wanted_O = weight_IO[i] - error_IO[i] + slope_CO[i - start] * inverse_I[i]
             level_O = nearest(wanted_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
+            if mask_IO is not None:
+                level_O = level_O * mask_IO[i]
             level_IO[i] = level_O
             new_O = weight_IO[i] - level_O * scale_IO[i]
             later = i - start + 1

@@ -22,7 +22,8 @@ class Rtn(Strict):
     kind: ClassVar[Literal["linear"]] = "linear"
     summary: ClassVar[str] = "round to nearest, no data"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear on its grid."""

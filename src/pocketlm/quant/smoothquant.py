@@ -47,6 +47,7 @@ class Smoothquant(Strict):
     summary: ClassVar[str] = "moves outliers of activations into weights (needs a next step)"
     needs: ClassVar[tuple[type[Stat], ...]] = (AbsMax, Sample)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    makes: ClassVar[frozenset[str]] = frozenset()
 
     strength: float | None = Field(None, ge=0, le=1)
     steps: int = Field(20, ge=1, le=200)

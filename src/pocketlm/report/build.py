@@ -36,6 +36,7 @@ from pocketlm.report.ledger import (
     linear_results,
     size_parts,
 )
+from pocketlm.report.words import percent_text
 
 LEDGER = "ledger.json"
 
@@ -119,9 +120,11 @@ def recipe_of(artifact: Path) -> Recipe:
 def scheme_text(ledger: Ledger) -> str:
     """The number formats in words, such as ``4 bits, symmetric, groups of 64``."""
     entries = ledger.tensors.values()
-    grids = dict.fromkeys(entry.spec for entry in entries if entry.spec is not None)
+    grids = dict.fromkeys(grid_text(entry.spec) for entry in entries if entry.spec is not None)
+    pruned = [e.sparsity for e in entries if e.sparsity is not None]
+    shares = [] if not pruned else [f"{percent_text(sum(pruned) / len(pruned))} pruned"]
     inputs = dict.fromkeys(e.activations for e in entries if e.activations is not None)
-    return "; ".join([*map(grid_text, grids), *map(inputs_text, inputs)])
+    return "; ".join([*grids, *shares, *map(inputs_text, inputs)])
 
 
 def write_all(artifact: Path, data: ReportData) -> Path:

@@ -16,6 +16,7 @@ import yaml
 
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe
+from pocketlm.core.stored import LowRankSpec, values_of
 from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
@@ -96,10 +97,11 @@ def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
     data: dict[str, Any] = dict(carried)
     if HUB_ID.fullmatch(base):
         data |= {"base_model": base, "base_model_relation": "quantized"}
-    data["library_name"] = "transformers" if ledger.format == "compressed-tensors" else "pocketlm"
+    data["library_name"] = "pocketlm" if ledger.format == "pocketlm" else "transformers"
     data.setdefault("pipeline_tag", "text-generation")
     bits = sorted({f"{spec.bits}-bit" for spec in _grids(ledger).values()})
-    data["tags"] = ["pocketlm", ledger.format, "quantized", *bits]
+    made = sorted({entry.action for entry in ledger.compressed().values()} - {"kept"})
+    data["tags"] = ["pocketlm", ledger.format, *made, *bits]
     text = yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
     return f"---\n{text}---"
 
@@ -109,12 +111,33 @@ def _title(base: str) -> str:
 
 
 def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
-    """Module path → grid."""
+    """Module path → grid, of the linears that are quantized."""
+    forms = {name: entry.spec for name, entry in ledger.compressed().items()}
+    values = {name: values_of(form) for name, form in forms.items() if form is not None}
     return {
-        name.removesuffix(".weight"): entry.spec
-        for name, entry in ledger.tensors.items()
-        if entry.spec is not None
+        name.removesuffix(".weight"): grid
+        for name, grid in values.items()
+        if isinstance(grid, QuantSpec)
     }
+
+
+def _sparsity(ledger: Ledger) -> str | None:
+    """The share of the compressed linears' weights that was pruned, in words; None: none was."""
+    pruned = [e for e in ledger.compressed().values() if e.sparsity is not None]
+    if not pruned:
+        return None
+    zeros = sum((e.sparsity or 0.0) * math.prod(e.shape) for e in pruned)
+    return percent_text(zeros / sum(math.prod(e.shape) for e in pruned))
+
+
+def _factorised(ledger: Ledger) -> str | None:
+    """The share of the parameters that factors left of the linears they replace, in words."""
+    left = weights = 0
+    for entry in ledger.compressed().values():
+        if isinstance(entry.spec, LowRankSpec):
+            left += entry.spec.rank * sum(entry.shape)
+            weights += math.prod(entry.shape)
+    return None if not weights else f"{percent_text(left / weights)} of the parameters"
 
 
 def _scheme(ledger: Ledger) -> str:
@@ -124,7 +147,12 @@ def _scheme(ledger: Ledger) -> str:
         f"W{spec.bits}A{width}" if spec.type == "int" else spec.name
         for spec in _grids(ledger).values()
     }
-    listed = "/".join(sorted(names)) or "not quantized"
+    pruned, left = _sparsity(ledger), _factorised(ledger)
+    listed = "/".join(sorted(names)) or ("" if pruned or left else "not quantized")
+    if pruned is not None:
+        listed = f"{listed} {pruned} pruned".strip()
+    if left is not None:
+        listed = f"{listed} factors of {left}".strip()
     return f"{listed}, FP8 inputs" if inputs is not None and inputs.type == "float" else listed
 
 
@@ -135,14 +163,21 @@ def _inputs(ledger: Ledger) -> ActivationSpec | None:
 
 
 def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
-    grids = Counter(grid_text(spec) for spec in _grids(ledger).values())
-    listed = "; ".join(f"{count} linears: {text}" for text, count in grids.most_common())
+    forms = Counter(grid_text(entry.spec) for entry in ledger.compressed().values())
+    listed = "; ".join(f"{count} linears: {text}" for text, count in forms.most_common())
+    pruned = _sparsity(ledger)
+    made = "quantized" if _grids(ledger) else "compressed"
+    made = (
+        made
+        if pruned is None
+        else f"pruned ({pruned} zeros)" + (" and " + made) * bool(_grids(ledger))
+    )
     at = f", revision `{revision}`" if revision else ""
     inputs = _inputs(ledger)
     rounded = "" if inputs is None else f" Engines round the {inputs_text(inputs)}."
     return (
-        f"`{base}`{at}, its weights quantized by pocketlm ({listed}): "
-        f"**{ledger.bits_per_weight():.3f} bits per quantized weight**, scales included.{rounded}"
+        f"`{base}`{at}, its weights {made} by pocketlm ({listed}): "
+        f"**{ledger.bits_per_weight():.3f} bits per compressed weight**, all included.{rounded}"
     )
 
 
@@ -152,6 +187,7 @@ def _loading(config: Mapping[str, Any], ledger: Ledger) -> str:
     first = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if ledger.format != "compressed-tensors":
         wanted.pop("compressed-tensors", None)
+    if ledger.format == "pocketlm":
         wanted["pocketlm"] = ""
         first = "import pocketlm.hf  # teaches transformers this format\n" + first
     packages = " ".join(f'"{n}>={v}"' if v else n for n, v in sorted(wanted.items()))
@@ -180,6 +216,8 @@ def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
         if entry.action == "kept" and name.endswith("_proj.weight")
     ]
     try:
+        if ledger.format == "pocketlm" and not grids:
+            raise UnsupportedLayer("the format is pocketlm.")
         for module, spec in grids.items():
             shape = ledger.tensors[f"{module}.weight"].shape
             sides = (shape[0], shape[1])
@@ -195,11 +233,13 @@ def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
     entries = ledger.tensors.values()
     stored = sum(entry.bits for entry in entries) / 8
     rows = []
-    for part, actions in (
-        ("quantized linears", ("quantized",)),
-        ("everything else", ("kept", "folded")),
+    for part, compressed in (
+        ("compressed linears", True),
+        ("everything else", False),
     ):
-        chosen = [entry for entry in entries if entry.action in actions]
+        chosen = [
+            e for e in entries if (e.spec is not None) == compressed and e.action != "dropped"
+        ]
         weights, bits = sum(math.prod(e.shape) for e in chosen), sum(e.bits for e in chosen)
         per_weight = f"{bits / weights:.3f}" if weights else "–"
         rows.append((part, f"{weights:,}", bytes_text(bits / 8), per_weight))
@@ -265,7 +305,7 @@ def _making(ledger: Ledger, recipe: Recipe, metrics: ReportData | None) -> str:
 def _kept(ledger: Ledger) -> str:
     reasons: dict[str, list[str]] = {}
     for name, entry in ledger.tensors.items():
-        if entry.action != "quantized":
+        if entry.spec is None:
             reasons.setdefault(f"{entry.action}: {entry.reason}", []).append(name)
     if not reasons:
         return "Nothing."

@@ -11,8 +11,8 @@ from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.report.data import InputRow, LedgerRow, LinearResult, Remark, SizePart
 from pocketlm.report.kinds import kind_of
 
-SCALES = "scales and zero points"
-_SCALE_ENDINGS = ("scale", "zero_point", "weight_shape")
+SCALES = "scales, zero points and masks"
+_SCALE_ENDINGS = ("scale", "zero_point", "weight_shape", "weight_mask")
 
 
 def ledger_rows(ledger: Ledger) -> tuple[LedgerRow, ...]:
@@ -30,13 +30,13 @@ def ledger_rows(ledger: Ledger) -> tuple[LedgerRow, ...]:
 
 
 def linear_results(ledger: Ledger) -> tuple[LinearResult, ...]:
-    """The quantized linears with bits and error, in the ledger's order."""
+    """The compressed linears with bits and error, in the ledger's order."""
     return tuple(
         LinearResult(
             name=name.removesuffix(".weight"), bits=_bits_per_weight(entry), error=entry.error
         )
         for name, entry in ledger.tensors.items()
-        if entry.action == "quantized"
+        if entry.spec is not None
     )
 
 
@@ -102,13 +102,13 @@ def size_parts(
     placed: set[str] = set()
     for name, info in original.items():
         entry = ledger.tensors.get(name)
-        quantized = entry is not None and entry.action == "quantized"
-        part = "compressed linears" if quantized else _kept_part(name, info, blocks)
+        compressed = entry is not None and entry.spec is not None
+        part = "compressed linears" if compressed else _kept_part(name, info, blocks)
         before[part] = before.get(part, 0) + info.bytes_stored
         for output in entry.outputs if entry is not None else ():
             if output in written and output not in placed:
                 placed.add(output)
-                own = SCALES if quantized and output.endswith(_SCALE_ENDINGS) else part
+                own = SCALES if compressed and output.endswith(_SCALE_ENDINGS) else part
                 after[own] = after.get(own, 0) + written[output].bytes_stored
     rest = sum(info.bytes_stored for name, info in written.items() if name not in placed)
     if rest:

@@ -82,13 +82,13 @@ def spent(
         dtype: Of the tensors that are kept; None: as in the source.
     """
     shapes, free = model.linear_shapes(), {name for unit in units for name in unit.linears}
-    fixed = {name: spec for name, spec in grids.specs.items() if name not in free}
+    fixed = {name: spec for name, spec in grids.quantized.items() if name not in free}
     sizes = stored_sizes(model, grids, dtype)
     kept = sizes["output"] - sizes["blocks"]
     written = kept + file_bytes(model, fixed, grids.format_name, grids.inputs)
     largest = sum(unit.candidates[-1].file_bytes for unit in units)
     return Spent(
-        weights=sum(math.prod(shapes[name]) for name in grids.specs),
+        weights=sum(math.prod(shapes[name]) for name in grids.quantized),
         bits=sum(
             linear_bits(spec, shapes[name], grids.inputs.get(name)) for name, spec in fixed.items()
         ),
@@ -104,7 +104,7 @@ def _overhead(model: ModelView, grids: Grids, bytes_most: int) -> int:
         if name in model.repeated:
             continue
         module = name.removesuffix(".weight")
-        spec, inputs = grids.specs.get(module), grids.inputs.get(module)
+        spec, inputs = grids.quantized.get(module), grids.inputs.get(module)
         names += [name] if spec is None else section.names(name, spec, inputs)
     lengths = sum(len(json.dumps(name, ensure_ascii=False).encode()) for name in names)
     shards = 1 + bytes_most // (MAX_SHARD_BYTES // 2)

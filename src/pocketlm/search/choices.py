@@ -39,7 +39,7 @@ class Choices:
     def point(self, label: str, chosen: Sequence[int]) -> Point:
         """A choice in figures."""
         candidates = [unit.candidates[c] for unit, c in zip(self._units, chosen, strict=True)]
-        specs: dict[str, QuantSpec] = dict(self._grids.specs)
+        specs: dict[str, QuantSpec] = dict(self._grids.quantized)
         for candidate in candidates:
             specs.update(candidate.specs)
         bits = self._before.bits + sum(candidate.bits for candidate in candidates)

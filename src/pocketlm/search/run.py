@@ -162,7 +162,7 @@ def _recipe(
         for name in unit.linears
     }
     wanted: dict[str, QuantSpec] = {}
-    for name in grids.specs:
+    for name in grids.quantized:
         spec = asked.get(name) or recipe.spec_for(name)
         assert spec is not None
         wanted[name] = spec

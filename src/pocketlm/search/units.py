@@ -62,15 +62,16 @@ def default_candidates(recipe: Recipe) -> tuple[QuantSpec, ...]:
     Raises:
         ConfigError: If its number format has one width.
     """
-    if recipe.weights.type == "nf":
+    if recipe.weights is not None and recipe.weights.type == "nf":
         integers = {"type": "int", "scale": "float"}
         return tuple(
             recipe.weights.model_copy(update={"bits": bits, **(integers if bits > 4 else {})})
             for bits in BITS
         )
-    if recipe.weights.type != "int":
+    if recipe.weights is None or recipe.weights.type != "int":
         raise ConfigError(
-            f"{recipe.weights.name} has one width; a budget needs grids to choose from.",
+            f"{'a float' if recipe.weights is None else recipe.weights.name} has one width; "
+            "a budget needs grids to choose from.",
             where="recipe",
             remedy="Start from integers such as w4a16, or name `candidates` in Python.",
         )
@@ -103,7 +104,7 @@ def choice_units(
     _refuse_one_grid(candidates, target)
     shapes = model.linear_shapes()
     members: dict[str, list[str]] = {}
-    for name in grids.specs:
+    for name in grids.quantized:
         members.setdefault(unit_of(name, target), []).append(name)
     units: list[Unit] = []
     for unit, linears in members.items():

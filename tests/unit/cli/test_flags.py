@@ -25,7 +25,7 @@ def test_flags_reach_the_api_by_name(api, cli, tmp_path):
         (),
         {
             "recipe": None, "method": "gptq", "scheme": "W3A16", "bits": None, "group_size": 64,
-            "symmetric": False,
+            "symmetric": False, "sparsity": None,
         },
     )  # fmt: skip
     args, options = api.calls["compress"]

@@ -16,7 +16,7 @@ from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import BlockTask, Cost, LinearState
 from pocketlm.core.stats import Drift, Stat
-from pocketlm.engine.block import passes
+from pocketlm.engine.order import passes
 from pocketlm.engine.events import Event
 from pocketlm.models import open_model
 from pocketlm.quant.awq import Awq

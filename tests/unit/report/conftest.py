@@ -187,7 +187,9 @@ def full(bare: ReportData, quality: QualityReport) -> ReportData:
                 SizePart(name="embedding", original_bytes=56_623_104, compressed_bytes=56_623_104),
                 SizePart(name="norms and biases", original_bytes=70_272, compressed_bytes=70_272),
                 SizePart(
-                    name="scales and zero points", original_bytes=0, compressed_bytes=3_317_760
+                    name="scales, zero points and masks",
+                    original_bytes=0,
+                    compressed_bytes=3_317_760,
                 ),
             ),
             "linears": linears,

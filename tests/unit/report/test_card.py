@@ -70,7 +70,7 @@ def test_cards_without_front_matter_carry_nothing() -> None:
 def test_what_was_done_is_said() -> None:
     card = model_card(CONFIG, ledger(), RECIPE)
     assert "3 linears: 4 bits, symmetric, groups of 64" in card
-    assert "**4.250 bits per quantized weight**" in card
+    assert "**4.250 bits per compressed weight**" in card
     assert "- method: gptq" in card
     assert "- groups of 128 became 64" in card
     assert "kept: not a linear of a block: 1 tensors, such as `model.embed_tokens.weight`" in card

@@ -146,7 +146,7 @@ def test_every_byte_has_its_part(ledger: Ledger) -> None:
         "compressed linears": (256, 64),
         "linears kept as they are": (128, 128),
         "norms and biases": (32, 32),
-        "scales and zero points": (0, 16),
+        "scales, zero points and masks": (0, 16),
     }
     total = sum(info.bytes_stored for info in written.values())
     assert sum(p.compressed_bytes for p in parts.values()) == total

@@ -7,14 +7,12 @@ A weight ``x.weight`` becomes the tensors ``x.<role>``. A layout is a module wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError
-from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import Packed
 
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Role → shape and dtype of the stored tensor, in the order in which they are written."""
@@ -28,32 +26,38 @@ ROLES = (
     "weight_global_scale",
     "weight_scale_absmax",
     "weight_scale_offset",
+    "weight_mask",
+    "weight_values",
 )
 
 
-class Layout(Protocol):
-    """What every module of this package offers."""
+FACTORS = ("left", "right")
+"""The factors of a weight, as parts of its name: ``x.left.<role>``."""
 
-    def roles(self, spec: QuantSpec) -> tuple[str, ...]:
+
+class Layout(Protocol):
+    """What every module of this package offers, for the kinds of `WeightSpec` that it stores."""
+
+    def roles(self, spec: Any) -> tuple[str, ...]:
         """The tensors of a weight, in the order in which they are written."""
         ...
 
-    def parts(self, spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
+    def parts(self, spec: Any, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
         """The same with shapes and dtypes, for a weight (O, I)."""
         ...
 
-    def encode(self, module: str, packed: Packed) -> dict[str, Tensor]:
+    def encode(self, module: str, weight: Any, /) -> dict[str, Tensor]:
         """The stored tensors of a weight by their whole names."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], module: str, spec: QuantSpec) -> Packed:
+    def decode(self, tensors: Mapping[str, Tensor], module: str, spec: Any) -> Any:
         """The weight from its stored tensors; `ArtifactError` where they contradict the spec."""
         ...
 
     def shape(
         self,
         module: str,
-        spec: QuantSpec,
+        spec: Any,
         shapes: Callable[[str], tuple[int, ...]],
         read: Callable[[str], Tensor],
     ) -> tuple[int, int]:

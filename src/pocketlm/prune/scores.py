@@ -1,0 +1,82 @@
+"""What a weight is worth: one function a score; the weights of the least score go first.
+
+A new score is a function of a few lines and its row in `SCORES`. Scores are compared within a row,
+a matrix or a group of neighbours (`patterns`), so that factors common to all of them do not count.
+
+Legend: O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.state import Statistics
+from pocketlm.core.stats import Hessian, Stat
+from pocketlm.prune.entropy import Entropy
+
+DAMPING = 0.01  # share of the Hessian's mean diagonal that is added before it is inverted
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to rank weights.
+
+    Attributes:
+        of: The score [O, I] of a weight, from the statistics named.
+        needs: Statistics of the inputs.
+    """
+
+    of: Callable[[Tensor, Statistics], Tensor]
+    needs: tuple[type[Stat], ...] = (Hessian,)
+
+
+def magnitude(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """|w|."""
+    return weight_OI.abs()
+
+
+def wanda(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """|w| · |x|₂ (arXiv:2306.11695, eq. 1); OBD's ½ w² H_ii ranks the same way."""
+    return weight_OI.abs() * stats[Hessian].diagonal_I().sqrt()
+
+
+def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """½ w² H_ii: the loss of one weight, interactions left out (LeCun et al. 1990, eq. 5)."""
+    return 0.5 * weight_OI.square() * stats[Hessian].diagonal_I()
+
+
+def ria(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """(|w| / Σ|row| + |w| / Σ|column|) · |x|₂^½ (relative importance and activations, RIA)."""
+    size_OI = weight_OI.abs()
+    tiny = torch.finfo(size_OI.dtype).tiny
+    of_row_OI = size_OI / size_OI.sum(1, keepdim=True).clamp(min=tiny)
+    of_column_OI = size_OI / size_OI.sum(0, keepdim=True).clamp(min=tiny)
+    return (of_row_OI + of_column_OI) * stats[Hessian].diagonal_I().pow(0.25)
+
+
+def obs(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """w² / [H⁻¹]_ii: the loss of one weight once the others have made up for it (OBS)."""
+    factor = stats[Hessian].inverse_factor(DAMPING, None)
+    return weight_OI.square() / factor.upper_II.square().sum(0)
+
+
+def esparse(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """|w| · (|x|₂ + entropy of x): channels that tell much stay (E-Sparse, arXiv:2310.15929)."""
+    norm_I = stats[Hessian].diagonal_I().sqrt()
+    entropy_I = stats[Entropy].value_I()
+    share_I = entropy_I / entropy_I.mean().clamp(min=torch.finfo(entropy_I.dtype).tiny)
+    return weight_OI.abs() * (norm_I + norm_I.mean() * share_I)
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": Score(magnitude, ()),
+    "wanda": Score(wanda),
+    "obd": Score(obd),
+    "ria": Score(ria),
+    "obs": Score(obs),
+    "esparse": Score(esparse, (Hessian, Entropy)),
+}
