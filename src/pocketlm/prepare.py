@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pocketlm import catalog
-from pocketlm.calibration.texts import load_text
-from pocketlm.calibration.windows import Windows, token_windows
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids, sparsity_note
+from pocketlm.engine.grids import Grids, choose_grids, factors_note, sparsity_note
 from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
@@ -24,7 +23,7 @@ from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
-from pocketlm.runtime.own_text import own_windows
+from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +33,6 @@ CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
 WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
 BATCH_TOKENS = 4096
-OWN_TEXT = "self"
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,10 @@ def prepare(
         stages=after.stages,
         stage_ledgers=after.stage_ledgers,
     )
-    sparse = sparsity_note(grids)
-    if sparse is not None:
-        job = replace(job, warnings=(*job.warnings, sparse))
-    if not (job.needs_data or after.stages) and (calibration != "builtin" or samples is not None):
+    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
+    quiet = job.needs_data or after.stages
+    if not quiet and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
         job = replace(job, warnings=(*job.warnings, unused))
     settled = earlier_samples(output, job.work_dir) if resume else None
@@ -175,16 +173,17 @@ def prepare(
             if half.seconds > WORTH_HALVING * predicted.seconds:  # iterations take the time
                 break
             count, predicted = count // 2, half
-        if count < SAMPLES:
+        if count < SAMPLES:  # the same words in every attempt: they are in the ledger
             notes = (
-                f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
-                f"{CPU_SECONDS // 60} minutes. --samples {SAMPLES} takes them all.",
+                f"{count} samples instead of {SAMPLES}: more would take over {CPU_SECONDS // 60} "
+                "minutes on this CPU, or the first attempt at this output was given as many. "
+                f"--samples {SAMPLES} takes them all.",
             )
     windows = None
     if job.needs_data and not (only_plan and calibration == OWN_TEXT):
-        windows = draw_windows(
-            model, source, calibration, count, seq_len, seed, on_event, predicted.source_bytes,
-            trust_remote_code,
+        windows = calibration_windows(
+            model, source, calibration, count, seq_len, seed, EventLog(None, on_event),
+            trust_remote_code=trust_remote_code, revision=revision,
         )  # fmt: skip
         windows = replace(windows, notes=(*windows.notes, *notes))
         if windows.tokens_NT.shape[0] != count:
@@ -194,44 +193,6 @@ def prepare(
     if job.needs_data and windows is None:
         said.append("the model writes its calibration text first, which takes time not counted.")
     return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
-
-
-def draw_windows(
-    model: Model,
-    source: str | Path | PreTrainedModel,
-    calibration: str,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    on_event: Listener | None,
-    model_bytes: int,
-    trust_remote_code: bool,
-) -> Windows:
-    """The calibration windows that a caller asks for.
-
-    Args:
-        model: The original.
-        source: As the user named it.
-        calibration: What `load_text` takes, or ``self``: text that the model writes.
-        samples: Windows.
-        seq_len: Tokens of each.
-        seed: Of the windows.
-        on_event: Called with each event.
-        model_bytes: Of the original's tensors.
-        trust_remote_code: Whether code from the checkpoint may run.
-
-    Raises:
-        CalibrationError: If the text is missing or too short.
-    """
-    if calibration == OWN_TEXT:
-        log = EventLog(None, on_event)
-        return own_windows(
-            model, source, samples, seq_len, seed, log, model_bytes=model_bytes,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    tokenizer = model.tokenizer()
-    text = load_text(calibration, "calibration", tokenizer)
-    return token_windows(tokenizer, text, samples, seq_len, seed, model.context)
 
 
 def name_of(source: str | Path | PreTrainedModel) -> str:

@@ -20,7 +20,7 @@ from pocketlm import catalog
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe, StepSpec
 from pocketlm.engine.compress import earlier_samples, finished_ledger
-from pocketlm.engine.events import Listener
+from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Ledger, StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
@@ -37,9 +37,9 @@ from pocketlm.prepare import (
     MIN_SAMPLES,
     SAMPLES,
     SEQ_LEN,
-    draw_windows,
     name_of,
 )
+from pocketlm.runtime.calibration_windows import calibration_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -254,9 +254,10 @@ def reduce(
             plans.append(plan)
             refuse_impossible(plan, output, model.device)
             windows = (
-                draw_windows(
-                    model, source, settings.calibration, count, seq_len, settings.seed, on_event,
-                    plan.source_bytes, settings.trust_remote_code,
+                calibration_windows(
+                    model, source, settings.calibration, count, seq_len, settings.seed,
+                    EventLog(None, on_event), trust_remote_code=settings.trust_remote_code,
+                    revision=settings.revision,
                 )
                 if transform.needs_data
                 else None

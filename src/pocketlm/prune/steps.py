@@ -16,11 +16,16 @@ from torch import Tensor
 
 from pocketlm.core.spec import Strict, matches
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
-from pocketlm.core.stats import Stat
+from pocketlm.core.stats import Hessian, Stat
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.tensors import Dense
+from pocketlm.prune.admm import alternate, solve
+from pocketlm.prune.dsnot import Moments, exchange
 from pocketlm.prune.patterns import Scope, kept
 from pocketlm.prune.scores import SCORES
+from pocketlm.prune.sweep import Rounding, prune_columns
+from pocketlm.quant.gptq import ladder_notes
+from pocketlm.quant.grid import grid_of, packed, round_to_grid
 
 HALF = SparsitySpec(ratio=0.5)
 
@@ -97,13 +102,167 @@ class Ria(Magnitude):
     scope: Scope = "row"
 
 
-class Sparsegpt(Magnitude):
-    """Keeps what costs most to lose once the others have made up for it (no update of them yet)."""
+class Esparse(Magnitude):
+    """Input size and the entropy of each channel (E-Sparse, arXiv:2310.15929)."""
 
-    summary: ClassVar[str] = "pruning by the loss of a weight, w² / [H⁻¹]_ii"
+    summary: ClassVar[str] = "pruning by weight, input size and the entropy of the input"
 
-    score: str = "obs"
+    score: str = "esparse"
     scope: Scope = "row"
+
+
+class Dsnot(Wanda):
+    """Wanda's mask, then kept and pruned weights change places (DSnoT, arXiv:2310.08915).
+
+    Attributes:
+        turns: Exchanges for each row, at most.
+    """
+
+    summary: ClassVar[str] = "wanda, then weights grow and go until the mean output is the old one"
+
+    turns: int = Field(50, ge=1, le=10_000)
+
+    @property
+    def needs(self) -> tuple[type[Stat], ...]:
+        """What the score is made of, and the inputs' mean and variance."""
+        return tuple(dict.fromkeys((*super().needs, Hessian, Moments)))
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear with another mask of the same count; its values stay."""
+        weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
+        norm_I = stats[Hessian].diagonal_I().sqrt()
+        mask_OI = self._mask_OI(state, stats)
+        mask_OI = exchange(weight_OI, mask_OI, stats[Moments], norm_I, sparsity, self.turns)
+        return pruned(state, weight_OI * mask_OI, mask_OI)
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """A few passes over the weight each turn."""
+        return Cost(40 * rows * columns, 20.0 * self.turns * rows * columns, 20 * self.turns)
+
+
+class _OnHessian(Magnitude):
+    """What steps that update weights share: a Hessian that is trusted in part.
+
+    Attributes:
+        damping: Share of the Hessian's mean diagonal that is added before it is inverted.
+        shrinkage: Share of each column's own diagonal that is added, as in gptq.
+    """
+
+    scope: Scope = "matrix"
+    damping: float = Field(0.01, gt=0, le=1)
+    shrinkage: float = Field(0.15, ge=0, le=10)
+
+    @property
+    def needs(self) -> tuple[type[Stat], ...]:
+        """The Hessian of the inputs."""
+        return (Hessian,)
+
+    def _without_data(self, state: LinearState) -> LinearState:
+        """A linear that no calibration token reached."""
+        note = Note("no_tokens", "no calibration token reached it: pruned by magnitude.")
+        score_OI = state.reference_OI.abs()
+        mask_OI = kept(score_OI, self.sparsity_of(state.name), self.scope)
+        return pruned(state, state.reference_OI * mask_OI, mask_OI, note)
+
+
+class Sparsegpt(_OnHessian):
+    """Prunes column by column; later columns make up for what is lost (arXiv:2301.00774).
+
+    Attributes:
+        block_columns: Columns whose mask is chosen at once.
+    """
+
+    summary: ClassVar[str] = "pruning with error feedback through the inputs' Hessian"
+
+    score: Literal["obs"] = "obs"
+    block_columns: int = Field(128, ge=1)
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear, pruned; its kept weights moved."""
+        hessian = stats[Hessian]
+        if not bool((hessian.diagonal_I() > 0).any()):
+            return self._without_data(state)
+        factor = hessian.inverse_factor(self.damping, None, self.shrinkage)
+        done = prune_columns(
+            state.reference_OI,
+            factor.upper_II,
+            self.sparsity_of(state.name),
+            self.scope,
+            self.block_columns,
+        )
+        return pruned(state, done.weight_OI, done.mask_OI, *ladder_notes(factor))
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """The sweep, its mask, and the factor of the Hessian."""
+        held = 4 * (5 * rows * columns + 5 * columns * columns)
+        flops = float(rows) * columns * columns + columns**3
+        moved = 4.0 * rows * columns * (self.block_columns + 20)
+        return Cost(held, flops, calls=8 * columns, bytes_moved=moved)
+
+
+class SparsegptJoint(Sparsegpt):
+    """Prunes and rounds in one sweep over one Hessian (arXiv:2301.00774, section 3.5).
+
+    The grid is an earlier step's (clip) or min-max; it is one of the unpruned weight.
+    """
+
+    summary: ClassVar[str] = "pruning and rounding in one sweep; before refine"
+    preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"mask", "grid"})
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear on its grid, pruned; `refine` may follow."""
+        hessian, grid, spec = stats[Hessian], grid_of(state), state.spec
+        shape = (state.reference_OI.shape[0], state.reference_OI.shape[1])
+        if not bool((hessian.diagonal_I() > 0).any()):
+            state = self._without_data(state)
+            return state.with_current(round_to_grid(state.reference_OI, grid, spec))
+        factor = hessian.inverse_factor(self.damping, None, self.shrinkage)
+        done = prune_columns(
+            state.reference_OI,
+            factor.upper_II,
+            self.sparsity_of(state.name),
+            self.scope,
+            self.block_columns,
+            rounding=Rounding(spec, *grid.by_column(shape, spec)),
+        )
+        assert done.level_OI is not None
+        state = replace(state, mask_OI=done.mask_OI)
+        return state.with_current(packed(done.level_OI, grid, spec), *ladder_notes(factor))
+
+
+class Alps(_OnHessian):
+    """The mask by ADMM, then the best weights under it by conjugate gradients (arXiv:2406.07831).
+
+    Attributes:
+        rounds: Of ADMM, at most.
+        steps: Of the conjugate gradients.
+    """
+
+    summary: ClassVar[str] = "pruning by ADMM on the output error, then kept weights solved for"
+
+    score: Literal["magnitude"] = "magnitude"
+    rounds: int = Field(300, ge=1, le=10_000)
+    steps: int = Field(20, ge=0, le=1000)
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear, pruned; its kept weights moved."""
+        hessian = stats[Hessian]
+        if not bool((hessian.diagonal_I() > 0).any()):
+            return self._without_data(state)
+        weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
+        hessian_II = hessian.shrunk_II(self.shrinkage)
+        hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
+        mask_OI = alternate(weight_OI, hessian_II, sparsity, self.scope, self.rounds)
+        solved_OI = solve(weight_OI, hessian_II, mask_OI, steps=self.steps)
+        return pruned(state, solved_OI, mask_OI)
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """Two products a round, one a step, and the eigenvectors of the Hessian."""
+        products = 2 * self.rounds + self.steps
+        flops = 2.0 * products * rows * columns * columns + 20.0 * columns**3
+        held = 4 * (9 * rows * columns + 4 * columns * columns)
+        return Cost(held, flops, 20 * products, 60.0 * self.rounds * rows * columns)
 
 
 def pruned(state: LinearState, weight_OI: Tensor, mask_OI: Tensor, *notes: Note) -> LinearState:

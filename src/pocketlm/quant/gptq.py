@@ -23,6 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core import feedback
 from pocketlm.core.levels import rounder
 from pocketlm.core.linalg import InverseFactor
 from pocketlm.core.spec import QuantSpec, Strict
@@ -65,7 +66,7 @@ class Gptq(Strict):
         level_OI = sweep(
             state.reference_OI, factor, grid, state.spec, order_I, self.block_columns, state.mask_OI
         )
-        return state.with_current(packed(level_OI, grid, state.spec), *_ladder_notes(factor))
+        return state.with_current(packed(level_OI, grid, state.spec), *ladder_notes(factor))
 
     def cost(self, rows: int, columns: int) -> Cost:
         """The sweep: the weight, its codes and scales by column; and the factor of the Hessian."""
@@ -82,7 +83,8 @@ def column_order(hessian: Hessian, order: str) -> Tensor | None:
     return torch.argsort(hessian.diagonal_I(), descending=True, stable=True)
 
 
-def _ladder_notes(factor: InverseFactor) -> tuple[Note, ...]:
+def ladder_notes(factor: InverseFactor) -> tuple[Note, ...]:
+    """What is to be told of how a Hessian was factorised."""
     if not factor.rung:
         return ()
     text = f"the Hessian was not positive definite; what held: {factor.rung}."
@@ -116,26 +118,18 @@ def sweep(
     rows, columns = weight_OI.shape
     order_I = torch.arange(columns, device=weight_OI.device) if order_I is None else order_I
     nearest = rounder(spec)
-    # Columns are taken one at a time: as rows of the transpose they lie together in memory.
-    rest_IO = weight_OI.T[order_I].contiguous()
     scale_IO, zero_IO = grid.by_column((rows, columns), spec, order_I)
-    level_IO = torch.empty_like(rest_IO)
-    mask_IO = None if mask_OI is None else mask_OI.T[order_I].to(rest_IO.dtype)
-    for start in range(0, columns, block_columns):
-        stop = min(start + block_columns, columns)
-        upper_CC = factor.upper_II[start:stop, start:stop]
-        errors_CO = torch.empty_like(rest_IO[start:stop])
-        for i in range(start, stop):
-            column_O = rest_IO[i]
-            level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
-            if mask_IO is not None:
-                level_O = level_O * mask_IO[i]
-            level_IO[i] = level_O
-            row_C = upper_CC[i - start]
-            error_O = (column_O - level_O * scale_IO[i]) / row_C[i - start]
-            errors_CO[i - start] = error_O
-            rest_IO[i + 1 : stop].addr_(row_C[i - start + 1 :], error_O, alpha=-1)
-        rest_IO[stop:].addmm_(factor.upper_II[start:stop, stop:].T, errors_CO, alpha=-1)
+    mask_IO = None if mask_OI is None else mask_OI.T[order_I].to(weight_OI.dtype)
+    level_IO = torch.empty_like(scale_IO)
+
+    def settle(i: int, column_O: Tensor) -> Tensor:
+        level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
+        if mask_IO is not None:
+            level_O = level_O * mask_IO[i]
+        level_IO[i] = level_O
+        return level_O * scale_IO[i]
+
+    feedback.sweep(weight_OI, factor.upper_II, settle, order_I, block_columns)
     level_OI = torch.empty_like(weight_OI)
     level_OI[:, order_I] = level_IO.T
     return level_OI

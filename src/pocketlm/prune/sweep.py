@@ -1,0 +1,100 @@
+"""SparseGPT: prunes column by column, and the later columns make up for what is lost.
+
+The sweep is GPTQ's (`core.feedback`). The mask is chosen anew for each block of columns, from the
+weights as they are by then: those of least w² / U_ii² go, U_ii² being [H⁻¹]_ii once all earlier
+columns are settled (arXiv:2301.00774, algorithm 1 and eq. 5; N:M: section 3.4). Given a grid, kept
+weights are rounded in the same sweep (section 3.5), so that later columns also make up for that.
+
+Cost: O(rows · columns²) for the sweep, O(columns³) once for linears that share an input.
+
+Legend: O output rows, I input columns, C columns of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pocketlm.core import feedback
+from pocketlm.core.levels import rounder
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.stored import SparsitySpec
+from pocketlm.prune.patterns import Scope, kept
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A grid that kept weights are rounded to in the same sweep.
+
+    Attributes:
+        spec: Number format.
+        scale_IO: Scale of every weight, transposed.
+        zero_IO: Zero points alike; None where there are none.
+    """
+
+    spec: QuantSpec
+    scale_IO: Tensor
+    zero_IO: Tensor | None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves.
+
+    Attributes:
+        weight_OI: Pruned, and rounded where there was a grid.
+        mask_OI: What was kept.
+        level_OI: Levels of the weights on the grid; None without one.
+    """
+
+    weight_OI: Tensor
+    mask_OI: Tensor
+    level_OI: Tensor | None
+
+
+def prune_columns(
+    weight_OI: Float[Tensor, "o i"],
+    upper_II: Float[Tensor, "i i"],
+    sparsity: SparsitySpec,
+    scope: Scope = "matrix",
+    block_columns: int = 128,
+    mask_OI: Bool[Tensor, "o i"] | None = None,
+    rounding: Rounding | None = None,
+) -> Swept:
+    """Prunes a weight with error feedback.
+
+    Args:
+        weight_OI: The weight, float32.
+        upper_II: U of the damped Hessian, H⁻¹ = UᵀU, columns as stored.
+        sparsity: How many weights go; of each block of columns where it is a share.
+        scope: Whether the weights of a block compete within rows or all together.
+        block_columns: Columns whose mask is chosen at once; rounded up to whole groups of N:M.
+        mask_OI: Which weights to keep, if that is decided already.
+        rounding: The grid to round to; None: kept weights stay floats.
+    """
+    group = sparsity.of or 1
+    width = -(-block_columns // group) * group
+    mask_IO = torch.ones_like(weight_OI.T, dtype=torch.bool)
+    if mask_OI is not None:
+        mask_IO = mask_OI.T.contiguous()
+    level_IO = None if rounding is None else torch.empty_like(weight_OI.T)
+
+    def begin(start: int, rest_CO: Tensor, upper_CC: Tensor) -> None:
+        if mask_OI is None:
+            score_OC = (rest_CO / upper_CC.diagonal()[:, None]).square().T
+            mask_IO[start : start + len(rest_CO)] = kept(score_OC, sparsity, scope).T
+
+    def settle(i: int, column_O: Tensor) -> Tensor:
+        kept_O = mask_IO[i].to(column_O.dtype)
+        if rounding is None or level_IO is None:
+            return column_O * kept_O
+        zero_O = None if rounding.zero_IO is None else rounding.zero_IO[i]
+        level_IO[i] = rounder(rounding.spec)(column_O, rounding.scale_IO[i], zero_O) * kept_O
+        return level_IO[i] * rounding.scale_IO[i]
+
+    swept_OI = feedback.sweep(weight_OI, upper_II, settle, None, width, begin)
+    level_OI = None if level_IO is None else level_IO.T.contiguous()
+    return Swept(swept_OI, mask_IO.T.contiguous(), level_OI)
