@@ -116,6 +116,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
         console,
         f"{plan.source} → {plan.method}, {plan.format} for {plan.target}",
         {
+            **({"smaller model": "; ".join(plan.smaller)} if plan.smaller else {}),
             "output": f"{bytes_text(plan.output_bytes)}, from {bytes_text(plan.source_bytes)}",
             "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
             f"{plan.blocks} blocks",

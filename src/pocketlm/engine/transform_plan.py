@@ -7,7 +7,7 @@ import math
 import torch
 
 from pocketlm.engine.artifact import kept_info
-from pocketlm.engine.duration import READ_BYTES_PER_SECOND
+from pocketlm.engine.duration import DISK_BYTES_PER_SECOND
 from pocketlm.engine.machine import matmul_flops, resident_bytes
 from pocketlm.engine.memory import hidden_bytes, hidden_width, run_bytes
 from pocketlm.engine.options import Job
@@ -51,7 +51,7 @@ def plan_transform(
     largest = 3 * max(math.prod(info.shape) for info in written) * 8  # an edit in float64
     on_gpu = model.device.type == "cuda"
     host = resident_bytes() + FIXED_BYTES + largest + (hidden if in_memory else 0)
-    seconds = forward + (source_bytes + output_bytes) / READ_BYTES_PER_SECOND
+    seconds = forward + (source_bytes + output_bytes) / DISK_BYTES_PER_SECOND
     return Plan(
         source=job.source,
         method=" → ".join(step.method for step in job.recipe.steps),

@@ -124,7 +124,8 @@ def scheme_text(ledger: Ledger) -> str:
     pruned = [e.sparsity for e in entries if e.sparsity is not None]
     shares = [] if not pruned else [f"{percent_text(sum(pruned) / len(pruned))} pruned"]
     inputs = dict.fromkeys(e.activations for e in entries if e.activations is not None)
-    return "; ".join([*grids, *shares, *map(inputs_text, inputs)])
+    smaller = [stage.summary for stage in ledger.stages]
+    return "; ".join([*smaller, *grids, *shares, *map(inputs_text, inputs)])
 
 
 def write_all(artifact: Path, data: ReportData) -> Path:

@@ -147,13 +147,33 @@ def _scheme(ledger: Ledger) -> str:
         f"W{spec.bits}A{width}" if spec.type == "int" else spec.name
         for spec in _grids(ledger).values()
     }
-    pruned, left = _sparsity(ledger), _factorised(ledger)
-    listed = "/".join(sorted(names)) or ("" if pruned or left else "not quantized")
+    pruned, left, share = _sparsity(ledger), _factorised(ledger), _smaller(ledger)
+    listed = "/".join(sorted(names)) or ("" if pruned or left or share else "not quantized")
+    if share is not None:
+        listed = f"{share} of the weights {listed}".strip()
     if pruned is not None:
         listed = f"{listed} {pruned} pruned".strip()
     if left is not None:
         listed = f"{listed} factors of {left}".strip()
     return f"{listed}, FP8 inputs" if inputs is not None and inputs.type == "float" else listed
+
+
+def _smaller(ledger: Ledger) -> str | None:
+    """The share of the original's weights that stages have left, in words; None without any."""
+    if not ledger.stages:
+        return None
+    first, last = ledger.stages[0], ledger.stages[-1]
+    return percent_text(last.parameters_after / first.parameters_before)
+
+
+def _stages(ledger: Ledger) -> str:
+    """What each stage removed, as a sentence."""
+    told = "; ".join(f"{stage.method} ({stage.summary})" for stage in ledger.stages)
+    first, last = ledger.stages[0], ledger.stages[-1]
+    return (
+        f"made smaller by pocketlm, without training: {told}; "
+        f"**{last.parameters_after:,} of {first.parameters_before:,} weights** are left."
+    )
 
 
 def _inputs(ledger: Ledger) -> ActivationSpec | None:
@@ -175,8 +195,12 @@ def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
     at = f", revision `{revision}`" if revision else ""
     inputs = _inputs(ledger)
     rounded = "" if inputs is None else f" Engines round the {inputs_text(inputs)}."
+    smaller = f"`{base}`{at}, {_stages(ledger)}" if ledger.stages else ""
+    if smaller and not ledger.compressed():
+        return smaller
+    subject = f"{smaller} Then its" if smaller else f"`{base}`{at}, its"
     return (
-        f"`{base}`{at}, its weights {made} by pocketlm ({listed}): "
+        f"{subject} weights {made} by pocketlm ({listed}): "
         f"**{ledger.bits_per_weight():.3f} bits per compressed weight**, all included.{rounded}"
     )
 
@@ -241,6 +265,8 @@ def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
             e for e in entries if (e.spec is not None) == compressed and e.action != "dropped"
         ]
         weights, bits = sum(math.prod(e.shape) for e in chosen), sum(e.bits for e in chosen)
+        if ledger.stages and not ledger.compressed() and not compressed:
+            weights = ledger.stages[-1].parameters_after  # shapes are the source's
         per_weight = f"{bits / weights:.3f}" if weights else "–"
         rows.append((part, f"{weights:,}", bytes_text(bits / 8), per_weight))
     table = _table(("part", "weights", "bytes", "bits per weight"), rows)

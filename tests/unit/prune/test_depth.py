@@ -80,7 +80,6 @@ def test_result_is_the_model_without_those_blocks(saved, compress, tmp_path: Pat
     compress(source, out, {"method": "shortgpt", "blocks": 1})
     removed = int(ledger_of(out).stages[0].summary.split(": ")[1])
     assert torch.allclose(logits(plain(out)), logits(without(plain(source), removed)), atol=1e-6)
-    assert pocketlm.verify(out, source).ok
 
 
 def test_then_quantized(saved, compress, tmp_path: Path) -> None:
@@ -94,7 +93,6 @@ def test_then_quantized(saved, compress, tmp_path: Path) -> None:
     assert first.plan.linears == 7 * 3
     assert compress(source, out, *steps).already_done
     assert not (tmp_path / "out.pocketlm-work").exists()
-    assert pocketlm.verify(out, source).ok
 
 
 def test_two_transforms(saved, compress, tmp_path: Path) -> None:

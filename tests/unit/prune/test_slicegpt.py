@@ -9,7 +9,6 @@ import torch
 from tests.unit.models.families import build
 from tests.unit.prune.conftest import logits, plain
 
-import pocketlm
 from pocketlm.core.errors import ConfigError, PocketLMError, UnsupportedLayer
 from pocketlm.models import open_model
 from pocketlm.models.outline import ModelOutline
@@ -44,7 +43,6 @@ def test_stream_of_low_rank_is_cut_without_loss(saved, compress, tmp_path: Path)
     smaller = plain(tmp_path / "out")
     assert (smaller.config.hidden_size, smaller.config.head_dim) == (24, 8)
     torch.testing.assert_close(logits(smaller), logits(model), rtol=2e-3, atol=2e-3)
-    assert pocketlm.verify(tmp_path / "out", source).ok
 
 
 def test_tied_head_is_untied_and_said(saved, compress, tmp_path: Path) -> None:
