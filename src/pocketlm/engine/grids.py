@@ -10,7 +10,7 @@ import torch
 
 from pocketlm.core.errors import ConfigError, nearest
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
-from pocketlm.core.state import Step
+from pocketlm.core.state import PruningStep, Step
 from pocketlm.core.stored import DenseSpec, SparseSpec, SparsitySpec, WeightSpec
 from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
@@ -29,6 +29,7 @@ class Grids:
         format_name: The format that can hold all of it.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
         sparsity: How many weights are pruned; None: none.
+        counts: Module path → how many weights pruning keeps.
     """
 
     specs: Mapping[str, QuantSpec | None]
@@ -37,6 +38,7 @@ class Grids:
     format_name: str
     inputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
     sparsity: SparsitySpec | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, QuantSpec]:
@@ -60,14 +62,13 @@ class Grids:
         values = self.specs[name] or DenseSpec(dtype=kind)
         if not self.compact or self.sparsity is None:
             return values
-        kept, pattern = self.sparsity.kept(shape), self.sparsity.pattern
-        return SparseSpec(values=values, kept=kept, pattern=pattern)
+        return SparseSpec(values=values, kept=self.counts[name], pattern=self.sparsity.pattern)
 
 
-def asked_sparsity(steps: Sequence[Step]) -> SparsitySpec | None:
-    """The sparsity of a recipe's last step that prunes; None where none does."""
+def pruning_step(steps: Sequence[Step]) -> PruningStep | None:
+    """A recipe's last step that prunes; None where none does."""
     pruning: list[Any] = [step for step in steps if "mask" in step.makes]
-    return pruning[-1].sparsity if pruning else None
+    return pruning[-1] if pruning else None
 
 
 def choose_grids(
@@ -95,7 +96,9 @@ def choose_grids(
     """
     _require_matches(recipe, shapes)
     capability(target)
-    sparsity = asked_sparsity(steps)
+    pruning = pruning_step(steps)
+    sparsity = None if pruning is None else pruning.sparsity
+    counts: dict[str, int] = {}
     format_name = _format_of(recipe, transposed, target, sparsity)
     specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}
@@ -106,8 +109,9 @@ def choose_grids(
         if recipe.ignores(name):
             kept[name] = "the recipe ignores it"
             continue
-        if sparsity is not None:
-            sparsity.check(shape[1], name)
+        if pruning is not None:
+            pruning.sparsity_of(name).check(shape[1], name)
+            counts[name] = pruning.kept(name, shape)
         if asked is None:
             specs[name] = None
         elif shape[1] < MIN_COLUMNS:
@@ -145,7 +149,7 @@ def choose_grids(
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return Grids(specs, kept, notes, format_name, inputs, sparsity)
+    return Grids(specs, kept, notes, format_name, inputs, sparsity, counts)
 
 
 def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
