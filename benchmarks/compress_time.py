@@ -4,7 +4,7 @@ W4A16 symmetric g64 of the benchmark's original, 64 windows of 1024 tokens, the 
 round runs ours, then the peer's; the first read of the model warms the page cache. Two times each:
 the compress stage (model on disk to artifact on disk, imports outside; ours includes choosing and
 tokenizing the calibration text, the peer gets ready tokens), and the whole process.
-Figure: our stage at most 0.4 times the peer's, medians of 3.
+Figure: our stage at most 0.4 times the peer's, medians of 3; with --method awq no slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from harness import SCRATCH, Finished, environment, must, pocketlm, publish, run_child, table
 from inputs import Inputs, peer_command
 
-FIGURE = 0.4
+FIGURES = {"gptq": 0.4, "awq": 1.0}  # of our stage's time to the peer's GPTQ
 
 
 def parse() -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--method", choices=tuple(FIGURES), default="gptq", help="ours")
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     return parser.parse_args()
 
@@ -49,7 +50,9 @@ def main() -> int:
             while stream.read(1 << 24):
                 pass
     threads = arguments.threads
-    ours_command = pocketlm(*inputs.compress_arguments(SCRATCH / "time-ours", threads))
+    ours_command = pocketlm(
+        *inputs.compress_arguments(SCRATCH / "time-ours", threads, method=arguments.method)
+    )
     peer_line = peer_command(
         arguments.peer_python, inputs, tokens, SCRATCH / "time-peer", threads,
         "--dtype", arguments.peer_dtype,
@@ -71,24 +74,26 @@ def main() -> int:
             print(*rows[-1], file=sys.stderr)
     ratio = statistics.median(stages["ours"]) / statistics.median(stages["peer"])
     whole = statistics.median(wholes["ours"]) / statistics.median(wholes["peer"])
-    met = ratio <= FIGURE
+    figure = FIGURES[arguments.method]
+    met = ratio <= figure
     result = {
         "environment": environment(threads),
         "stage_seconds": stages,
         "process_seconds": wholes,
         "ratio": ratio,
         "process_ratio": whole,
-        "figure": FIGURE,
+        "figure": figure,
         "met": met,
         "peer": {"dtype": arguments.peer_dtype},
     }
     header = ("run", "tool", "compress stage s", "whole process s", "peak MiB")
     shown = (
         f"{table(header, rows)}\n\nRatio of medians, ours to the peer's ({arguments.peer_dtype}): "
-        f"**{ratio:.3f}** of the stage, {whole:.3f} of the process; figure: at most {FIGURE}: "
+        f"**{ratio:.3f}** of the stage, {whole:.3f} of the process; figure: at most {figure}: "
         f"{'met' if met else 'missed'}."
     )
-    publish("Time to compress, W4A16 symmetric g64 GPTQ", shown, result, arguments.record)
+    title = f"Time to compress, W4A16 symmetric g64, {arguments.method} beside the peer's GPTQ"
+    publish(title, shown, result, arguments.record)
     return 0 if met else 1
 
 

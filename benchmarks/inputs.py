@@ -54,11 +54,13 @@ class Inputs:
         numpy.save(file, windows.tokens_NT.numpy())
         return file
 
-    def compress_arguments(self, output: Path, threads: int, bits: int = 4) -> list[str]:
+    def compress_arguments(
+        self, output: Path, threads: int, bits: int = 4, method: str = "gptq"
+    ) -> list[str]:
         """The arguments of `pocketlm compress` for the figures: symmetric, groups of 64."""
         return [
             "compress", str(self.original), "--output", str(output),
-            "--method", "gptq", "--bits", str(bits), "--group-size", "64", "--sym",
+            "--method", method, "--bits", str(bits), "--group-size", "64", "--sym",
             "--calibration", str(self.calibration),
             "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--seed", str(SEED),
             "--device", "cpu", "--threads", str(threads), "--restart", "--json",

@@ -5,7 +5,8 @@ Runs in llm-compressor's own environment, never in ours. Calibration comes as re
 defaults and recommendations: GPTQ with static activation order and dampening 0.01, min-max
 observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
 search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8
-before GPTQ, as its W8A8 example has it; head left alone. --scheme names one of its presets
+before GPTQ, as its W8A8 example has it; SparseGPT, Wanda and magnitude pruning with --sparsity and,
+for N:M, --mask-structure, everything else by default; head left alone. --scheme names one of its presets
 (W8A8, FP8_DYNAMIC …), which then also rounds inputs.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
@@ -27,13 +28,21 @@ from datetime import date
 from pathlib import Path
 
 
+PRUNING = ("sparsegpt", "wanda", "magnitude")
+WITHOUT_DATA = ("rtn", "magnitude")
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("output", type=Path, help="directory for the artifact")
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, int64 [N, T]; not for rtn")
-    parser.add_argument("--method", choices=("gptq", "awq", "smoothquant", "rtn"), default="gptq")
+    parser.add_argument(
+        "--method", choices=("gptq", "awq", "smoothquant", "rtn", *PRUNING), default="gptq"
+    )
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of the pruning methods")
+    parser.add_argument("--mask-structure", default="0:0", help="N:M, such as 2:4; 0:0: any")
     parser.add_argument("--asym", action="store_true", help="a grid with zero points")
     parser.add_argument("--scheme", help="a preset of the tool; rules over bits and groups")
     parser.add_argument("--bits", type=int, default=4)
@@ -60,6 +69,8 @@ def load_tokens(path: Path):
 
 def build_recipe(arguments: argparse.Namespace):
     """The modifier with one weight-only group for every linear except the head."""
+    if arguments.method in PRUNING:
+        return build_pruning(arguments)
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -93,6 +104,36 @@ def build_recipe(arguments: argparse.Namespace):
     return gptq
 
 
+def build_pruning(arguments: argparse.Namespace):
+    """The modifier that prunes every linear except the head."""
+    from llmcompressor.modifiers.pruning import (
+        MagnitudePruningModifier,
+        SparseGPTModifier,
+        WandaPruningModifier,
+    )
+
+    if arguments.method == "magnitude":
+        structure = arguments.mask_structure
+        return MagnitudePruningModifier(
+            targets=["re:.*layers.*_proj.weight"],
+            init_sparsity=arguments.sparsity,
+            final_sparsity=arguments.sparsity,
+            start=0.0,
+            end=1.0,
+            update_scheduler="constant",
+            mask_structure="unstructured" if structure == "0:0" else structure,
+        )
+    shared = {
+        "sparsity": arguments.sparsity,
+        "mask_structure": arguments.mask_structure,
+        "targets": ["Linear"],
+        "ignore": ["re:.*lm_head"],
+    }
+    if arguments.method == "wanda":
+        return WandaPruningModifier(**shared)
+    return SparseGPTModifier(dampening_frac=arguments.dampening, **shared)
+
+
 def _without_pinned_memory() -> None:
     import torch
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -118,7 +159,7 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
         arguments.model, dtype=getattr(torch, arguments.dtype), **settings
     )
     calibration = {}
-    if arguments.method != "rtn":
+    if arguments.method not in WITHOUT_DATA:
         tokens_NT = load_tokens(arguments.tokens)
         rows = {"input_ids": tokens_NT.tolist()}
         rows["attention_mask"] = torch.ones_like(tokens_NT).tolist()
@@ -142,8 +183,8 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
 def main() -> int:
     """Runs the peer once and prints one JSON object as the last line."""
     arguments = parse()
-    if arguments.method != "rtn" and arguments.tokens is None:
-        print("error: --tokens is needed for gptq", file=sys.stderr)
+    if arguments.method not in WITHOUT_DATA and arguments.tokens is None:
+        print(f"error: --tokens is needed for {arguments.method}", file=sys.stderr)
         return 2
     if arguments.output.exists():
         if not arguments.overwrite:
@@ -165,6 +206,8 @@ def main() -> int:
         "tool": f"llmcompressor {llmcompressor.__version__}",
         "method": arguments.method,
         "scheme": arguments.scheme,
+        "sparsity": arguments.sparsity if arguments.method in PRUNING else None,
+        "mask_structure": arguments.mask_structure if arguments.method in PRUNING else None,
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "dtype": arguments.dtype,

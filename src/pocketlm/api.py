@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pocketlm.engine.events import Listener
+    from pocketlm.engine.export import Export
     from pocketlm.engine.ledger import Ledger
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.verify import VerifyReport
@@ -157,7 +158,7 @@ def search(
         device: Where to run.
         dtype: Of the tensors that are kept.
         threads: CPU threads.
-        search_minutes: What measuring may take; less measures less and fills in more.
+        search_minutes: What measuring may take beyond one KL a unit, which is always measured.
         search_dir: Where findings are kept for every later budget; None: the user's cache.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
@@ -230,7 +231,7 @@ def compress(
         output: Where the artifact goes.
         resume: False forgets an earlier attempt and replaces an artifact in the way.
         on_event: Called with each event.
-        **options: `calibration` (builtin, a file, hf:org/name), `samples`, `seq_len`, `seed`,
+        **options: `calibration` (builtin, self, a file, hf:org/name), `samples`, `seq_len`, `seed`,
             `ignore`, `target`, `device`, `dtype`, `threads`, `work_dir`,
             `activation_budget_bytes`, `trust_remote_code`, `revision`; a budget, `bits` (a float)
             or `size`, with `candidates`, `search_minutes` and `search_dir` as for `search`.
@@ -320,8 +321,16 @@ def _prepare(
     """A job for a recipe; where there is a budget, for the recipe that a search finds within it."""
     from pocketlm.prepare import prepare
 
-    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), ()
+    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), tuple[str, ...]()
     started = time.monotonic()
+    if any("allocation" in step.options for step in wanted.steps):
+        from pocketlm.search.ranks import ranks_of_source
+
+        shared = {name: options[name] for name in SHARED if name in options}
+        wanted, notes = ranks_of_source(
+            source, wanted, search_minutes=search_minutes, search_dir=search_dir,
+            listener=on_event, **shared,
+        )  # fmt: skip
     if bits is not None or size is not None:
         shared = {name: options[name] for name in SHARED if name in options}
         found = search(
@@ -329,7 +338,7 @@ def _prepare(
             search_minutes=search_minutes, search_dir=search_dir, on_event=on_event, **shared,
         )  # fmt: skip
         assert found.recipe is not None
-        wanted, notes = found.recipe, tuple(found.notes)
+        wanted, notes = found.recipe, (*notes, *found.notes)
     prepared = prepare(
         source, wanted, output, resume=resume, warnings=notes, on_event=on_event, **options
     )
@@ -426,6 +435,32 @@ def verify(path: str | Path, against_source: str | Path | None = None) -> Verify
     from pocketlm.evaluate.verify import verify_artifact
 
     return verify_artifact(path, against_source)
+
+
+def export(
+    path: str | Path,
+    output: str | Path,
+    *,
+    to: str = "dense",
+    dtype: str | None = None,
+) -> Export:
+    """Writes an artifact in another form.
+
+    Args:
+        path: The artifact.
+        output: Where the exported model goes.
+        to: The form: "dense", an ordinary checkpoint with every weight decoded.
+        dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
+
+    Returns:
+        What was made: bytes and multiplications before and after.
+
+    Raises:
+        PocketLMError: If there is no such form, or the artifact cannot be read.
+    """
+    from pocketlm.engine.export import export as export_artifact
+
+    return export_artifact(Path(path), Path(output).absolute(), to, dtype)
 
 
 def report(path: str | Path) -> Path:

@@ -31,6 +31,15 @@ METHODS: dict[str, str] = {
     "sparsegpt_joint": "pocketlm.prune.steps:SparsegptJoint",
     "alps": "pocketlm.prune.steps:Alps",
     "tune": "pocketlm.prune.tune:Tune",
+    "svd": "pocketlm.lowrank.svd:Svd",
+    "fwsvd": "pocketlm.lowrank.fwsvd:Fwsvd",
+    "asvd": "pocketlm.lowrank.asvd:Asvd",
+    "svd_llm": "pocketlm.lowrank.svd_llm:SvdLlm",
+    "laser": "pocketlm.lowrank.laser:Laser",
+    "losparse": "pocketlm.lowrank.losparse:Losparse",
+    "lqer": "pocketlm.lowrank.lqer:Lqer",
+    "lorc": "pocketlm.lowrank.lqer:Lorc",
+    "caldera": "pocketlm.lowrank.caldera:Caldera",
 }
 
 

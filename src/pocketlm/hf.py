@@ -44,7 +44,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
-from pocketlm.core.stored import SparseSpec, WeightSpec, parse_weight_spec
+from pocketlm.core.stored import (
+    LowRankSpec,
+    SparseSpec,
+    SumSpec,
+    WeightSpec,
+    parse_weight_spec,
+)
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
@@ -106,11 +112,15 @@ class PackedStandIn(nn.Module):
         rows, columns = weight.shape[::-1] if transposed else weight.shape
         # Integers are decoded in the model's dtype, all else in float32 and rounded at the end.
         values = spec.values if isinstance(spec, SparseSpec) else spec
+        self.factors = isinstance(spec, LowRankSpec | SumSpec)
         integers = isinstance(values, QuantSpec) and values.type == "int"
         scale_dtype = weight.dtype if integers else torch.float32
         for role, (shape, dtype) in own_format.parts(spec, (rows, columns), scale_dtype).items():
+            if self.factors and dtype.is_floating_point and dtype.itemsize > 1:
+                dtype = torch.float32  # both factors and their scales, multiplied in float32
             data = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(role, nn.Parameter(data, requires_grad=False))
+            owner, leaf = _owner(self, role)
+            owner.register_parameter(leaf, nn.Parameter(data, requires_grad=False))
         for role in stored_inputs.roles(inputs):
             dtype = torch.int8 if role == stored_inputs.ZERO else torch.float32
             data = torch.empty(1, dtype=dtype, device="meta")
@@ -134,6 +144,16 @@ class PackedStandIn(nn.Module):
                 lambda _, arguments: (quantizer(arguments[0]), *arguments[1:])
             )
         return layer
+
+
+def _owner(stand_in: nn.Module, role: str) -> tuple[nn.Module, str]:
+    """The module that holds a stored tensor, made if need be, and its name there."""
+    side, dot, leaf = role.rpartition(".")
+    if not dot:
+        return stand_in, role
+    if not hasattr(stand_in, side):
+        stand_in.add_module(side, nn.Module())
+    return stand_in.get_submodule(side), leaf
 
 
 @register_quantizer(own_format.NAME)

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocketlm import catalog
-from pocketlm.calibration.texts import load_text
-from pocketlm.calibration.windows import Windows, token_windows
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import Recipe, StepSpec
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids, pruning_step, sparsity_note
+from pocketlm.engine.grids import (
+    Grids,
+    choose_grids,
+    factors_note,
+    pruning_step,
+    sparsity_note,
+)
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
@@ -23,7 +28,7 @@ from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
-from pocketlm.runtime.own_text import own_windows
+from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +38,6 @@ CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
 WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
 BATCH_TOKENS = 4096
-OWN_TEXT = "self"
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,8 @@ def prepare(
         seed=seed,
         warnings=warnings,
     )
-    sparse = sparsity_note(grids)
-    if sparse is not None:
-        job = replace(job, warnings=(*job.warnings, sparse))
+    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     if not job.needs_data and (calibration != "builtin" or samples is not None):
         unused = "no step needs calibration: --calibration and --samples change nothing."
         job = replace(job, warnings=(*job.warnings, unused))
@@ -143,23 +146,18 @@ def prepare(
             if half.seconds > WORTH_HALVING * predicted.seconds:  # iterations take the time
                 break
             count, predicted = count // 2, half
-        if count < SAMPLES:
+        if count < SAMPLES:  # the same words in every attempt: they are in the ledger
             notes = (
-                f"{count} samples instead of {SAMPLES}: on this CPU more would take over "
-                f"{CPU_SECONDS // 60} minutes. --samples {SAMPLES} takes them all.",
+                f"{count} samples instead of {SAMPLES}: more would take over {CPU_SECONDS // 60} "
+                "minutes on this CPU, or the first attempt at this output was given as many. "
+                f"--samples {SAMPLES} takes them all.",
             )
     windows = None
     if job.needs_data and not (only_plan and calibration == OWN_TEXT):
-        if calibration == OWN_TEXT:
-            log = EventLog(None, on_event)
-            windows = own_windows(
-                model, source, count, seq_len, seed, log, model_bytes=predicted.source_bytes,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
-        else:
-            tokenizer = model.tokenizer()
-            text = load_text(calibration, "calibration", tokenizer)
-            windows = token_windows(tokenizer, text, count, seq_len, seed, model.context)
+        windows = calibration_windows(
+            model, source, calibration, count, seq_len, seed, EventLog(None, on_event),
+            trust_remote_code=trust_remote_code, revision=revision,
+        )  # fmt: skip
         windows = replace(windows, notes=(*windows.notes, *notes))
         if windows.tokens_NT.shape[0] != count:
             predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)

@@ -38,6 +38,11 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
     ),
     "sparsegpt": (StepSpec(method="sparsegpt"),),
     "lkd": tuple(StepSpec(method=name) for name in ("clip", "lkd")),
+    "lqer": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "lqer")),
+    "lorc": tuple(StepSpec(method=name) for name in ("rtn", "lorc")),
+    "caldera": tuple(
+        StepSpec(method=name) for name in ("clip", "gptq", "caldera", "gptq", "caldera")
+    ),
 }
 
 

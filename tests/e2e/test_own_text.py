@@ -51,6 +51,12 @@ def test_a_plan_writes_no_text(cli, source, cache):
     assert not list(cache.rglob("*.npy"))
 
 
+def test_a_search_measures_on_it_too(cli, source, cache):
+    done = cli("search", source, "--bits", "5.0", "--calibration", "self", "--json")
+    assert done.code == 0, done.err
+    assert "written by the model itself" in done.json["calibration"]
+
+
 def test_a_model_that_does_not_fit(cli, source, tmp_path, monkeypatch):
     monkeypatch.setattr(own_text, "available_ram_bytes", lambda: 1000)
     done = cli("compress", source, "-o", tmp_path / "out", *SELF)

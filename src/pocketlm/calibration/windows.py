@@ -81,7 +81,7 @@ def token_windows(
         CalibrationError: If the text does not fill one window.
         ConfigError: If `samples` or `seq_len` is not positive.
     """
-    seq_len, notes = _length(samples, seq_len, context)
+    seq_len, notes = window_length(samples, seq_len, context)
     pieces = _pieces(text, seq_len * CHARACTERS_PER_TOKEN)
     random.Random(seed).shuffle(pieces)
     prefix = prefix_ids(tokenizer)
@@ -121,7 +121,7 @@ def eval_windows(
         CalibrationError: If the text does not fill one window.
         ConfigError: If `limit` or `seq_len` is not positive.
     """
-    seq_len, notes = _length(1 if limit is None else limit, seq_len, context)
+    seq_len, notes = window_length(1 if limit is None else limit, seq_len, context)
     prefix = prefix_ids(tokenizer)
     joined, wanted = text.joined, None if limit is None else limit * seq_len
     characters = len(joined) if wanted is None else wanted * (CHARACTERS_PER_TOKEN + 1)
@@ -141,7 +141,17 @@ def eval_windows(
     return Windows(tokens_NT, text.name, text.sha256, bool(prefix), None, (*text.notes, *notes))
 
 
-def _length(count: int, seq_len: int, context: int | None) -> tuple[int, list[str]]:
+def window_length(count: int, seq_len: int, context: int | None) -> tuple[int, list[str]]:
+    """Tokens of a window within the model's context, and what is to be said of it.
+
+    Args:
+        count: Windows wanted.
+        seq_len: Tokens of each, as asked.
+        context: The model's longest position; None: any.
+
+    Raises:
+        ConfigError: If `count` or `seq_len` is too small.
+    """
     if count < 1:
         raise ConfigError(f"{count} windows.", where="--samples", remedy="Ask for at least 1.")
     if seq_len < 2:

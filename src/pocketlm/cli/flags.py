@@ -101,25 +101,41 @@ def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigError: If a value is unknown or two flags contradict each other.
     """
-
-    def some(*names: str) -> dict[str, Any]:
-        return {name: given[name] for name in names}
-
-    check_machine(given["device"], given["dtype"], given["target"])
+    settings = model_flags(given)
     bits = parse_bits(given["bits"])
-    budget = budget_flags(bits=bits, **some("size", "scheme", "search_minutes", "search_dir"))
-    wanted = recipe_flags(
-        bits=bits, **some("recipe", "method", "scheme", "group_size", "sym", "asym", "sparsity")
+    budget = budget_flags(
+        bits=bits, **_some(given, "size", "scheme", "search_minutes", "search_dir")
     )
-    settings = some(
-        "target", "calibration", "samples", "seq_len", "seed", "device", "dtype", "threads",
-        "revision", "trust_remote_code",
-    )  # fmt: skip
-    settings["ignore"] = tuple(given["ignore"] or ())
+    wanted = recipe_flags(
+        bits=bits,
+        **_some(given, "recipe", "method", "scheme", "group_size", "sym", "asym", "sparsity"),
+    )
+    settings |= _some(given, "samples", "seq_len")
     settings["activation_budget_bytes"] = parse_bytes(
         given["activation_budget"], "--activation-budget"
     )
     return wanted, {**settings, **budget}
+
+
+def model_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that `plan`, `compress` and `search` of the API share, checked.
+
+    Args:
+        given: Parameter → value, of one of these verbs.
+
+    Raises:
+        ConfigError: If a value is unknown.
+    """
+    check_machine(given["device"], given["dtype"], given["target"])
+    settings = _some(
+        given, "target", "calibration", "seed", "device", "dtype", "threads", "revision",
+        "trust_remote_code",
+    )  # fmt: skip
+    return {**settings, "ignore": tuple(given["ignore"] or ())}
+
+
+def _some(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: given[name] for name in names}
 
 
 def budget_flags(

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -48,16 +47,12 @@ class LiveLine:
             transient=True,
         )
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begins to draw."""
         self._live.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
+        """Takes the line away."""
         self._live.stop()
 
     def say(self, text: str, style: str) -> None:

@@ -23,6 +23,7 @@ VERBS: dict[str, str] = {
     "plan": "What compressing would cost and give: bytes, memory, disk, time.",
     "compress": "Compress a model. Resumes by itself.",
     "search": "Where bits matter: the best grid for each layer within a budget.",
+    "export": "Write an artifact in another form, such as a dense checkpoint.",
     "verify": "Prove that an artifact is whole and loads as it should.",
     "eval": "Perplexity, and the divergence from the original.",
     "compare": "Evaluate several models on the same text.",

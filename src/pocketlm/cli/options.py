@@ -172,7 +172,7 @@ SearchMinutes = Annotated[
     typer.Option(
         "--search-minutes",
         min=0,
-        help="What measuring where bits matter may take; default: 30.",
+        help="What measuring where bits matter may take, beyond one KL a layer; default: 30.",
         rich_help_panel=_MACHINE,
     ),
 ]

@@ -10,8 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,14 +30,13 @@ SECONDS_BETWEEN_LINES = 10.0  # of steps smaller than a block, in a log
 class Drawer(Protocol):
     """A way to draw events."""
 
-    def __enter__(self) -> Self: ...
+    def start(self) -> None:
+        """Begins to draw."""
+        ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def stop(self) -> None:
+        """Ends drawing."""
+        ...
 
     def say(self, text: str, style: str) -> None:
         """A sentence that stays."""
@@ -78,7 +76,10 @@ def progress(*, quiet: bool, log_file: Path | None) -> Iterator[Listener]:
                 raise ConfigError(f"{error.strerror}.", where=f"--log-file {log_file}") from error
         show = None
         if not quiet:
-            show = Show(stack.enter_context(LiveLine(console) if live else Lines(console)))
+            drawer = LiveLine(console) if live else Lines(console)
+            drawer.start()
+            stack.callback(drawer.stop)
+            show = Show(drawer)
         now_and_then = Seldom()
 
         def listen(event: Event) -> None:
@@ -158,16 +159,11 @@ class Lines:
     def __init__(self, console: Console) -> None:
         self._console, self._seldom = console, Seldom()
 
-    def __enter__(self) -> Self:
-        return self
+    def start(self) -> None:
+        """Lines need no beginning."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
+    def stop(self) -> None:
+        """Lines need no end."""
 
     def say(self, text: str, style: str) -> None:
         """Prints a sentence."""

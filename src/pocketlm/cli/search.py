@@ -82,7 +82,7 @@ def run(
 
     Example: [bold]pocketlm search Qwen/Qwen3-8B --bits 3.5 -o recipe.yaml[/bold]
     """
-    flags.check_machine(device, dtype, target)
+    settings = flags.model_flags(locals())
     average = flags.parse_bits(bits)
     budget = {
         **({} if search_minutes is None else {"search_minutes": search_minutes}),
@@ -119,16 +119,8 @@ def run(
         found = api.search(
             source,
             api.build_recipe(**wanted),
-            ignore=tuple(ignore or ()),
-            target=target,
-            calibration=calibration,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             on_event=on_event,
+            **settings,
             **budget,
         )
     if output is not None and found.recipe is not None:

@@ -7,7 +7,7 @@ levels to stored codes and back.
 - int: level = code - zero.
 - float: E2M1 (OCP Microscaling Formats 1.0: 0, ½, 1, 1½, 2, 3, 4, 6) and E4M3 (OCP 8-bit Floating
   Point 1.0: up to 448); ties to the even mantissa, as compressed-tensors and IEEE 754 round.
-- nf: NF4, the quantiles of QLoRA (arXiv:2305.14314, appendix E).
+- nf: the quantiles of QLoRA (arXiv:2305.14314, eq. 4 and appendix E; NF2 and NF3 by the same rule).
 - bnb_fp: FP4 of bitsandbytes, whose bit patterns are in the order of its table. Between two levels
   of a table the midpoint goes to the lower one, as in bitsandbytes.
 """
@@ -23,12 +23,18 @@ from torch import Tensor
 from pocketlm.core.spec import QuantSpec
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by bit pattern; the fourth bit is the sign
+NF2 = (-1.0, 0.0, 0.4358181655406952, 1.0)
+NF3 = (
+    -1.0, -0.5350227355957031, -0.24693143367767334, 0.0,
+    0.1833374798297882, 0.38199394941329956, 0.6229857206344604, 1.0,
+)  # fmt: skip
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+NF = {2: NF2, 3: NF3, 4: NF4}
 BNB_FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # as E2M1: sign apart
 
 E4M3_MAX = 448.0
@@ -75,7 +81,7 @@ def level_gap(x: Tensor, spec: QuantSpec) -> Tensor:
     if spec.type == "float":
         mantissa_bits, least_step, largest = _MINIFLOATS[spec.bits]
         return _step(x.clamp(-largest, largest), mantissa_bits, least_step)
-    table = _sorted_table(spec.type)[0].to(x.device)
+    table = _sorted_table(spec.type, spec.bits)[0].to(x.device)
     above = torch.bucketize(x, table, out_int32=True).clamp_(1, len(table) - 1).flatten()
     distances = table.diff()
     return distances.index_select(0, above - 1).view(x.shape)
@@ -121,7 +127,7 @@ def _step(level: Tensor, mantissa_bits: int, least_step: float) -> Tensor:
 
 
 def _table_rounder(spec: QuantSpec) -> Rounder:
-    table, _ = _sorted_table(spec.type)
+    table, _ = _sorted_table(spec.type, spec.bits)
     bounds = (table[:-1] + table[1:]) / 2
 
     def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -137,18 +143,18 @@ def _table_rounder(spec: QuantSpec) -> Rounder:
 
 
 @lru_cache(maxsize=8)
-def _code_table(kind: str) -> Tensor:
-    """The levels of a 4-bit table by code, float32 [16], on the CPU."""
+def _code_table(kind: str, bits: int) -> Tensor:
+    """The levels of a table by code, float32 [2^bits], on the CPU."""
     if kind == "nf":
-        return torch.tensor(NF4)
+        return torch.tensor(NF[bits])
     half = torch.tensor(E2M1 if kind == "float" else BNB_FP4)
     return torch.cat([half, -half])
 
 
 @lru_cache(maxsize=8)
-def _sorted_table(kind: str) -> tuple[Tensor, Tensor]:
-    """The distinct levels of a 4-bit table in rising order, and the code of each (zero as +0)."""
-    table = _code_table(kind)
+def _sorted_table(kind: str, bits: int) -> tuple[Tensor, Tensor]:
+    """The distinct levels of a table in rising order, and the code of each (zero as +0)."""
+    table = _code_table(kind, bits)
     order = torch.argsort(table, stable=True)
     if kind != "nf":
         order = order[order != 8]  # minus zero
@@ -164,7 +170,7 @@ def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tens
         zero: Zero points that broadcast against the levels, of an asymmetric grid.
 
     Returns:
-        int8 for integers, else uint8: the bit pattern, four bits in a byte of their own.
+        int8 for integers, else uint8: the bit pattern, each in a byte of its own.
     """
     if spec.type == "int":
         return (level if zero is None else level + zero).to(torch.int8)
@@ -175,7 +181,7 @@ def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tens
         magnitude = level.abs().contiguous()
         place = torch.bucketize(magnitude, (half[:-1] + half[1:]) / 2, out_int32=True)
         return (place + 8 * torch.signbit(level)).to(torch.uint8)
-    table, codes = (t.to(level.device) for t in _sorted_table(spec.type))
+    table, codes = (t.to(level.device) for t in _sorted_table(spec.type, spec.bits))
     place = torch.bucketize(level.contiguous(), (table[:-1] + table[1:]) / 2, out_int32=True)
     return codes.index_select(0, place.flatten()).view(place.shape)
 
@@ -186,5 +192,5 @@ def levels_of(codes: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Ten
         return codes.float() if zero is None else codes.float() - zero
     if spec.bits == 8:
         return codes.view(torch.float8_e4m3fn).to(torch.float32)
-    table = _code_table(spec.type).to(codes.device)
+    table = _code_table(spec.type, spec.bits).to(codes.device)
     return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)

@@ -69,6 +69,8 @@ DOUBLE_BLOCK = 256  # scales that share one constant where they are quantized th
 _FLOATS: dict[tuple[str, int], dict[str, int | None]] = {
     ("float", 4): {"e8m0": 32, "e4m3": 16},
     ("float", 8): {"float": None, "e8m0": 32},
+    ("nf", 2): {"float": None, "dynamic8": None},
+    ("nf", 3): {"float": None, "dynamic8": None},
     ("nf", 4): {"float": None, "dynamic8": None},
     ("bnb_fp", 4): {"float": None, "dynamic8": None},
 }
@@ -78,11 +80,11 @@ class QuantSpec(Strict):
     """A number format: w ≈ scale · (level - zero), one scale for each tile of the weight.
 
     Attributes:
-        bits: Bits of a code: 2 to 8 for "int", 4 or 8 for "float", else 4.
+        bits: Bits of a code: 2 to 8 for "int", 4 or 8 for "float", 2 to 4 for "nf", else 4.
         symmetric: True: zero is 0; integers alone may be asymmetric.
         group_size: Columns of a tile; None: all of them.
         type: What a code stands for. "int": -2^(bits-1) to 2^(bits-1)-1; "float": E2M1 (4 bits) or
-            E4M3 (8 bits); "nf": 16 quantiles of the normal distribution (QLoRA, arXiv:2305.14314);
+            E4M3 (8 bits); "nf": quantiles of the normal distribution (QLoRA, arXiv:2305.14314);
             "bnb_fp": the 4-bit float of bitsandbytes.
         group_rows: Rows of a tile; None: all of them. Other than 1 for 8-bit floats alone.
         scale: What a scale is stored as. "float": the 16-bit float of the weights; "e8m0": a power
@@ -126,7 +128,7 @@ class QuantSpec(Strict):
         if self.type == "int":
             return f"INT{self.bits}"
         if self.type != "float":
-            number = "NF4" if self.type == "nf" else "FP4"
+            number = f"NF{self.bits}" if self.type == "nf" else "FP4"
             return f"{number}_DQ" if self.scale == "dynamic8" else number
         if self.scale != "float":
             return "NVFP4" if self.scale == "e4m3" else f"MXFP{self.bits}"
@@ -270,8 +272,8 @@ def _schemes() -> dict[str, QuantSpec]:
     def micro(bits: int, group_size: int, scale: ScaleType) -> QuantSpec:
         return QuantSpec(bits=bits, type="float", group_size=group_size, scale=scale)
 
-    def table(kind: NumberType, scale: ScaleType) -> QuantSpec:
-        return QuantSpec(bits=4, type=kind, group_size=64, scale=scale)
+    def table(kind: NumberType, scale: ScaleType, bits: int = 4) -> QuantSpec:
+        return QuantSpec(bits=bits, type=kind, group_size=64, scale=scale)
 
     return {
         **{f"W{bits}A16": QuantSpec(bits=bits, group_size=128) for bits in range(2, 9)},
@@ -286,6 +288,8 @@ def _schemes() -> dict[str, QuantSpec]:
         "MXFP4": micro(4, 32, "e8m0"),
         "MXFP8": micro(8, 32, "e8m0"),
         "NVFP4": micro(4, 16, "e4m3"),
+        "NF2": table("nf", "float", 2),
+        "NF3": table("nf", "float", 3),
         "NF4": table("nf", "float"),
         "NF4_DQ": table("nf", "dynamic8"),
         "FP4": table("bnb_fp", "float"),

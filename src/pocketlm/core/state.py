@@ -12,7 +12,7 @@ from torch import Tensor
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stats import Stat
-from pocketlm.core.stored import SparsitySpec
+from pocketlm.core.stored import SparsitySpec, WeightSpec
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
 S = TypeVar("S", bound=Stat)
@@ -83,6 +83,12 @@ class LinearState:
         """Levels or values [O, I] with zeros where the mask keeps nothing."""
         return level_OI if self.mask_OI is None else level_OI * self.mask_OI
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.reference_OI.shape
+        return rows, columns
+
     def with_current(self, current: WeightTensor, *notes: Note) -> LinearState:
         """The same linear with a new compressed weight and further notes."""
         return replace(self, current=current, notes=(*self.notes, *notes))
@@ -152,8 +158,8 @@ class LinearStep(Protocol):
 
     kind: ClassVar[str]  # "linear"
     needs: ClassVar[tuple[type[Stat], ...]]
-    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape"}
-    makes: ClassVar[frozenset[str]]  # of {"mask", "grid"}: what it decides of the result
+    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors"}
+    makes: ClassVar[frozenset[str]]  # of {"mask", "grid", "factors"}: what it decides of the result
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The state after this step."""
@@ -161,6 +167,31 @@ class LinearStep(Protocol):
 
     def cost(self, rows: int, columns: int) -> Cost:
         """What `compress` takes for a weight [rows, columns]."""
+        ...
+
+
+class Factoring(Protocol):
+    """What a step that makes factors says of its result, before a weight is read."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of linears that it names: each must match some."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether its options ask for nothing, such as a ratio of 0."""
+        ...
+
+    def form(self, name: str, shape: tuple[int, int], before: WeightSpec, dtype: str) -> WeightSpec:
+        """In what form a linear is after this step; `before` where it leaves it alone.
+
+        Args:
+            name: Module path.
+            shape: (O, I).
+            before: Its form before.
+            dtype: Of 16-bit values.
+        """
         ...
 
 

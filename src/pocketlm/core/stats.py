@@ -96,6 +96,14 @@ class Hessian(Stat):
         shrunk_II.diagonal().mul_(1 + shrinkage + self.columns / max(self.tokens, 1))
         return shrunk_II
 
+    def through(self, weight_RI: Tensor) -> Hessian:
+        """The Hessian of what a linear [R, I] gives for these inputs: M H Mᵀ, [R, R]."""
+        carried = Hessian(weight_RI.shape[0], self.device)
+        carried.tokens = self.tokens
+        weight_RI = weight_RI.to(self._sum_II)
+        carried._sum_II = weight_RI @ (self.matrix_II() * (max(self.tokens, 1) / 2)) @ weight_RI.T
+        return carried
+
     def effective_rank(self) -> float:
         """In how many directions the inputs vary: I² / Σ_ij c_ij², c the inputs' correlations.
 
@@ -156,6 +164,29 @@ class AbsMax(Stat):
     def value_I(self) -> Tensor:
         """The largest |x|; zeros where no token was seen."""
         return self._max_I
+
+
+class AbsMean(Stat):
+    """The mean magnitude of each input [I]."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self._sum_I = torch.zeros(columns, dtype=torch.float64, device=self.device)
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Takes the inputs of some tokens, [..., I]."""
+        x_TI = x_TI.detach().reshape(-1, self.columns)
+        self._sum_I += x_TI.abs().sum(0, dtype=torch.float32)
+        self.tokens += x_TI.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Adds what another pass has gathered."""
+        self._sum_I += other._sum_I
+        self.tokens += other.tokens
+
+    def value_I(self) -> Tensor:
+        """The mean |x|, float32; zeros where no token was seen."""
+        return (self._sum_I / max(self.tokens, 1)).float()
 
 
 class Range(Stat):

@@ -189,7 +189,75 @@ class SparseSpec(Strict):
         return whole - absent * self.values.bits + self.mask_bits(shape)
 
 
-WeightSpec = QuantSpec | DenseSpec | SparseSpec
+class LowRankSpec(Strict):
+    """Two thin factors in the place of a weight, L [O, R] and R [R, I].
+
+    Attributes:
+        rank: R.
+        left: In what form L lies.
+        right: In what form R lies.
+    """
+
+    rank: int = Field(ge=1)
+    left: QuantSpec | DenseSpec
+    right: QuantSpec | DenseSpec
+
+    @property
+    def bits(self) -> int:
+        """Bits of a factor's value, the wider one's."""
+        return max(self.left.bits, self.right.bits)
+
+    @property
+    def name(self) -> str:
+        """Such as ``rank 96 BF16`` or ``rank 96 INT8``."""
+        same = self.left.name == self.right.name
+        values = self.left.name if same else f"{self.left.name}, {self.right.name}"
+        return f"rank {self.rank} {values}"
+
+    def stored_bits(self, shape: tuple[int, int], scale_bits: int = 16) -> int:
+        """Bits of both factors of a weight [O, I]."""
+        left = self.left.stored_bits((shape[0], self.rank), scale_bits)
+        return left + self.right.stored_bits((self.rank, shape[1]), scale_bits)
+
+
+class SumSpec(Strict):
+    """A weight and two thin factors beside it, B + L R.
+
+    Attributes:
+        base: In what form B is.
+        low: The factors.
+    """
+
+    base: QuantSpec | DenseSpec | SparseSpec
+    low: LowRankSpec
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value of the base."""
+        return self.base.bits
+
+    @property
+    def name(self) -> str:
+        """Such as ``INT3 + rank 32 INT8``."""
+        return f"{self.base.name} + {self.low.name}"
+
+    def stored_bits(self, shape: tuple[int, int], scale_bits: int = 16) -> int:
+        """Bits of the base and both factors of a weight [O, I]."""
+        return self.base.stored_bits(shape, scale_bits) + self.low.stored_bits(shape, scale_bits)
+
+
+WeightSpec = QuantSpec | DenseSpec | SparseSpec | LowRankSpec | SumSpec
+
+
+def values_of(form: WeightSpec) -> QuantSpec | DenseSpec:
+    """In what form most values of a weight lie: of what it keeps, of its base, of its factors."""
+    if isinstance(form, LowRankSpec):
+        return form.right
+    if isinstance(form, SumSpec):
+        return values_of(form.base)
+    return form.values if isinstance(form, SparseSpec) else form
+
+
 _ANY: TypeAdapter[WeightSpec] = TypeAdapter(WeightSpec)
 
 
@@ -203,7 +271,7 @@ def parse_weight_spec(data: Any, where: str | None = None) -> WeightSpec:
     Raises:
         ConfigError: If it is no such description.
     """
-    if isinstance(data, dict) and not {"values", "dtype"} & set(data):
+    if isinstance(data, dict) and not {"values", "dtype", "rank", "low"} & set(data):
         return QuantSpec.parse(data, where)  # with the error messages of a grid
     try:
         return _ANY.validate_python(data)

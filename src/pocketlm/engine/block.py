@@ -31,6 +31,7 @@ from pocketlm.core.stats import Hessian, Stat
 from pocketlm.core.tensors import Dense, WeightTensor
 from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
+from pocketlm.engine.factors import run_steps
 from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
 from pocketlm.engine.health import InputHealth, InputWatch
@@ -198,8 +199,7 @@ def _linear_pass(
             state = _state(view, specs, inputs, earlier, notes, shared)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
-            for step in steps:
-                state = step.compress(state, stats)
+            state = run_steps(steps, state, stats)
             results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen, kept_dtype)
             tell(len(results), total, None)
     return results

@@ -14,8 +14,7 @@ from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
 from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.options import Job
 
-STAGES = ("calibrate", "compress", "assemble")
-READ_BYTES_PER_SECOND = 400e6  # a slow NVMe disk; read, hashed, packed and written again
+DISK_BYTES_PER_SECOND = 400e6  # a slow NVMe disk: read and hashed, or copied
 
 
 def stage_seconds(
@@ -24,7 +23,7 @@ def stage_seconds(
     shapes: Mapping[str, tuple[int, int]],
     samples: int,
     tokens: int,
-    source_bytes: int,
+    sizes: Mapping[str, int],
 ) -> tuple[dict[str, float], float]:
     """Seconds of each stage, and of one forward pass over the calibration data.
 
@@ -34,10 +33,11 @@ def stage_seconds(
         shapes: (O, I) of the linears that are compressed.
         samples: Calibration windows.
         tokens: Of all windows; 0 where no step needs data.
-        source_bytes: Of the source's tensors.
+        sizes: As `stored_sizes` gives them.
 
     Returns:
-        Stage → seconds, and the seconds of a pass.
+        Stage → seconds, and the seconds of a pass. Embedding the text ("calibrate") is one table
+        lookup a token and counts as nothing.
     """
     rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
     # Statistics and sweeps run in float32 whatever the blocks compute in.
@@ -46,7 +46,7 @@ def stage_seconds(
     moved = update_bytes(model.device, each_call)
     all_shapes = model.linear_shapes().values()
     forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
-    seconds = source_bytes / READ_BYTES_PER_SECOND
+    seconds = sizes["source"] / DISK_BYTES_PER_SECOND
     if tokens:
         seconds += forward
         seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / single
@@ -65,7 +65,8 @@ def stage_seconds(
         seconds += forward
     if job.needs_original:
         seconds += forward
-    return dict(zip(STAGES, (0.0, seconds, 0.0), strict=True)), forward
+    assembling = sizes["output"] / DISK_BYTES_PER_SECOND
+    return {"calibrate": 0.0, "compress": seconds, "assemble": assembling}, forward
 
 
 def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:

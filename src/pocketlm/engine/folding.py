@@ -60,6 +60,10 @@ def fold_groups(
             scale_I = step.scale(states, gathered[group.index])
             if scale_I is not None:
                 tensors.update(block.fold(group, scale_I, kept_dtype).tensors)
+                continue
+            text = f"{type(step).__name__.lower()} folded no scale into its input: none helps."
+            for name in group.linears:
+                notes[name] = (*notes.get(name, ()), Note("fold", text))
     return tensors, notes
 
 

@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
-from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.state import PruningStep, Step
-from pocketlm.core.stored import DenseSpec, SparseSpec, SparsitySpec, WeightSpec
+from pocketlm.core.stored import (
+    DenseSpec,
+    LowRankSpec,
+    SparseSpec,
+    SparsitySpec,
+    SumSpec,
+    WeightSpec,
+)
+from pocketlm.engine.factors import predicted_form
 from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
+from pocketlm.formats.packing import fills_bytes
 
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
 
@@ -30,6 +39,7 @@ class Grids:
         inputs: Module path → how its inputs are rounded, of the linears whose are.
         sparsity: How many weights are pruned; None: none.
         counts: Module path → how many weights pruning keeps.
+        factoring: All steps of a recipe with one that makes factors; else empty.
     """
 
     specs: Mapping[str, QuantSpec | None]
@@ -39,6 +49,7 @@ class Grids:
     inputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
     sparsity: SparsitySpec | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    factoring: tuple[Step, ...] = ()
 
     @property
     def quantized(self) -> dict[str, QuantSpec]:
@@ -59,10 +70,15 @@ class Grids:
             dtype: Of values that stay floats.
         """
         kind: Any = str(dtype).removeprefix("torch.")
-        values = self.specs[name] or DenseSpec(dtype=kind)
-        if not self.compact or self.sparsity is None:
-            return values
-        return SparseSpec(values=values, kept=self.counts[name], pattern=self.sparsity.pattern)
+        form: WeightSpec
+        form = values = self.specs[name] or DenseSpec(dtype=kind)
+        if self.compact and self.sparsity is not None:
+            kept, pattern = self.counts[name], self.sparsity.pattern
+            form = SparseSpec(values=values, kept=kept, pattern=pattern)
+        if not self.factoring:
+            return form
+        half = str(scale_dtype_for(dtype)).removeprefix("torch.")
+        return predicted_form(self.factoring, name, shape, self.specs[name], form, half)
 
 
 def pruning_step(steps: Sequence[Step]) -> PruningStep | None:
@@ -99,7 +115,10 @@ def choose_grids(
     pruning = pruning_step(steps)
     sparsity = None if pruning is None else pruning.sparsity
     counts: dict[str, int] = {}
+    factoring = tuple(steps) if _factorises(steps) else ()
     format_name = _format_of(recipe, transposed, target, sparsity)
+    if factoring:
+        format_name = "pocketlm"  # no engine's own format holds factors
     specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
@@ -121,7 +140,7 @@ def choose_grids(
                 f"groups of {asked.group_size}, as {asked.name} has them, do not divide "
                 f"{shape[1]} columns"
             )
-        elif asked.type != "int" and shape[1] * asked.bits % 8:
+        elif asked.type != "int" and not fills_bytes(shape[1], asked.bits):
             kept[name] = f"{shape[1]} codes of {asked.bits} bits do not fill whole bytes"
         else:
             fitted = asked.fit(shape[1])
@@ -149,7 +168,16 @@ def choose_grids(
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return Grids(specs, kept, notes, format_name, inputs, sparsity, counts)
+    grids = Grids(specs, kept, notes, format_name, inputs, sparsity, counts, factoring)
+    for name, text in check_factors(grids, shapes, target).items():
+        notes[name] = f"{notes[name]} {text}" if name in notes else text
+    return grids
+
+
+def _factorises(steps: Sequence[Step]) -> bool:
+    """Whether a step makes factors, and its options ask for some."""
+    making: list[Any] = [step for step in steps if "factors" in step.makes]
+    return not all(step.idle for step in making)
 
 
 def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
@@ -174,10 +202,28 @@ def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> N
         )
 
 
+def linear_bits(
+    spec: WeightSpec, shape: tuple[int, int], inputs: ActivationSpec | None = None
+) -> int:
+    """Stored bits of a linear: codes, scales, zero points, and what rounds its inputs.
+
+    Args:
+        spec: In what form it is.
+        shape: (O, I).
+        inputs: How its inputs are rounded; None: not at all.
+    """
+    return spec.stored_bits(shape) + (0 if inputs is None else inputs.stored_bits)
+
+
 def grid_text(spec: WeightSpec | None) -> str:
     """A number format: ``4 bits, symmetric, groups of 64``, ``NVFP4, groups of 16``."""
     if spec is None or isinstance(spec, DenseSpec):
         return "values as floats"
+    if isinstance(spec, LowRankSpec):
+        factors = dict.fromkeys(map(grid_text, (spec.left, spec.right)))
+        return f"two thin factors, {' and '.join(factors)}"
+    if isinstance(spec, SumSpec):
+        return f"{grid_text(spec.base)}, plus {grid_text(spec.low)}"
     if isinstance(spec, SparseSpec):
         form = "any" if spec.pattern is None else f"{spec.pattern[0]} of {spec.pattern[1]}"
         return f"{grid_text(spec.values)}, {form} kept"
@@ -192,6 +238,110 @@ def grid_text(spec: WeightSpec | None) -> str:
         return f"{spec.bits} bits, {kind}, {tiles}"
     twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
     return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
+
+
+def check_factors(
+    grids: Grids, shapes: Mapping[str, tuple[int, int]], target: str
+) -> dict[str, str]:
+    """Refuses factors that cannot be what the recipe asks, before a weight is read.
+
+    Args:
+        grids: The fitted grids.
+        shapes: (O, I) of every linear, by module path.
+        target: Engine that must load the result.
+
+    Returns:
+        Module path → what is to be told of its factors.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or a step factorises no linear.
+        UnsupportedLayer: If the target does not load the format, or a grid does not fit a factor.
+    """
+    if grids.factoring and grids.format_name not in capability(target).formats:
+        raise UnsupportedLayer(
+            f"{target} does not load the format {grids.format_name}, the only one with factors.",
+            remedy="Leave out --target, or export the artifact: `pocketlm export --to dense`.",
+        )
+    for step in grids.factoring:
+        if "factors" in step.makes:
+            _require_work(step, list(grids.specs))
+    notes: dict[str, str] = {}
+    factorised = 0
+    for name in grids.specs if grids.factoring else ():
+        rows, columns = shapes[name]
+        form = grids.stored(name, (rows, columns), torch.bfloat16)
+        if isinstance(form, LowRankSpec):
+            _check_factor(form.left, (rows, form.rank), f"{name}.left", target)
+            if form.rank * (rows + columns) >= rows * columns:
+                notes[name] = f"factors of rank {form.rank} hold more than the weight they replace."
+        if isinstance(form, LowRankSpec | SumSpec):
+            factorised += 1
+            if target == "transformers" and is_expert(name):
+                said = "transformers fuses experts and takes no factors of one: use pocketlm.load."
+                notes[name] = f"{notes[name]} {said}" if name in notes else said
+    steps: list[Any] = [step for step in grids.factoring if "factors" in step.makes]
+    if steps and not factorised:
+        raise ConfigError(
+            f"{type(steps[-1]).__name__} factorises no linear of this model.",
+            where="recipe",
+            remedy="Look at its `modules`, `ranks` and `layers`.",
+        )
+    return notes
+
+
+def _require_work(step: Any, names: Sequence[str]) -> None:
+    for pattern in step.patterns:
+        if not any(matches(pattern, name) for name in names):
+            leaves = {name.rsplit(".", 1)[-1] for name in names}
+            raise ConfigError(
+                f"the pattern '{pattern}' matches no linear that is compressed.",
+                where=f"recipe step {type(step).__name__}",
+                remedy=nearest(pattern, {*leaves, *names} if "." in pattern else leaves),
+            )
+
+
+def _check_factor(
+    spec: QuantSpec | DenseSpec, shape: tuple[int, int], where: str, target: str
+) -> None:
+    """A left factor is as narrow as the rank: not every grid fits it."""
+    if isinstance(spec, DenseSpec):
+        return
+    if not spec.fits(shape[1]) or (spec.type != "int" and shape[1] * spec.bits % 8):
+        raise UnsupportedLayer(
+            f"the grid {spec.name} does not fit a factor of {shape[1]} columns.",
+            where=where,
+            remedy="Give the factorising step `multiple_of: 32`, or choose integers.",
+        )
+    check_layer("pocketlm", spec, shape, target, where)
+
+
+def factors_note(grids: Grids, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """How large the factors are, and what runs them; None where nothing is factorised.
+
+    Args:
+        grids: The fitted grids.
+        shapes: (O, I) of every linear, by module path.
+    """
+    if not grids.factoring:
+        return None
+    ranks: list[int] = []
+    before = after = 0
+    for name in grids.specs:
+        rows, columns = shapes[name]
+        form = grids.stored(name, (rows, columns), torch.bfloat16)
+        low = form.low if isinstance(form, SumSpec) else form
+        before += rows * columns
+        after += rows * columns if not isinstance(form, LowRankSpec) else 0
+        if isinstance(low, LowRankSpec):
+            ranks.append(low.rank)
+            after += low.rank * (rows + columns)
+    least, most = min(ranks), max(ranks)
+    span = f"{least}" if least == most else f"{least} to {most}"
+    return (
+        f"{len(ranks)} linears with factors of rank {span}: {after / before:.3f} times the "
+        "multiplications of the linears in `pocketlm.load`; transformers multiplies the factors "
+        "when it loads, and runs the dense product."
+    )
 
 
 def sparsity_note(grids: Grids) -> str | None:

@@ -12,6 +12,8 @@ from pocketlm.core.spec import ActivationSpec
 from pocketlm.core.stored import WeightSpec
 from pocketlm.engine.health import InputHealth
 
+Action = Literal["quantized", "pruned", "factorised", "folded", "kept", "dropped"]
+
 
 class Entry(BaseModel):
     """What became of one tensor of the source.
@@ -23,6 +25,7 @@ class Entry(BaseModel):
         bits: Stored bits, scales and zero points counted.
         spec: In what form the values are stored, where compressed.
         sparsity: The share of weights that were pruned; None: the step prunes nothing.
+        rank: Of its two factors; None: it has none.
         activations: How the linear's inputs are rounded; None: not at all.
         error: Relative squared error of the linear's output, |(W - Q)X|² / |WX|², measured on the
             calibration inputs; of the weight itself where there are none.
@@ -33,12 +36,13 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["quantized", "pruned", "folded", "kept", "dropped"]
+    action: Action
     reason: str
     shape: tuple[int, ...]
     bits: int
     spec: WeightSpec | None = None
     sparsity: float | None = None
+    rank: int | None = None
     activations: ActivationSpec | None = None
     error: float | None = None
     inputs: InputHealth | None = None

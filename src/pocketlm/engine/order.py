@@ -10,6 +10,7 @@ from typing import Any
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe
 from pocketlm.core.state import Step
+from pocketlm.core.stats import Hessian
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def check_order(recipe: Recipe, steps: Sequence[Step]) -> None:
             where="recipe",
             remedy="End with a quantizing step such as gptq, or set `weights: null`.",
         )
+    _check_factors(recipe, steps)
     for made in ("mask",):
         first = next((i for i, step in enumerate(steps) if made in step.makes), len(steps))
         for step in steps[first + 1 :]:
@@ -94,3 +96,24 @@ def check_order(recipe: Recipe, steps: Sequence[Step]) -> None:
                     where="recipe",
                     remedy="Prune first, then quantize.",
                 )
+
+
+def _check_factors(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """What may follow a step that makes factors: one that knows them, or quantizes a factor."""
+    first = next((i for i, step in enumerate(steps) if "factors" in step.makes), len(steps))
+    for place in range(first + 1, len(steps)):
+        step, method = steps[place], recipe.steps[place].method
+        if "factors" in step.preserves:
+            continue
+        maker = recipe.steps[first].method
+        # A factor has inputs of its own: their Hessian is known, other statistics are not.
+        known = step.kind == "linear" and set(step.needs) <= {Hessian}
+        if "factors" in step.makes:
+            what = f"{method} would factorise again what {maker} has factorised."
+            remedy = "Keep one of them; `ranks` gives linears ranks of their own."
+        elif known and "mask" not in step.makes and step.makes | step.preserves:
+            continue
+        else:
+            what = f"{method} does not know the factors that {maker} makes."
+            remedy = f"Put {method} before {maker}, or quantize with rtn, clip, gptq or refine."
+        raise ConfigError(what, where="recipe", remedy=remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pocketlm.core.errors import BudgetError
 from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
 from pocketlm.engine.duration import stage_seconds
-from pocketlm.engine.grids import Grids, grid_text, scale_dtype_for
+from pocketlm.engine.grids import Grids, grid_text, linear_bits, scale_dtype_for
 from pocketlm.engine.machine import (
     available_ram_bytes,
     resident_bytes,
@@ -114,14 +114,17 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     shapes = {name: shape for name, shape in model.linear_shapes().items() if name in grids.specs}
     tokens = samples * seq_len if job.needs_data else 0
     sizes = stored_sizes(model, grids, job.dtype)
-    stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes["source"])
+    stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes)
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
     host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
     floats = job.dtype or model.dtype
-    linear_bits = sum(_bits(grids, name, shape, floats) for name, shape in shapes.items())
+    bits = sum(
+        linear_bits(grids.stored(name, shape, floats), shape, grids.inputs.get(name))
+        for name, shape in shapes.items()
+    )
     return Plan(
         source=job.source,
         method=" → ".join(step.method for step in job.recipe.steps),
@@ -131,11 +134,11 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         blocks=len(model.block_paths),
         linears=len(shapes),
         inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
-        grids=dict(Counter(grid_text(spec) for spec in grids.specs.values()).most_common()),
+        grids=dict(Counter(_forms(grids, shapes, floats)).most_common()),
         sparsity=None if grids.sparsity is None else grids.sparsity.name,
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
-        bits_per_weight=linear_bits / sum(math.prod(shape) for shape in shapes.values()),
+        bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         samples=samples if tokens else 0,
         seq_len=seq_len if tokens else 0,
         tokens_per_expert=_tokens_per_expert(model.config, tokens),
@@ -228,11 +231,13 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
     return totals
 
 
-def _bits(grids: Grids, name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    inputs = grids.inputs.get(name)
-    return grids.stored(name, shape, dtype).stored_bits(shape) + (
-        0 if inputs is None else inputs.stored_bits
-    )
+def _forms(
+    grids: Grids, shapes: Mapping[str, tuple[int, int]], floats: torch.dtype
+) -> Iterator[str]:
+    """What is asked of each linear in words: its grid, its factors."""
+    for name, shape in shapes.items():
+        asked = grids.stored(name, shape, floats) if grids.factoring else grids.specs[name]
+        yield grid_text(asked)
 
 
 def _working_bytes(

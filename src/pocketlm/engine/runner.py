@@ -18,6 +18,7 @@ from torch import Tensor
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import NumericError
+from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.artifact import write_artifact
@@ -26,7 +27,7 @@ from pocketlm.engine.block import Compressed, compress_block
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
-from pocketlm.engine.ledger import Entry, Ledger
+from pocketlm.engine.ledger import Action, Entry, Ledger
 from pocketlm.engine.memory import held_runs
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
@@ -266,6 +267,9 @@ class Runner:
         weight, sparsity = result.weight, self._grids.sparsity
         if result.mask_OI is None or sparsity is None or not self._grids.compact:
             return weight
+        if isinstance(weight, Sum):
+            assert not isinstance(weight.base, Sparse)
+            return Sum(Sparse(weight.base, result.mask_OI, sparsity.pattern), weight.low)
         assert isinstance(weight, Dense | PackedInt | PackedFloat)
         plain = replace(weight, transposed=False) if isinstance(weight, Dense) else weight
         return Sparse(plain, result.mask_OI, sparsity.pattern)
@@ -280,13 +284,16 @@ class Runner:
         rounding = self._grids.inputs.get(name)
         scale_bits = 0 if rounding is None else rounding.stored_bits
         mask_OI = result.mask_OI
+        action, rank = _action(weight, result)
+        reason = " → ".join(step.method for step in self._job.recipe.steps)
         return Entry(
-            action="pruned" if result.spec is None else "quantized",
-            reason=" → ".join(step.method for step in self._job.recipe.steps),
+            action=action,
+            reason=f"{reason} leaves it as it is" if action == "kept" else reason,
             shape=self._model.source.infos()[result.view.tensor_name].shape,
             bits=weight.stored_bits + scale_bits,
             spec=weight.spec,
             sparsity=None if mask_OI is None else 1 - int(mask_OI.sum()) / mask_OI.numel(),
+            rank=rank,
             activations=rounding,
             error=round(result.error, 9),
             inputs=result.inputs,
@@ -304,3 +311,14 @@ class Runner:
 
     def _wrote(self, done: int, total: int) -> None:
         self._progress.step(done / total if total else 1.0, "assembling the artifact")
+
+
+def _action(weight: WeightTensor, result: Compressed) -> tuple[Action, int | None]:
+    """What was done to a linear, and the rank of its factors if it has some."""
+    if isinstance(weight, LowRank):
+        return "factorised", weight.rank
+    if isinstance(weight, Sum):
+        return "factorised", weight.low.rank
+    if result.spec is not None:
+        return "quantized", None
+    return ("pruned" if result.mask_OI is not None else "kept"), None

@@ -11,8 +11,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from math import prod
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -73,19 +71,6 @@ class HiddenStates:
         self._ram = None
         if self._file is not None:
             self._file.close()
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Frees the memory or the file."""
-        self.close()
 
 
 def batches(windows: int, seq_len: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,7 +156,7 @@ def evaluate_model(
         base = BaseScores(original, windows, hidden.stream(original, tokens_NT, count.step))
         own_base = True
     try:
-        with hidden.stream(model, tokens_NT, count.step) as states:
+        with closing(hidden.stream(model, tokens_NT, count.step)) as states:
             scores = _score(model, states, base, tokens_NT, count.step)
     finally:
         if base is not None and own_base:

@@ -29,6 +29,7 @@ from pocketlm.formats import inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_config import NAME, config_section, storage, weight_args
 from pocketlm.formats.layouts import Layout, dense, float_packed, pack_quantized, plain_quantized
+from pocketlm.formats.packing import fills_bytes
 from pocketlm.formats.safetensors_header import element_bytes
 
 __all__ = ["NAME", "config_section", "decode", "encode", "names", "storage", "weight_args"]
@@ -191,7 +192,7 @@ def check_shape(spec: QuantSpec, shape: tuple[int, int], where: str | None = Non
     Raises:
         UnsupportedLayer: With what to do instead.
     """
-    if shape[1] < 32 or (spec.type != "int" and shape[1] * spec.bits % 8):
+    if shape[1] < 32 or (spec.type != "int" and not fills_bytes(shape[1], spec.bits)):
         why = "is too narrow; 32 are needed" if shape[1] < 32 else "does not fill whole bytes"
         raise UnsupportedLayer(
             f"a weight of {shape[1]} columns {why}.",

@@ -110,24 +110,37 @@ def unpack(words_RW: Tensor, bits: int, codes: int) -> Tensor:
 
 
 def pack_bytes(codes_RC: Tensor, bits: int) -> Tensor:
-    """Codes of 4 or 8 bits as bytes; two of 4 bits share one, the first in its lower half.
+    """Codes as bytes, the first in the lowest bits: two of 4 bits in one, eight of 3 bits in three.
 
     Args:
-        codes_RC: uint8 [R, C], C even where codes have 4 bits.
-        bits: 4 or 8.
+        codes_RC: uint8 [R, C], C as `fills_bytes` wants it.
+        bits: 2, 3, 4 or 8.
 
     Returns:
         uint8 [R, C·bits/8].
     """
     if bits == 8:
         return codes_RC
-    return codes_RC[:, ::2] | (codes_RC[:, 1::2] << 4)
+    if bits == 4:
+        return codes_RC[:, ::2] | (codes_RC[:, 1::2] << 4)
+    lanes = _squeeze_lanes(codes_RC.contiguous().flatten().view(torch.int64), bits)
+    return lanes.view(torch.uint8).view(-1, 8)[:, :bits].reshape(codes_RC.shape[0], -1)
+
+
+def fills_bytes(columns: int, bits: int) -> bool:
+    """Whether a row of codes can be cut into what `pack_bytes` packs together."""
+    return columns % {8: 1, 4: 2}.get(bits, 8) == 0
 
 
 def unpack_bytes(bytes_RB: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_bytes`: uint8 [R, C]."""
     if bits == 8:
         return bytes_RB
+    if bits < 4:
+        eights = bytes_RB.new_zeros(bytes_RB.numel() // bits, 8)
+        eights[:, :bits] = bytes_RB.reshape(-1, bits)
+        lanes = _spread_lanes(eights.flatten().view(torch.int64), bits)
+        return lanes.view(torch.uint8).view(bytes_RB.shape[0], -1)
     return torch.stack([bytes_RB & 0xF, bytes_RB >> 4], dim=-1).flatten(1)
 
 

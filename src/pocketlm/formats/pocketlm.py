@@ -1,10 +1,11 @@
 """The format ``pocketlm``: what no engine's own format can hold, loaded through `pocketlm.hf`.
 
 That is GPT-2's Conv1D, whose weight lies transposed ([I, O]) in the checkpoint, the tables of
-bitsandbytes (NF4, FP4), and sparse weights of which only what is kept is stored. Weights are stored
-as [O, I], so that groups run along the inputs as everywhere; the section of config.json lists a
-transposed module under ``transposed``. Integers lie as in ``pack-quantized`` of compressed-tensors,
-other codes as bytes (`layouts.float_packed`), sparse weights as in `layouts.sparse`.
+bitsandbytes (NF4, FP4), sparse weights of which only what is kept is stored, and weights in two
+thin factors. Codes are stored as [O, I], so that groups run along the inputs as everywhere; the
+section of config.json lists a transposed module under ``transposed``. Integers lie as in
+``pack-quantized`` of compressed-tensors, other codes as bytes (`layouts.float_packed`), sparse
+weights as in `layouts.sparse`, factors as in `layouts.low_rank` and `layouts.summed`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ from torch import Tensor
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
-from pocketlm.core.stored import DenseSpec, SparseSpec, WeightSpec
+from pocketlm.core.stored import DenseSpec, LowRankSpec, SparseSpec, SumSpec, WeightSpec
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_tensors import check_shape, module_of, parts_bytes
-from pocketlm.formats.layouts import Layout, Parts, dense, float_packed, pack_quantized, sparse
+from pocketlm.formats.layouts import (
+    Layout,
+    Parts,
+    dense,
+    float_packed,
+    low_rank,
+    pack_quantized,
+    sparse,
+    summed,
+)
 
 NAME = "pocketlm"
 FORMAT_VERSION = 1
@@ -35,6 +45,10 @@ def layout_of(spec: WeightSpec) -> Layout:
         return dense
     if isinstance(spec, SparseSpec):
         return sparse
+    if isinstance(spec, LowRankSpec):
+        return low_rank
+    if isinstance(spec, SumSpec):
+        return summed
     return pack_quantized if spec.type == "int" else float_packed
 
 

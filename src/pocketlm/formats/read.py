@@ -22,7 +22,7 @@ from pocketlm.core.stored import WeightSpec, parse_weight_spec
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import compressed_tensors, inputs, pocketlm
 from pocketlm.formats.compressed_config import spec_of
-from pocketlm.formats.layouts import ROLES, Layout
+from pocketlm.formats.layouts import FACTORS, ROLES, Layout
 
 Scheme = tuple[WeightSpec, Layout, ActivationSpec | None]
 """A weight's form, how it is stored, and how the inputs are rounded."""
@@ -206,7 +206,7 @@ def _module(
     missing = [name for name in tensors if name not in names]
     if missing:
         raise ArtifactError(f"the tensor '{missing[0]}' is missing.", where=module)
-    known = (*ROLES, *inputs.ROLES)
+    known = (*ROLES, *(f"{side}.{role}" for side in FACTORS for role in ROLES), *inputs.ROLES)
     extra = [f"{module}.{role}" for role in known if f"{module}.{role}" in names]
     surplus = sorted(set(extra) - set(tensors))
     if surplus:

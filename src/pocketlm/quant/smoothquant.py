@@ -104,9 +104,7 @@ def joint_error(linears: Sequence[LinearState], x_TI: Tensor, scale_I: Tensor) -
     total = torch.zeros((), dtype=torch.float64, device=x_TI.device)
     for state in linears:
         scaled_OI = state.reference_OI * scale_I
-        grid = minmax_grid(
-            scaled_OI, state.spec, state.scale_dtype, shared_absmax=state.shared_absmax
-        )
+        grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
         rounded_OI = round_to_grid(scaled_OI, grid, state.spec).dequantize()
         error_TO = rounded_TI @ rounded_OI.T - x_TI @ state.reference_OI.T
         total += error_TO.square().sum().double()

@@ -16,7 +16,7 @@ import yaml
 
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe
-from pocketlm.core.stored import SparseSpec
+from pocketlm.core.stored import LowRankSpec, values_of
 from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.formats.capabilities import capability, check_layer, check_model
@@ -100,7 +100,7 @@ def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
     data["library_name"] = "pocketlm" if ledger.format == "pocketlm" else "transformers"
     data.setdefault("pipeline_tag", "text-generation")
     bits = sorted({f"{spec.bits}-bit" for spec in _grids(ledger).values()})
-    made = sorted({entry.action for entry in ledger.compressed().values()})
+    made = sorted({entry.action for entry in ledger.compressed().values()} - {"kept"})
     data["tags"] = ["pocketlm", ledger.format, *made, *bits]
     text = yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
     return f"---\n{text}---"
@@ -113,7 +113,7 @@ def _title(base: str) -> str:
 def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
     """Module path → grid, of the linears that are quantized."""
     forms = {name: entry.spec for name, entry in ledger.compressed().items()}
-    values = {n: form.values if isinstance(form, SparseSpec) else form for n, form in forms.items()}
+    values = {name: values_of(form) for name, form in forms.items() if form is not None}
     return {
         name.removesuffix(".weight"): grid
         for name, grid in values.items()
@@ -130,6 +130,16 @@ def _sparsity(ledger: Ledger) -> str | None:
     return percent_text(zeros / sum(math.prod(e.shape) for e in pruned))
 
 
+def _factorised(ledger: Ledger) -> str | None:
+    """The share of the parameters that factors left of the linears they replace, in words."""
+    left = weights = 0
+    for entry in ledger.compressed().values():
+        if isinstance(entry.spec, LowRankSpec):
+            left += entry.spec.rank * sum(entry.shape)
+            weights += math.prod(entry.shape)
+    return None if not weights else f"{percent_text(left / weights)} of the parameters"
+
+
 def _scheme(ledger: Ledger) -> str:
     inputs = _inputs(ledger)
     width = 16 if inputs is None else inputs.bits
@@ -137,10 +147,12 @@ def _scheme(ledger: Ledger) -> str:
         f"W{spec.bits}A{width}" if spec.type == "int" else spec.name
         for spec in _grids(ledger).values()
     }
-    pruned = _sparsity(ledger)
-    listed = "/".join(sorted(names)) or ("not quantized" if pruned is None else "")
+    pruned, left = _sparsity(ledger), _factorised(ledger)
+    listed = "/".join(sorted(names)) or ("" if pruned or left else "not quantized")
     if pruned is not None:
         listed = f"{listed} {pruned} pruned".strip()
+    if left is not None:
+        listed = f"{listed} factors of {left}".strip()
     return f"{listed}, FP8 inputs" if inputs is not None and inputs.type == "float" else listed
 
 

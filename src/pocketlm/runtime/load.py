@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError
+from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
+from pocketlm.runtime.factored import LowRankLinear, RoundedInputs, SumLinear
 from pocketlm.runtime.linear import PackedLinear
 
 if TYPE_CHECKING:
@@ -71,10 +73,19 @@ def load(
     def make_linear(
         weight: WeightTensor, bias: Tensor | None, quantizer: InputQuantizer | None
     ) -> nn.Module:
+        if isinstance(weight, Sum):  # the base and the factors see the same rounded inputs
+            return SumLinear(
+                make_linear(weight.base, bias, quantizer), make_linear(weight.low, None, quantizer)
+            )
+        if isinstance(weight, LowRank):
+            return LowRankLinear(
+                make_linear(weight.left, bias, None), make_linear(weight.right, None, quantizer)
+            )
         if isinstance(weight, Sparse):  # no kernel skips zeros: they are multiplied like the rest
             weight = weight.values
         if not isinstance(weight, PackedInt | PackedFloat):
-            return _dense_linear(weight.dequantize(dtype), bias, place)
+            linear = _dense_linear(weight.dequantize(dtype), bias, place)
+            return linear if quantizer is None else RoundedInputs(linear, quantizer.to(place))
         return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
     return runtime_model(
@@ -146,5 +157,10 @@ def _weights(section: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups = [group.get("weights") or {} for group in section["config_groups"].values()]
         return [{**weights, "bits": weights["num_bits"]} for weights in groups if weights]
     forms = [group["weights"] for group in section.get("groups", [])]
-    values = [form.get("values", form) for form in forms]  # of sparse weights
-    return [form for form in values if "bits" in form]
+    return [form for form in map(_values, forms) if "bits" in form]
+
+
+def _values(form: dict[str, Any]) -> dict[str, Any]:
+    """The values of a form that is made of others: sparse, in factors, in two parts."""
+    inner = next((form[key] for key in ("values", "base", "right") if key in form), None)
+    return form if inner is None else _values(inner)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from torch import Tensor
 from pocketlm import __version__
 from pocketlm.calibration.health import token_health
 from pocketlm.calibration.tokens import prefix_ids
-from pocketlm.calibration.windows import Windows
+from pocketlm.calibration.windows import Windows, window_length
 from pocketlm.core.errors import NumericError, ResourceError
 from pocketlm.engine.events import EventLog
-from pocketlm.engine.machine import available_ram_bytes, cache_directory
+from pocketlm.engine.machine import available_ram_bytes, cache_directory, total_vram_bytes
 from pocketlm.engine.progress import Progress
 from pocketlm.formats.shards import write_file
 from pocketlm.runtime.generate import end_tokens
@@ -52,8 +53,8 @@ def own_windows(
     seed: int,
     log: EventLog,
     *,
-    model_bytes: int,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Windows:
     """Windows that the model wrote; kept in the user's cache, so that a resumed run has them.
 
@@ -64,13 +65,15 @@ def own_windows(
         seq_len: Tokens of each.
         seed: Same seed, machine and versions: same windows.
         log: Told how far it has come.
-        model_bytes: Of the model's tensors.
         trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
 
     Raises:
+        ConfigError: If `samples` or `seq_len` is too small.
         ResourceError: If the model does not fit in memory as a whole, which writing needs.
         NumericError: If its logits are not finite.
     """
+    seq_len, notes = window_length(samples, seq_len, view.context)
     tokenizer = view.tokenizer()
     prefix = prefix_ids(tokenizer)
     context = [
@@ -81,24 +84,52 @@ def own_windows(
     kept = cache_directory("own-text") / f"{digest}.npy"
     tokens_NT = _read(kept, (samples, seq_len))
     if tokens_NT is None:
-        if not isinstance(source, str | Path):
-            model = source
-        elif view.device.type == "cpu" and model_bytes > available_ram_bytes():
-            raise ResourceError(
-                f"writing text needs the whole model in memory, {model_bytes / 1e9:.1f} GB.",
-                where="--calibration self",
-                remedy="Give a text file, or 'builtin'.",
+        if isinstance(source, str | Path):
+            _require_room(view)
+            model, _ = load(
+                source,
+                device=view.device,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
             )
         else:
-            model, _ = load(source, device=view.device, trust_remote_code=trust_remote_code)
+            model = source
         special = set(tokenizer.all_special_ids)
         ordinary = [i for i in range(len(tokenizer)) if i not in special]
-        starts, ends = torch.tensor(prefix or ordinary), end_tokens(model, tokenizer)
-        tokens_NT = _written(model, len(tokenizer), starts, ends, samples, seq_len, seed, log)
+        starts, ends = torch.tensor(prefix[:1] or ordinary), end_tokens(model, tokenizer)
+        with _evaluating(model):
+            tokens_NT = _written(model, len(tokenizer), starts, ends, samples, seq_len, seed, log)
         _keep(kept, tokens_NT)
     health = token_health(tokens_NT, tokenizer.all_special_ids, bool(prefix))
     text = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
-    return Windows(tokens_NT, NAME, text, bool(prefix), seed, health.remarks(), health)
+    return Windows(tokens_NT, NAME, text, bool(prefix), seed, (*notes, *health.remarks()), health)
+
+
+def _require_room(view: Model) -> None:
+    """Refuses a model that the device cannot hold whole, with a tenth for caches.
+
+    Raises:
+        ResourceError: Saying how large it is.
+    """
+    needed = 1.1 * sum(info.bytes_stored for info in view.source.infos().values())
+    room = total_vram_bytes(view.device) if view.device.type == "cuda" else available_ram_bytes()
+    if needed > room:
+        raise ResourceError(
+            f"writing text needs the whole model in memory, {needed / 1e9:.1f} GB.",
+            where="--calibration self",
+            remedy="Give a text file, or 'builtin'.",
+        )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Generator[None]:
+    """Without dropout, which a model that is handed over in training mode has."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _read(kept: Path, shape: tuple[int, int]) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 
 from pocketlm.core.errors import BudgetError, ConfigError
 from pocketlm.core.views import ModelView
-from pocketlm.engine.grids import Grids
+from pocketlm.engine.grids import Grids, linear_bits
 from pocketlm.engine.plan import stored_sizes
 from pocketlm.formats import format_for
 from pocketlm.formats.shards import MAX_SHARD_BYTES
@@ -89,7 +89,9 @@ def spent(
     largest = sum(unit.candidates[-1].file_bytes for unit in units)
     return Spent(
         weights=sum(math.prod(shapes[name]) for name in grids.quantized),
-        bits=sum(spec.stored_bits(shapes[name]) for name, spec in fixed.items()),
+        bits=sum(
+            linear_bits(spec, shapes[name], grids.inputs.get(name)) for name, spec in fixed.items()
+        ),
         file_bytes=written + _overhead(model, grids, written + largest),
         kept_bytes=kept,
     )

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocketlm.calibration.texts import load_text
-from pocketlm.calibration.windows import token_windows
-from pocketlm.engine.events import Listener
+from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.machine import cache_directory
 from pocketlm.models import open_model
+from pocketlm.runtime.calibration_windows import calibration_windows
 from pocketlm.search.results import SearchResult
 from pocketlm.search.run import Question, run_search
 
@@ -41,7 +40,7 @@ def search_source(
     Args:
         source: What `open_model` takes.
         question: What is searched for.
-        calibration: What `load_text` takes.
+        calibration: What `load_text` takes, or ``self``.
         seed: Of the windows.
         device: Where blocks compute.
         directory: Where findings are kept; None: the user's cache.
@@ -59,8 +58,8 @@ def search_source(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    tokenizer = model.tokenizer()
-    text = load_text(calibration, "calibration", tokenizer)
-    length = min(SEQ_LEN, model.context)
-    windows = token_windows(tokenizer, text, WINDOWS, length, seed, model.context)
+    windows = calibration_windows(
+        model, source, calibration, WINDOWS, min(SEQ_LEN, model.context), seed,
+        EventLog(None, listener), trust_remote_code=trust_remote_code, revision=revision,
+    )  # fmt: skip
     return run_search(model, windows, question, directory or cache_directory("search"), listener)

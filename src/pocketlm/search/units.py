@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.views import ModelView
-from pocketlm.engine.grids import Grids, scale_dtype_for
+from pocketlm.engine.grids import Grids, linear_bits, scale_dtype_for
 from pocketlm.formats import format_for
 from pocketlm.formats.capabilities import capability, check_layer, unit_of
 
@@ -27,7 +27,7 @@ class Candidate:
     Attributes:
         spec: The grid as a recipe asks for it.
         specs: Module path → the grid, fitted to the columns.
-        bits: Stored bits of the unit's codes, scales and zero points.
+        bits: Stored bits of the unit, as `linear_bits` counts them.
         file_bytes: Bytes of its tensors in the files.
     """
 
@@ -44,7 +44,6 @@ class Unit:
     Attributes:
         name: As `unit_of` gives it.
         block: Index of the block.
-        kind: The name inside the block: units of one kind are alike from block to block.
         linears: Module paths.
         weights: How many weights they have.
         candidates: Grids it may get, by rising bytes.
@@ -52,18 +51,23 @@ class Unit:
 
     name: str
     block: int
-    kind: str
     linears: tuple[str, ...]
     weights: int
     candidates: tuple[Candidate, ...]
 
 
 def default_candidates(recipe: Recipe) -> tuple[QuantSpec, ...]:
-    """The recipe's grid at 2, 3, 4, 5, 6 and 8 bits.
+    """The recipe's grid at 2, 3, 4, 5, 6 and 8 bits; of NF, integers above 4 bits.
 
     Raises:
-        ConfigError: If it is no grid of integers.
+        ConfigError: If its number format has one width.
     """
+    if recipe.weights is not None and recipe.weights.type == "nf":
+        integers = {"type": "int", "scale": "float"}
+        return tuple(
+            recipe.weights.model_copy(update={"bits": bits, **(integers if bits > 4 else {})})
+            for bits in BITS
+        )
     if recipe.weights is None or recipe.weights.type != "int":
         raise ConfigError(
             f"{'a float' if recipe.weights is None else recipe.weights.name} has one width; "
@@ -112,7 +116,6 @@ def choice_units(
             Unit(
                 name=unit,
                 block=block,
-                kind=unit.removeprefix(f"{model.block_paths[block]}."),
                 linears=tuple(linears),
                 weights=sum(math.prod(shapes[name]) for name in linears),
                 candidates=found,
@@ -167,7 +170,10 @@ def _candidates(
             Candidate(
                 spec,
                 specs,
-                bits=sum(specs[name].stored_bits(shapes[name]) for name in linears),
+                bits=sum(
+                    linear_bits(specs[name], shapes[name], grids.inputs.get(name))
+                    for name in linears
+                ),
                 file_bytes=file_bytes(model, specs, grids.format_name, grids.inputs),
             ),
         )

@@ -94,12 +94,14 @@ def test_the_live_line_is_one_line_on_any_terminal(width: int):
 
 def test_the_terminal_keeps_only_what_must_stay():
     drawn = console(terminal=True)
-    with LiveLine(drawn) as live:
-        show = Show(live)
-        show(Event(kind="run_started", text="compressing m to out"))
-        for done in (1, 2, 3):
-            show(block(done))
-        show(Event(kind="warning", text="a warning"))
+    live = LiveLine(drawn)
+    live.start()
+    show = Show(live)
+    show(Event(kind="run_started", text="compressing m to out"))
+    for done in (1, 2, 3):
+        show(block(done))
+    show(Event(kind="warning", text="a warning"))
+    live.stop()
     kept = drawn.file.getvalue()
     assert "a warning\x1b[0m\n" in kept
     assert kept.count("\n") <= 4  # the sentence, and the line's own moves

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from pocketlm.core.levels import (
     codes_of,
@@ -27,7 +29,7 @@ from pocketlm.core.scales import (
 from pocketlm.core.spec import SCHEMES, QuantSpec
 
 ONE = torch.ones(())
-NUMBERS = ("W3A16", "W8A16", "MXFP4", "FP8_CHANNEL", "NF4", "FP4")
+NUMBERS = ("W3A16", "W8A16", "MXFP4", "FP8_CHANNEL", "NF2", "NF3", "NF4", "FP4")
 finite = st.floats(-2000, 2000, width=32, allow_nan=False)
 
 
@@ -64,6 +66,17 @@ def test_every_level_keeps_its_code(name: str) -> None:
     assert torch.equal(level, known)
     assert float(known.abs().max()) == largest_level(spec)
     assert mirrored(spec) == torch.equal(known.sort().values, (-known).sort().values)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_normal_floats_are_quantiles(bits: int) -> None:
+    """QLoRA, eq. 4, with the offset that keeps the ends finite and a zero in between."""
+    count = 1 << bits
+    offset = 1 - (1 / (count - 1) + 1 / count) / 4
+    above = norm.ppf(np.linspace(offset, 0.5, count // 2 + 1)[:-1])
+    below = -norm.ppf(np.linspace(offset, 0.5, count // 2)[:-1])
+    expected = np.sort([*below, 0.0, *above]) / above[0]
+    assert all_levels(SCHEMES[f"NF{bits}"]).tolist() == pytest.approx(expected, abs=5e-7)
 
 
 def test_ties_go_to_the_even_mantissa() -> None:

@@ -95,7 +95,7 @@ def test_tiles_may_end_beyond_the_weight() -> None:
         ({"type": "float", "bits": 8, "symmetric": False}, "only 'int' may be asymmetric"),
         ({"type": "float", "scale": "e4m3", "group_size": 32}, "has groups of 16, not 32"),
         ({"type": "float", "scale": "e8m0", "group_size": None}, "has groups of 32, not None"),
-        ({"type": "nf", "bits": 3}, "'nf' has 4 bits, not 3"),
+        ({"type": "nf", "bits": 5}, "'nf' has 2 or 3 or 4 bits, not 5"),
         ({"type": "nf", "scale": "e8m0"}, "takes the scale 'float' or 'dynamic8'"),
         ({"type": "nf", "group_rows": 8}, "has a scale for each row"),
         ({"scale": "e8m0"}, "'int' of 4 bits takes the scale 'float'"),

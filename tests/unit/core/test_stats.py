@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pocketlm.core import stats
-from pocketlm.core.stats import Hessian
+from pocketlm.core.stats import AbsMean, Hessian
 
 
 @pytest.mark.parametrize("panel", [5, 16, 64])
@@ -77,3 +77,23 @@ def test_few_tokens_shrink_the_hessian_more() -> None:
         assert torch.equal(shrunk_II[off_II], full_II[off_II])
         assert torch.allclose(shrunk_II.diagonal(), full_II.diagonal() * (1.25 + share))
     assert torch.equal(Hessian(32).shrunk_II(), torch.zeros(32, 32))
+
+
+def test_through_a_linear_is_the_hessian_of_what_it_gives() -> None:
+    draw = torch.Generator().manual_seed(4)
+    x_TI, weight_RI = torch.randn(90, 20, generator=draw), torch.randn(6, 20, generator=draw)
+    before, after = Hessian(20), Hessian(6)
+    before.add(x_TI)
+    after.add(x_TI @ weight_RI.T)
+    carried = before.through(weight_RI)
+    assert carried.tokens == 90
+    assert torch.allclose(carried.matrix_II(), after.matrix_II(), rtol=1e-4, atol=1e-3)
+
+
+def test_mean_magnitude_of_all_tokens_however_they_come() -> None:
+    x_TI = torch.randn(70, 12, generator=torch.Generator().manual_seed(5))
+    first, second = AbsMean(12), AbsMean(12)
+    first.add(x_TI[:50])
+    second.add(x_TI[50:])
+    first.merge(second)
+    assert torch.allclose(first.value_I(), x_TI.abs().mean(0), rtol=1e-5)

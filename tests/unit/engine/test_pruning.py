@@ -23,7 +23,7 @@ from pocketlm.evaluate.verify_files import Artifact, checks
 PRUNING = sorted(
     name
     for name in catalog.METHODS
-    if "mask" in catalog.build_step(name, {}).makes and name != "sparsegpt_joint"
+    if "mask" in catalog.method_class(name).makes and name != "sparsegpt_joint"
 )
 W4 = {"bits": 4, "group_size": 32}
 

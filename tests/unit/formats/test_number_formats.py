@@ -37,7 +37,7 @@ from pocketlm.formats.read import CompressedIndex
 from pocketlm.quant.grid import minmax_grid, round_to_grid
 
 HELD = ["FP8_TENSOR", "FP8_CHANNEL", "FP8_BLOCK", "FP8_GROUP", "MXFP4", "MXFP8", "NVFP4"]
-TABLES = ["NF4", "NF4_DQ", "FP4", "FP4_DQ"]
+TABLES = ["NF2", "NF3", "NF4", "NF4_DQ", "FP4", "FP4_DQ"]
 SPECS = {**SCHEMES, "FP8_GROUP": QuantSpec(type="float", bits=8, group_size=32)}
 
 

@@ -62,7 +62,7 @@ def test_methods_compose_and_lower_the_error(
     assert clipped <= rounded * 1.001
     assert gptq < 0.7 * rounded
     assert refined < 0.95 * gptq
-    assert rounded < (0.002 if spec.bits == 8 else 0.05)
+    assert rounded < {8: 0.002, 4: 0.05, 3: 0.15, 2: 0.4}[spec.bits]
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -104,7 +104,7 @@ def test_divergences_are_those_of_the_whole_model(llama, model, windows, recipe,
 
 def test_experts_are_measured_together(mixtral, windows, recipe):
     model = open_model(mixtral)
-    experts = [u for u in units_of(model, recipe, "transformers") if "experts" in u.kind]
+    experts = [u for u in units_of(model, recipe, "transformers") if "experts" in u.name]
     variants = [Variant(experts[1], experts[1].candidates[index]) for index in (1, 5)]
     found: dict[Variant, float] = {}
     measure_divergences(

@@ -14,7 +14,7 @@ ERRORS = [0.2, 0.05, 0.01, 0.00005]
 def unit(block: int, kind: str = "mlp.up_proj", prices=(2, 3, 4, 8)) -> Unit:
     spec = QuantSpec(bits=4)
     candidates = tuple(Candidate(spec, {}, bits=p, file_bytes=p) for p in prices)
-    return Unit(f"{block}.{kind}", block, kind, (), 1, candidates)
+    return Unit(f"{block}.{kind}", block, (), 1, candidates)
 
 
 def test_the_anchor_is_the_coarsest_grid_whose_error_is_moderate():

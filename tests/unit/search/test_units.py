@@ -20,7 +20,7 @@ def test_each_linear_by_itself_for_transformers(model, recipe):
     units = units_of(model, recipe, "transformers")
     assert len(units) == 21
     assert all(len(unit.linears) == 1 for unit in units)
-    assert units[0].kind == "self_attn.q_proj"
+    assert units[0].name == "model.layers.0.self_attn.q_proj"
     assert [unit.block for unit in units[::7]] == [0, 1, 2]
     assert [c.spec.bits for c in units[0].candidates] == [2, 3, 4, 5, 6, 8]
 
@@ -34,13 +34,15 @@ def test_what_an_engine_fuses_is_one_unit_and_what_it_cannot_run_no_candidate(mo
 
 def test_experts_of_a_layer_are_one_unit(mixtral, recipe):
     units = units_of(open_model(mixtral), recipe, "transformers")
-    experts = [unit for unit in units if unit.kind.endswith("experts")]
+    experts = [unit for unit in units if unit.name.endswith("experts")]
     assert [len(unit.linears) for unit in experts] == [12, 12, 12]
     assert len(units) == 3 * (4 + 1)
 
 
 def test_prices_count_scales_and_in_bytes_the_padding(model, recipe):
-    down = next(u for u in units_of(model, recipe, "transformers") if u.kind == "mlp.down_proj")
+    down = next(
+        u for u in units_of(model, recipe, "transformers") if u.name.endswith("mlp.down_proj")
+    )
     three = down.candidates[1]
     assert three.bits == 64 * 96 * 3 + 64 * 3 * 16
     assert three.file_bytes == 64 * (9 * 4) + 64 * 3 * 2 + 16
@@ -49,7 +51,7 @@ def test_prices_count_scales_and_in_bytes_the_padding(model, recipe):
 def test_grids_that_fit_alike_are_one_candidate(model, recipe):
     asked = [QuantSpec(bits=4, group_size=size) for size in (128, 64, 32)]
     units = units_of(model, recipe, "transformers", asked)
-    by_kind = {unit.kind: unit for unit in units}
+    by_kind = {unit.name.split(".", 3)[-1]: unit for unit in units}
     assert [c.spec.group_size for c in by_kind["mlp.up_proj"].candidates] == [128, 32]
     assert [c.spec.group_size for c in by_kind["mlp.down_proj"].candidates] == [128]
 
@@ -57,7 +59,7 @@ def test_grids_that_fit_alike_are_one_candidate(model, recipe):
 def test_what_an_override_names_is_not_chosen(model, recipe):
     eight = QuantSpec(bits=8, group_size=32)
     fixed = recipe.model_copy(update={"overrides": {"down_proj": eight}})
-    kinds = {unit.kind for unit in units_of(model, fixed, "transformers")}
+    kinds = {unit.name.split(".", 3)[-1] for unit in units_of(model, fixed, "transformers")}
     assert "mlp.down_proj" not in kinds
     assert len(kinds) == 6
     with pytest.raises(ConfigError, match="nothing is left to choose"):

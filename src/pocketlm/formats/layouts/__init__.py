@@ -31,6 +31,10 @@ ROLES = (
 )
 
 
+FACTORS = ("left", "right")
+"""The factors of a weight, as parts of its name: ``x.left.<role>``."""
+
+
 class Layout(Protocol):
     """What every module of this package offers, for the kinds of `WeightSpec` that it stores."""
 

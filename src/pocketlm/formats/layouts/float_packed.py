@@ -1,9 +1,9 @@
-"""Codes of floats and tables as bytes, two 4-bit codes in one, the first in its lower half.
+"""Codes of floats and tables as bytes, two 4-bit codes in one, the first in its lowest bits.
 
 ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized`` of compressed-tensors, and in the format
 ``pocketlm`` every number format that is no integer:
 
-- ``weight_packed``  uint8 [O, I·bits/8];
+- ``weight_packed``  uint8 [O, I·bits/8]; 2 and 3 bits: eight codes in as many bytes;
 - ``weight_scale``   [R, G]: float, uint8 (powers of two; double-quantized) or float8_e4m3fn;
 - ``weight_global_scale``  float32 [1], what E4M3 scales are divided by (NVFP4);
 - ``weight_scale_absmax``  float32 [⌈R·G/256⌉] and ``weight_scale_offset`` float32 [1], of
@@ -22,7 +22,7 @@ from pocketlm.core.scales import Scale
 from pocketlm.core.spec import DOUBLE_BLOCK, QuantSpec
 from pocketlm.core.tensors import Packed, PackedFloat
 from pocketlm.formats.layouts import Parts, take, take_as
-from pocketlm.formats.packing import pack_bytes, unpack_bytes
+from pocketlm.formats.packing import fills_bytes, pack_bytes, unpack_bytes
 
 _OUTER = {"e4m3": "weight_global_scale", "dynamic8": "weight_scale_absmax"}
 _OFFSET = "weight_scale_offset"
@@ -36,7 +36,7 @@ def roles(spec: QuantSpec) -> tuple[str, ...]:
 
 
 def parts(spec: QuantSpec, shape: tuple[int, int], scale_dtype: torch.dtype) -> Parts:
-    """Shapes and dtypes for a weight (O, I), I even where codes have 4 bits."""
+    """Shapes and dtypes for a weight (O, I) whose rows fill whole bytes."""
     below, beside = spec.tiles(shape)
     dtypes = {"float": scale_dtype, "e4m3": torch.float8_e4m3fn}
     known: Parts = {
@@ -53,12 +53,13 @@ def encode(module: str, packed: Packed) -> dict[str, Tensor]:
     """The stored tensors of a weight by name.
 
     Raises:
-        ArtifactError: If a row of 4-bit codes does not fill whole bytes.
+        ArtifactError: If a row of codes does not fill whole bytes.
     """
     assert isinstance(packed, PackedFloat)
-    if packed.shape[1] * packed.bits % 8:
+    if not fills_bytes(packed.shape[1], packed.bits):
         raise ArtifactError(
-            f"rows of {packed.shape[1]} codes of 4 bits do not fill whole bytes.", where=module
+            f"rows of {packed.shape[1]} codes of {packed.bits} bits do not fill whole bytes.",
+            where=module,
         )
     tensors = (pack_bytes(packed.codes_OI, packed.bits), *packed.scale.tensors)
     named = zip(roles(packed.spec), tensors, strict=True)

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from pocketlm.core.activations import InputQuantizer
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.scales import Scale
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
@@ -122,6 +123,9 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
 
     Returns:
         The choice, with the reasons of those passed over.
+
+    Raises:
+        ConfigError: If nothing multiplies with the dtype.
     """
     device = torch.device(device)
     refused: dict[str, str] = {}
@@ -144,7 +148,11 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
         if reason is None:
             return Choice(row.kernel, row.tiles_from, row.reason, refused)
         refused[name] = reason
-    raise NotImplementedError(f"no kernel multiplies with {dtype}")
+    raise ConfigError(
+        f"no kernel multiplies with {dtype}.",
+        where="dtype",
+        remedy="Compute in float32, bfloat16 or float16.",
+    )
 
 
 def announce(choice: Choice, grid: Grid) -> None:
@@ -191,7 +199,7 @@ def _probe(name: str, dtype: torch.dtype, device_name: str) -> str | None:
         buffers = kernel.pack(weight, dtype, device)
         few_MO = kernel.matmul(x_MI, buffers, grid)
         many_MO = kernel.matmul_tiles(x_MI, buffers, grid)
-    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         return f"fails here: {str(error).splitlines()[0]}"
     truth_MO = x_MI.cpu().double() @ weight.dequantize(torch.float64).T
     for y_MO in (few_MO, many_MO):
@@ -221,7 +229,7 @@ def _probe_codes(name: str, dtype: torch.dtype, device_name: str) -> str | None:
         codes = InputQuantizer(kind).encode(x_MI)
         try:
             y_MO = kernel.matmul_codes(codes, kernel.pack(weight, dtype, device), dtype)
-        except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             return f"fails here: {str(error).splitlines()[0]}"
         truth_MO = codes.decode().cpu().double() @ weight.dequantize(torch.float64).T
         error = (y_MO.cpu().double() - truth_MO).norm() / truth_MO.norm()

@@ -1,0 +1,35 @@
+"""Truncated SVD of the weight itself: the least |W - L R|, without data. The baseline.
+
+Legend: O output rows, I input columns, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pocketlm.core.state import Cost, LinearState, Statistics
+from pocketlm.core.stats import Stat
+from pocketlm.lowrank.factor import Plain, best_factors, factor_flops, left_alone, stored
+from pocketlm.lowrank.rank import Ranked
+
+
+class Svd(Ranked):
+    """Keeps the largest singular values (Eckart and Young)."""
+
+    kind: ClassVar[Literal["linear"]] = "linear"
+    summary: ClassVar[str] = "two thin factors by truncated SVD, no data"
+    needs: ClassVar[tuple[type[Stat], ...]] = ()
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
+
+    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
+        """The linear as two factors."""
+        rank = self.rank_of(state.name, state.shape)
+        if rank is None:
+            return left_alone(state)
+        left_OR, right_RI = best_factors(state.reference_OI, rank, Plain())
+        return state.with_current(stored(left_OR, right_RI, state.scale_dtype))
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        """A singular value decomposition."""
+        return Cost(16 * rows * columns, factor_flops(rows, columns), calls=20)

@@ -1,0 +1,28 @@
+"""What a method's name stands for, alone and together with a number format."""
+
+from __future__ import annotations
+
+import pytest
+
+from pocketlm.recipes import build_recipe
+
+
+def names(**flags: object) -> list[str]:
+    return [step.method for step in build_recipe(**flags).steps]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd_llm", "losparse"])
+def test_factors_alone_stay_floats(method: str) -> None:
+    recipe = build_recipe(method=method)
+    assert recipe.weights is None
+    assert [step.method for step in recipe.steps] == [method]
+
+
+def test_factors_and_a_number_format_are_both_done() -> None:
+    assert names(method="svd_llm", scheme="W8A16") == ["svd_llm", "clip", "gptq", "refine"]
+
+
+def test_repairs_come_after_what_they_repair() -> None:
+    assert names(method="lqer", bits=3) == ["clip", "gptq", "refine", "lqer"]
+    assert names(method="lorc") == ["rtn", "lorc"]
+    assert names(method="caldera") == ["clip", "gptq", "caldera", "gptq", "caldera"]
