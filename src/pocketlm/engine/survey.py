@@ -1,277 +1,90 @@
-"""What a transform finds out of the original model, in streamed passes over the calibration text.
+"""One look at the original model before a run: what a step wants to know of all linears at once.
 
-Findings of a block are kept in the work directory as soon as the block is done: a run that was
-stopped recomputes activations up to there, or reads them where they are on disk, and goes on.
-Passes that need all blocks at once (gradients, removals) begin anew after a kill.
-
-Legend: B sequences, T tokens, D hidden width, L blocks, P positions, V vocabulary.
+The calibration text streams through the blocks as they are; statistics of a block's linears are
+gathered in that one forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.changes import Changes
-from pocketlm.core.errors import CalibrationError
-from pocketlm.core.transform import Findings, Outline, Visit
-from pocketlm.core.views import BlockView
-from pocketlm.engine.journal import Journal
-from pocketlm.engine.memory import hidden_bytes
-from pocketlm.models import Model
-from pocketlm.models.opening import reopen
-
-FEW_TOKENS = 4096  # for passes that run the model many times
-GRADIENT_TOKENS = 8192
-LOGIT_BYTES, LOGIT_COPIES = 256 << 20, 6  # [P, V] float32 tensors alive at once
-
-Report = Callable[[float, str], None]
+from pocketlm.core.state import Statistics, Survey
+from pocketlm.core.stats import Stat
+from pocketlm.core.views import BlockView, ModelView
+from pocketlm.engine.events import EventLog
+from pocketlm.engine.options import Job
+from pocketlm.engine.plan import boundary_bytes
 
 
-class BlockVisit:
-    """A Visit (see core/transform.py).
-
-    Args:
-        block: The loaded block.
-        calls: What each batch calls it with.
-        store: The batches' inputs; takes the outputs.
-        device: Where the block computes.
-    """
-
-    def __init__(
-        self, block: BlockView, calls: list[Any], store: ActivationStore, device: torch.device
-    ) -> None:
-        self.block, self.index = block, block.index
-        self._calls, self._store, self._device = calls, store, device
-        self.done = 0
-
-    def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs every batch that has not been run yet; see core/transform.py."""
-        for batch in range(self.done, len(self._calls)):
-            before_BTD = self._store.get(batch).to(self._device)
-            run = self.block.start(before_BTD, self._calls[batch])
-            while (pause := run.advance()) is not None:
-                if on_group is not None:
-                    on_group(pause.group, pause.inputs)
-            self._store.put(batch, run.output)
-            self.done += 1
-            yield before_BTD, run.output
-
-
-class StreamedSurvey:
-    """A Survey (see core/transform.py).
+def shares(
+    model: ModelView,
+    job: Job,
+    chosen: Sequence[str],
+    windows: Windows,
+    survey: Survey,
+    mean: float,
+    log: EventLog,
+) -> Mapping[str, float]:
+    """The share of zeros that an allocation gives each linear.
 
     Args:
-        model: The original.
-        outline: Its dimensions.
-        windows: Calibration tokens; None where the transform needs none.
-        journal: Keeps findings.
-        tokens_at_once: Tokens of one batch.
-        activation_bytes: Memory that boundary activations may take; beyond it they are on disk.
-        report: Told the share that is done, and of what.
+        model: The source.
+        job: How batches are cut, and what activations may take.
+        chosen: Module paths of the linears that are pruned.
+        windows: Calibration tokens.
+        survey: What to look at, and how to spread.
+        mean: The share of zeros over all of them.
+        log: Where progress goes.
     """
-
-    def __init__(
-        self,
-        model: Model,
-        outline: Outline,
-        windows: Windows | None,
-        journal: Journal,
-        tokens_at_once: int,
-        activation_bytes: int,
-        report: Report,
-    ) -> None:
-        self.outline = outline
-        self._model, self._windows, self._journal = model, windows, journal
-        self._tokens_at_once, self._activation_bytes = tokens_at_once, activation_bytes
-        self._report = report
-
-    @property
-    def _tokens_NT(self) -> Tensor:
-        if self._windows is None:
-            raise CalibrationError(
-                "the recipe needs calibration tokens, and none are given.", where="windows"
-            )
-        return self._windows.tokens_NT
-
-    def _some(self, most: int) -> Tensor:
-        """As many whole windows as `most` tokens hold, one at least."""
-        tokens_NT = self._tokens_NT
-        return tokens_NT[: max(1, most // tokens_NT.shape[1])]
-
-    def _batches(self, tokens_NT: Tensor) -> list[Tensor]:
-        return list(tokens_NT.split(max(1, self._tokens_at_once // tokens_NT.shape[1])))
-
-    # --- one pass forward ---
-
-    @torch.no_grad()
-    def visit(self, look: Callable[[Visit], dict[str, Tensor]]) -> Findings:
-        """Runs the calibration text through the model, block after block."""
-        total = len(self._model.block_paths)
-        first = self._journal.finished_blocks(total)
-        found = [self._journal.read_block(index)[0] for index in range(first)]
-        if first == total:
-            return found
-        calls, store = self._begin(first)
-        for index in range(first, total):
-            with self._model.block(index) as block:
-                visit = BlockVisit(block, calls, store, self._model.device)
-                seen = {
-                    name: value.cpu().clone(memory_format=torch.contiguous_format)
-                    for name, value in look(visit).items()
-                }
-                for _ in visit.run():  # what the look has left
-                    pass
-            self._journal.write_block(index, seen, {})
-            store.advance(index + 1)
-            found.append(seen)
-            self._report((index + 1) / total, f"looked at block {index + 1} of {total}")
-        return found
-
-    def _begin(self, first: int) -> tuple[list[Any], ActivationStore]:
-        """What every batch calls blocks with, and the batches at the boundary before a block."""
-        batches = self._batches(self._tokens_NT)
-        store: ActivationStore = MemoryStore()
-        recovered = False
-        if hidden_bytes(self._model, self._tokens_NT.numel()) > self._activation_bytes:
-            store = disk = DiskStore(self._journal.directory / "activations")
-            recovered = first > 0 and disk.recover(first, len(batches))
-        calls: list[Any] = []
-        for batch, tokens_BT in enumerate(batches):
-            hidden_BTD, call = self._model.begin(tokens_BT)
-            calls.append(call)
-            if not recovered:
-                store.put(batch, hidden_BTD)
-        if not recovered:
-            store.advance(0)
-            for index in range(first):
-                with self._model.block(index) as block:
-                    for _ in BlockVisit(block, calls, store, self._model.device).run():
-                        pass
-                store.advance(index + 1)
-        return calls, store
-
-    # --- the model without one block ---
-
-    @torch.no_grad()
-    def removal_losses(self) -> Tensor:
-        """Log-perplexity of the model without block i [L], on the first windows."""
-        total = len(self._model.block_paths)
-        sums_L, count = torch.zeros(total, dtype=torch.float64), 0
-        batches = self._batches(self._some(FEW_TOKENS))
-        for place, tokens_BT in enumerate(batches):
-            tokens_BT = tokens_BT.to(self._model.device)
-            hidden_BTD, call = self._model.begin(tokens_BT)
-            without: list[Tensor] = []  # i: the stream that left out block i
-            for index in range(total):
-                with self._model.block(index) as block:
-                    without = [block.forward(x.to(self._model.device), call).cpu() for x in without]
-                    without.append(hidden_BTD.cpu())
-                    hidden_BTD = block.forward(hidden_BTD, call)
-                done = (place + ((index + 1) / total) ** 2) / len(batches)
-                self._report(done, f"leaving out blocks up to {index + 1} of {total}")
-            for index, state_BTD in enumerate(without):
-                sums_L[index] += self._loss(state_BTD.to(self._model.device), tokens_BT)
-            count += tokens_BT[:, 1:].numel()
-        return sums_L / count
-
-    def _loss(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> float:
-        """Summed cross-entropy of the next tokens, in nats."""
-        end_ND = self._model.finish(hidden_BTD)[:, :-1].flatten(0, 1)
-        next_N = tokens_BT[:, 1:].flatten()
-        step = max(1, LOGIT_BYTES // (4 * LOGIT_COPIES * self._model.vocabulary))
-        return sum(
-            float(F.cross_entropy(self._model.logits(x_PD), next_P, reduction="sum").double())
-            for x_PD, next_P in zip(end_ND.split(step), next_N.split(step), strict=True)
-        )
-
-    # --- gradients ---
-
-    def gradients(
-        self, look: Callable[[int, BlockView, Mapping[str, Tensor]], dict[str, Tensor]]
-    ) -> Findings:
-        """Runs forward keeping every boundary, then backward block by block."""
-        total = len(self._model.block_paths)
-        batches = self._batches(self._some(GRADIENT_TOKENS))
-        calls: list[Any] = []
-        bounds: list[list[Tensor]] = [[]]
-        with torch.no_grad():
-            for tokens_BT in batches:
-                hidden_BTD, call = self._model.begin(tokens_BT)
-                bounds[0].append(hidden_BTD.cpu())
-                calls.append(call)
-            for index in range(total):
-                with self._model.block(index) as block:
-                    outputs = [
-                        block.forward(x.to(self._model.device), call).cpu()
-                        for x, call in zip(bounds[-1], calls, strict=True)
-                    ]
-                bounds.append(outputs)
-                self._report((index + 1) / (3 * total), f"forward through block {index + 1}")
-        ends = zip(bounds.pop(), batches, strict=True)
-        count = sum(tokens_BT[:, 1:].numel() for tokens_BT in batches)
-        slopes = [self._model.loss_gradient(x, tokens).cpu() / count for x, tokens in ends]
-        found: Findings = []
-        for index in reversed(range(total)):
-            with self._model.block(index) as block:
-                sums: dict[str, Tensor] = {}
-                before = bounds.pop()
-                for batch, call in enumerate(calls):
-                    slopes[batch] = self._back(block, before[batch], call, slopes[batch], sums)
-                found.append({n: v.cpu().contiguous() for n, v in look(index, block, sums).items()})
-            done = 1 / 3 + (total - index) * 2 / (3 * total)
-            self._report(done, f"gradients of block {index + 1} of {total}")
-        return found[::-1]
-
-    def _back(
-        self,
-        block: BlockView,
-        before_BTD: Tensor,
-        call: Any,
-        slope_BTD: Tensor,
-        sums: dict[str, Tensor],
-    ) -> Tensor:
-        """The gradient in a block's input; those in its weights are added to `sums`."""
-        device = self._model.device
-        weights = {n: view.weight_OI().requires_grad_() for n, view in block.linears.items()}
-        before_BTD = before_BTD.to(device).requires_grad_()
-        with torch.enable_grad():
-            after_BTD = block.forward_with(weights, before_BTD, call)
-        inputs = [before_BTD, *weights.values()]
-        first, *rest = torch.autograd.grad(
-            after_BTD, inputs, slope_BTD.to(device), materialize_grads=True, allow_unused=True
-        )  # an expert that no token reached has a gradient of zeros
-        for (name, weight_OI), gradient in zip(weights.items(), rest, strict=True):
-            sums.setdefault(name, torch.zeros_like(weight_OI.detach())).add_(gradient)
-        return first.cpu()
-
-    # --- a changed model ---
-
-    @torch.no_grad()
-    def distance(self, changes: Changes) -> float:
-        """Mean cosine between the last hidden states of the original and of a changed model."""
-        if not hasattr(self, "_ends"):
-            self._ends = self._last(self._model)
-        pairs = zip(self._last(reopen(self._model, changes)), self._ends, strict=True)
-        cosines = [F.cosine_similarity(a, b, dim=-1).double().mean() for a, b in pairs]
-        return float(sum(cosines) / len(cosines))
-
-    def _last(self, model: Model) -> list[Tensor]:
-        """The last hidden states of the first windows."""
-        states, calls = [], []
-        for tokens_BT in self._batches(self._some(FEW_TOKENS)):
+    looks: dict[str, Sequence[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        in_memory = boundary_bytes(model, job, windows.tokens_NT.numel()) <= job.activation_bytes
+        store: ActivationStore = MemoryStore() if in_memory else DiskStore(Path(scratch))
+        sequences = max(1, job.tokens_at_once // windows.tokens_NT.shape[1])
+        calls = []
+        for batch, tokens_BT in enumerate(windows.tokens_NT.split(sequences)):
             hidden_BTD, call = model.begin(tokens_BT)
-            states.append(hidden_BTD)
             calls.append(call)
-        for index in range(len(model.block_paths)):
+            store.put(batch, hidden_BTD)
+        store.advance(0)
+        total = len(model.block_paths)
+        for index in range(total):
             with model.block(index) as block:
-                states = [block.forward(x, c) for x, c in zip(states, calls, strict=True)]
-        return [model.finish(x).float().cpu() for x in states]
+                looks |= _look(block, calls, store, set(chosen), survey, model.device)
+            store.advance(index + 1)
+            text = f"looking at block {index + 1} of {total}"
+            log.emit("progress", text, block=index, done=index + 1, total=total)
+    shapes = model.linear_shapes()
+    sizes = {name: math.prod(shapes[name]) for name in looks}
+    return survey.spread(looks, sizes, mean)
+
+
+def _look(
+    block: BlockView,
+    calls: Sequence[object],
+    store: ActivationStore,
+    chosen: set[str],
+    survey: Survey,
+    device: torch.device,
+) -> Mapping[str, Sequence[float]]:
+    stats: dict[int, list[Stat]] = {}
+    for group in block.groups:
+        columns = block.linears[group.linears[0]].in_features
+        stats[group.index] = [kind(columns, device) for kind in survey.needs]
+    for batch, call in enumerate(calls):
+        run = block.start(store.get(batch).to(device), call)
+        while (pause := run.advance()) is not None:
+            for stat in stats[pause.group]:
+                stat.add(pause.inputs)
+        store.put(batch, run.output)
+    of = {name: stats[group.index] for group in block.groups for name in group.linears}
+    names = [name for name in block.linears if name in chosen]
+    weights = {name: block.linears[name].weight_OI() for name in names}
+    return survey.look(weights, {name: Statistics(*of[name]) for name in names})

@@ -33,7 +33,7 @@ from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger, StageAccount
 from pocketlm.engine.options import Job
 from pocketlm.engine.progress import Progress
-from pocketlm.engine.survey import StreamedSurvey
+from pocketlm.engine.streamed_survey import StreamedSurvey
 from pocketlm.engine.transform_plan import weights_of
 from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import write_file

@@ -11,7 +11,7 @@ from tests.unit.prune.conftest import BLOCKS, plain
 
 from pocketlm.calibration.windows import Windows
 from pocketlm.engine.journal import Journal
-from pocketlm.engine.survey import StreamedSurvey
+from pocketlm.engine.streamed_survey import StreamedSurvey
 from pocketlm.models import open_model
 from pocketlm.models.outline import ModelOutline
 
