@@ -118,7 +118,10 @@ def write_files(
     for name, data in job.stage_ledgers.items():
         (growing / name).parent.mkdir(parents=True, exist_ok=True)
         ledger.files[name] = write_file(growing / name, data)
-    asked = job.whole or job.recipe
+    asked = job.recipe  # as it was resolved, behind the stages that came before it
+    if job.whole is not None:
+        before = job.whole.steps[: len(job.stages)]
+        asked = asked.model_copy(update={"steps": (*before, *asked.steps)})
     recipe = yaml.safe_dump(asked.model_dump(mode="json"), sort_keys=False).encode()
     ledger.files["pocketlm/recipe.yaml"] = write_file(growing / "pocketlm" / "recipe.yaml", recipe)
     if windows is not None:

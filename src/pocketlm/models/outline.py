@@ -298,9 +298,8 @@ class ModelOutline:
             two = len(self._parameters[name]) == 2
             if is_linear(module) and two and axis == columns:
                 readers.append(tensor.removesuffix(".weight"))
-        block = next(
-            i for i, p in enumerate(self._model.skeleton.block_paths) if home.startswith(p)
-        )
+        paths = self._model.skeleton.block_paths
+        block = next(i for i, p in enumerate(paths) if f"{home}.".startswith(f"{p}."))
         path = _common(list(cuts))
         found = Structure(
             trial.dimension, path, block, trial.units, tuple(cuts.values()), tuple(readers),

@@ -185,3 +185,12 @@ def test_all_units_refused() -> None:
     none = {one.path: torch.arange(0) for one in outline.structures(CHANNELS)}
     with pytest.raises(ConfigError, match="above 0"):
         outline.cut({CHANNELS: none})
+
+
+def test_structures_belong_to_their_block() -> None:
+    """Block 10's path begins as block 1's does."""
+    outline = ModelOutline(open_model(build("llama", num_hidden_layers=11)))
+    for dimension in (CHANNELS, HEADS):
+        structures = outline.structures(dimension)
+        assert [one.block for one in structures] == list(range(11))
+        assert all(f".{one.block}." in one.path for one in structures)
