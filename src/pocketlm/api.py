@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pocketlm.models.adapter import Model
     from pocketlm.models.inspect import Inspection
     from pocketlm.prepare import Prepared
+    from pocketlm.report.data import StageResult
     from pocketlm.report.measure import Measurement
     from pocketlm.search.budget import Budget
     from pocketlm.search.results import SearchResult
@@ -344,7 +345,7 @@ def _compress_in_stages(
             seconds = {"stages": time.monotonic() - started}
             plan = stages.joined(reduced.plans)
             result = _result(output, ledger, plan, seconds, already_done=False)
-            _write_report(result, reduced.original)
+            _write_report(result, reduced.original, reduced)
         else:
             after = After(
                 name_of(source), recipe, reduced.accounts, reduced.ledgers, reduced.fingerprint
@@ -398,7 +399,7 @@ def _compress_once(
         plan = joined([*reduced.plans, plan])
     result = _result(output, ledger, plan, seconds, already_done=outcome is None)
     if outcome is not None or not result.report.exists():
-        _write_report(result, prepared.model if reduced is None else reduced.original)
+        _write_report(result, prepared.model if reduced is None else reduced.original, reduced)
     return result
 
 
@@ -431,13 +432,30 @@ def _result(
     )
 
 
-def _write_report(result: CompressResult, original: Model) -> None:
+def _write_report(result: CompressResult, original: Model, reduced: Reduced | None = None) -> None:
+    """Writes metrics, page and card; of a recipe with stages also what each of them costs."""
     from pocketlm.models.stream import SafetensorsSource
     from pocketlm.report.build import write_run_report
 
+    damage: tuple[StageResult, ...] = ()
+    if reduced is not None:
+        from pocketlm.report.waterfall import measure_stages
+
+        names = [account.method for account in reduced.accounts]
+        stages = list(zip(names, reduced.places, strict=True))
+        if reduced.rest is not None:
+            last = " → ".join(step.method for step in reduced.rest.steps)
+            stages.append((last, result.output))
+        damage = measure_stages(original, stages, trust_remote_code=reduced.trust_remote_code)
     written = dict(SafetensorsSource(result.output).infos())
     write_run_report(
-        result.output, original, written, result.plan, result.seconds, result.peak_ram_bytes
+        result.output,
+        original,
+        written,
+        result.plan,
+        result.seconds,
+        result.peak_ram_bytes,
+        damage,
     )
 
 

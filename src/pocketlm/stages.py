@@ -86,9 +86,11 @@ class Reduced:
         ledgers: File of the artifact → the ledger of a stage, for all but the last.
         fingerprint: What the whole chain depends on; for the last stage's own.
         plans: Of every transform.
+        places: What every transform has made.
         work_dir: Of the last stage.
         rest: What is left to do; None: the output is complete.
         journal: Holds the lock of the whole run.
+        trust_remote_code: Whether code from the checkpoint may run.
     """
 
     original: Model
@@ -97,9 +99,11 @@ class Reduced:
     ledgers: dict[str, bytes]
     fingerprint: dict[str, Any]
     plans: list[Plan]
+    places: list[Path]
     work_dir: Path
     rest: Recipe | None
     journal: Journal
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ def reduce(
         accounts: list[StageAccount] = []
         ledgers: dict[str, bytes] = {}
         plans: list[Plan] = []
+        places: list[Path] = []
         place = output
         for number, step in enumerate(transforms, 1):
             last = rest is None and number == len(transforms)
@@ -267,6 +272,7 @@ def reduce(
                 listener=on_event, planned=plan.seconds,
             )  # fmt: skip
             accounts = ledger.stages
+            places.append(place)
             ledgers[f"{LEDGERS}/{number}-{step.method}.json"] = (
                 place / "pocketlm" / "ledger.json"
             ).read_bytes()
@@ -276,7 +282,16 @@ def reduce(
         journal.release()
         raise
     return Reduced(
-        original, place, tuple(accounts), ledgers, chain, plans, directory / "last", rest, journal
+        original,
+        place,
+        tuple(accounts),
+        ledgers,
+        chain,
+        plans,
+        places,
+        directory / "last",
+        rest,
+        journal,
     )
 
 

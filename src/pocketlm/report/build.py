@@ -24,6 +24,7 @@ from pocketlm.report.data import (
     FOLDER,
     Prediction,
     ReportData,
+    StageResult,
     Timing,
     read_metrics,
     write_metrics,
@@ -53,6 +54,7 @@ def write_run_report(
     plan: Plan,
     seconds: dict[str, float],
     peak_ram_bytes: int | None,
+    stages: tuple[StageResult, ...] = (),
 ) -> Path:
     """Writes metrics, page and card of a finished run, before any evaluation.
 
@@ -63,6 +65,7 @@ def write_run_report(
         plan: What was predicted.
         seconds: Of the stages.
         peak_ram_bytes: Of the process.
+        stages: What each stage left, where the recipe has stages.
 
     Returns:
         The page.
@@ -107,6 +110,7 @@ def write_run_report(
         ledger=ledger_rows(ledger),
         text=None if ledger.calibration is None else ledger.calibration.health,
         inputs=input_rows(ledger),
+        stages=stages,
     )
     return write_all(artifact, data)
 

@@ -87,6 +87,20 @@ class LedgerRow(Result):
     outputs: tuple[str, ...] = ()
 
 
+class StageResult(Result):
+    """How far a model is from the original after a stage of its recipe.
+
+    Attributes:
+        name: The stage's methods, or ``original``.
+        log_perplexity: Nats a token, on a few windows (report/waterfall.py).
+        kl: From the original, mean nats a token.
+    """
+
+    name: str
+    log_perplexity: float
+    kl: float
+
+
 class Timing(Result):
     """A stage and its wall time."""
 
@@ -163,6 +177,7 @@ class ReportData(Result):
         predictions: Plan against outcome.
         remarks: Warnings and fallbacks.
         ledger: Every tensor of the source.
+        stages: The original and what each stage left, where a recipe has stages.
     """
 
     title: str
@@ -192,6 +207,7 @@ class ReportData(Result):
     ledger: tuple[LedgerRow, ...] = ()
     text: TextHealth | None = None
     inputs: tuple[InputRow, ...] = ()
+    stages: tuple[StageResult, ...] = ()
 
 
 def write_metrics(artifact_dir: str | Path, data: ReportData) -> Path:

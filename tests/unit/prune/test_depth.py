@@ -15,6 +15,7 @@ from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Ledger
 from pocketlm.models import open_model
 from pocketlm.models.outline import ModelOutline
+from pocketlm.report.data import read_metrics
 
 
 def ledger_of(path: Path) -> Ledger:
@@ -103,6 +104,10 @@ def test_two_transforms(saved, compress, tmp_path: Path) -> None:
     assert plain(out).config.num_hidden_layers == BLOCKS - 2
     assert len(ledger_of(out).stages) == 2
     assert len(result.plan.smaller) == 2
+    stages = read_metrics(out).stages
+    assert [stage.name for stage in stages] == ["original", "depth", "depth"]
+    assert stages[0].kl == 0 < stages[1].kl
+    assert "Damage by stage" in (out / "pocketlm" / "report.html").read_text()
     assert pocketlm.verify(out, source).ok
 
 
