@@ -292,6 +292,7 @@ def reduce(
         directory / "last",
         rest,
         journal,
+        settings.trust_remote_code,
     )
 
 
