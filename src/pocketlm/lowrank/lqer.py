@@ -41,7 +41,7 @@ class Lqer(Repair):
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     scaling: Literal["none", "mean", "whitening"] = "whitening"
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(1e-4, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as what it was, plus two factors."""
