@@ -87,20 +87,26 @@ class Outcome:
         before: Mean squared error of the block's output at the start, over all data.
         after: The same of the parameters that were kept, never larger.
         idle: Linears that no token reached; their parameters are as they were.
+        repeatable: Whether every operation has a kernel that sums in the same order every time.
     """
 
     before: float
     after: float
     idle: frozenset[str]
+    repeatable: bool = True
 
     def notes(self, name: str) -> tuple[Note, ...]:
         """What is to be told of a linear."""
         if name in self.idle:
             return (Note("no_tokens", "no calibration token reached it: nothing was learned."),)
+        found: tuple[Note, ...] = ()
+        if not self.repeatable:
+            text = "an operation of this block sums in any order: another run may differ a little."
+            found = (Note("not_repeatable", text),)
         if self.after < self.before:
-            return ()
+            return found
         text = "learning did not lower the block's error: its start was kept."
-        return (Note("not_learned", text, {"error": self.before}),)
+        return (*found, Note("not_learned", text, {"error": self.before}))
 
 
 def reconstruct(task: BlockTask, learners: Mapping[str, Learner], schedule: Schedule) -> Outcome:
@@ -128,9 +134,19 @@ def reconstruct(task: BlockTask, learners: Mapping[str, Learner], schedule: Sche
         )
     move = Sign(parameters) if schedule.optimizer == "sign" else Adam(parameters)
     reached: set[str] = set()
+    strict = True
     for done, batches in enumerate(islice(draws(task, schedule), schedule.iterations)):
-        with repeatable(task.device):
-            loss = _gradients(task, learners, batches, reached)
+        try:
+            with repeatable(task.device, strict):
+                loss = _gradients(task, learners, batches, reached)
+        except RuntimeError as error:
+            if not strict or "deterministic" not in str(error):
+                raise
+            strict = False
+            for parameter in parameters:
+                parameter.values.grad = None
+            with repeatable(task.device, strict):
+                loss = _gradients(task, learners, batches, reached)
         move(1.0 - done / schedule.iterations)
         if done % max(1, schedule.iterations // REPORTS) == 0:
             task.report(done, schedule.iterations, float(loss))
@@ -140,7 +156,7 @@ def reconstruct(task: BlockTask, learners: Mapping[str, Learner], schedule: Sche
             parameter.values.data.copy_(values)
         after = before
     task.report(schedule.iterations, schedule.iterations, after)
-    return Outcome(before, after, frozenset(set(learners) - reached))
+    return Outcome(before, after, frozenset(set(learners) - reached), strict)
 
 
 def block_error(task: BlockTask, learners: Mapping[str, Learner]) -> float:
@@ -226,21 +242,22 @@ class Adam:
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Generator[None]:
+def repeatable(device: torch.device, strict: bool = True) -> Generator[None]:
     """On a GPU, kernels whose sums come in the same order every time, as they do on a CPU.
 
-    cuBLAS repeats itself on one stream, which is all that is used, so its warning is kept away;
-    an operation without such a kernel warns. Attention takes plain matrix products: the fused
-    kernels' backward adds up in any order, and says nothing of it.
+    Strict: fused attention adds up in order too, and an operation that has no such kernel raises a
+    RuntimeError. Not strict: such an operation runs as it is, and attention takes plain matrix
+    products, since the fused kernels then add up in any order.
     """
     if device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", message=".*CUBLAS_WORKSPACE_CONFIG")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with warnings.catch_warnings(), sdpa_kernel([*(fused if strict else ()), SDPBackend.MATH]):
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ def choose_device(name: str | torch.device) -> torch.device:
         ConfigError: If it is no device, or not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -38,6 +38,8 @@ def choose_device(name: str | torch.device) -> torch.device:
             where=f"--device {name}",
             remedy="Give --device cpu; `pocketlm doctor` lists the devices.",
         )
+    # Without it cuBLAS may sum in any order, and PyTorch refuses to repeat itself exactly.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda", device.index or 0)
 
 
