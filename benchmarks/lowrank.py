@@ -21,7 +21,8 @@ from methods import measure
 from quality_w4 import ratio_interval
 
 FIGURES = (
-    ("svd-llm", "asvd"), ("asvd", "svd"), ("rtn-3-lqer", "rtn-3-g32"), ("gptq-3-lqer-twice", "gptq-3-g32")
+    ("svd-llm", "asvd"), ("asvd", "svd"),
+    ("rtn-3-lqer", "rtn-3-g32"), ("gptq-3-lqer-twice", "gptq-3-g32"),
 )  # fmt: skip
 
 
