@@ -26,6 +26,9 @@ import time
 from datetime import date
 from pathlib import Path
 
+QUANTIZERS = ("gptq", "awq", "smoothquant", "rtn")
+PRUNERS = ("sparsegpt", "wanda", "magnitude")
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -33,7 +36,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("output", type=Path, help="directory for the artifact")
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, int64 [N, T]; not for rtn")
-    parser.add_argument("--method", choices=("gptq", "awq", "smoothquant", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=(*QUANTIZERS, *PRUNERS), default="gptq")
+    parser.add_argument("--sparsity", default="0.5", help="of a pruner: a ratio, or N:M")
     parser.add_argument("--asym", action="store_true", help="a grid with zero points")
     parser.add_argument("--scheme", help="a preset of the tool; rules over bits and groups")
     parser.add_argument("--bits", type=int, default=4)
@@ -93,6 +97,35 @@ def build_recipe(arguments: argparse.Namespace):
     return gptq
 
 
+def build_pruner(arguments: argparse.Namespace):
+    """The modifier that prunes every linear except the head, which may share the embedding."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    kind = SparseGPTModifier if arguments.method == "sparsegpt" else WandaPruningModifier
+    nm = ":" in arguments.sparsity
+    keep, of = (int(part) for part in arguments.sparsity.split(":")) if nm else (0, 0)
+    ratio = 1 - keep / of if nm else float(arguments.sparsity)
+    return kind(
+        sparsity=ratio, mask_structure=f"{keep}:{of}", targets=["Linear"], ignore=["lm_head"]
+    )
+
+
+def prune_by_magnitude(model, ratio: float) -> None:
+    """The tool's own mask of the smallest weights of each linear; its modifier wants training."""
+    import torch
+    from llmcompressor.modifiers.pruning.utils.pytorch import (
+        PruningMaskCreatorArgs,
+        PruningMaskFactory,
+    )
+
+    creator = PruningMaskFactory.create_mask_creator("unstructured")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weight = module.weight
+            mask = creator(PruningMaskCreatorArgs(weight, ratio, scores=weight.data.abs()))
+            weight.data.mul_(mask)
+
+
 def _without_pinned_memory() -> None:
     import torch
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -118,7 +151,7 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
         arguments.model, dtype=getattr(torch, arguments.dtype), **settings
     )
     calibration = {}
-    if arguments.method != "rtn":
+    if arguments.method not in ("rtn", "magnitude"):
         tokens_NT = load_tokens(arguments.tokens)
         rows = {"input_ids": tokens_NT.tolist()}
         rows["attention_mask"] = torch.ones_like(tokens_NT).tolist()
@@ -130,9 +163,14 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
             "shuffle_calibration_samples": False,
         }
     before = time.perf_counter()
-    oneshot(model=model, recipe=build_recipe(arguments), **calibration)
+    pruning = arguments.method in PRUNERS
+    if arguments.method == "magnitude":
+        prune_by_magnitude(model, float(arguments.sparsity))
+    else:
+        recipe = build_pruner(arguments) if pruning else build_recipe(arguments)
+        oneshot(model=model, recipe=recipe, **calibration)
     after = time.perf_counter()
-    model.save_pretrained(arguments.output, save_compressed=True)
+    model.save_pretrained(arguments.output, save_compressed=not pruning)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.output)
     ended = time.perf_counter()
     schemes = [getattr(module, "quantization_scheme", None) for module in model.modules()]
@@ -142,8 +180,8 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
 def main() -> int:
     """Runs the peer once and prints one JSON object as the last line."""
     arguments = parse()
-    if arguments.method != "rtn" and arguments.tokens is None:
-        print("error: --tokens is needed for gptq", file=sys.stderr)
+    if arguments.method not in ("rtn", "magnitude") and arguments.tokens is None:
+        print(f"error: --tokens is needed for {arguments.method}", file=sys.stderr)
         return 2
     if arguments.output.exists():
         if not arguments.overwrite:
@@ -165,6 +203,7 @@ def main() -> int:
         "tool": f"llmcompressor {llmcompressor.__version__}",
         "method": arguments.method,
         "scheme": arguments.scheme,
+        "sparsity": arguments.sparsity if arguments.method in PRUNERS else None,
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "dtype": arguments.dtype,

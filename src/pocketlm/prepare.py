@@ -11,14 +11,21 @@ import torch
 
 from pocketlm import catalog
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.spec import Recipe
+from pocketlm.core.spec import Recipe, StepSpec
 from pocketlm.engine.compress import earlier_samples
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids, factors_note, sparsity_note
+from pocketlm.engine.grids import (
+    Grids,
+    choose_grids,
+    factors_note,
+    pruning_step,
+    sparsity_note,
+)
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
+from pocketlm.engine.survey import shares
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
@@ -156,9 +163,40 @@ def prepare(
             predicted = make_plan(model, job, grids, *windows.tokens_NT.shape)
         predicted = predicted.model_copy(update={"text": windows.health})
     said = [*job.warnings, *(() if windows is None else windows.notes)]
+    if windows is not None and not only_plan:
+        settled_job, grids = _settled(model, job, grids, windows, EventLog(None, on_event))
+        if settled_job is not job:
+            job = settled_job
+            plan = make_plan(model, job, grids, *windows.tokens_NT.shape)
+            predicted = plan.model_copy(update={"text": windows.health})
     if job.needs_data and windows is None:
         said.append("the model writes its calibration text first, which takes time not counted.")
     return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
+
+
+def _settled(
+    model: Model, job: Job, grids: Grids, windows: Windows, log: EventLog
+) -> tuple[Job, Grids]:
+    """The job with the shares of zeros that its pruning steps' allocations give each linear."""
+    steps, recipe = list(job.steps), job.recipe
+    specs = list(recipe.steps)
+    for place, step in enumerate(job.steps):
+        pruning = pruning_step([step])
+        if pruning is None or pruning.survey is None:
+            continue
+        found = shares(
+            model, job, list(grids.specs), windows, pruning.survey, pruning.sparsity.zeros, log
+        )
+        overrides = {name: f"{share:.4f}" for name, share in found.items()}
+        options = {**specs[place].options, "allocation": "uniform", "overrides": overrides}
+        specs[place] = StepSpec(method=specs[place].method, options=options)
+        steps[place] = catalog.build_step(specs[place].method, options)
+    if specs == list(recipe.steps):
+        return job, grids
+    recipe = recipe.model_copy(update={"steps": tuple(specs)})
+    shapes = model.linear_shapes()
+    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps)
+    return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 
 def _name(source: str | Path | PreTrainedModel) -> str:

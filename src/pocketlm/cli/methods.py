@@ -23,8 +23,9 @@ def run(json: Json = False) -> Answer:
 
 
 def _describe(name: str, method: Any) -> dict[str, Any]:
-    step = method.parse({})
-    options = step.model_dump(mode="json")
+    step = method.model_construct()  # defaults alone: some methods have options that must be given
+    defaults = step.model_dump(mode="json")
+    options = {key: defaults.get(key, "must be given") for key in method.model_fields}
     return {
         "name": name,
         "kind": step.kind,

@@ -12,7 +12,7 @@ from torch import Tensor
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stats import Stat
-from pocketlm.core.stored import WeightSpec
+from pocketlm.core.stored import SparsitySpec, WeightSpec
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt, WeightTensor
 
 S = TypeVar("S", bound=Stat)
@@ -268,6 +268,51 @@ class BlockStep(Protocol):
 
     def cost(self, rows: int, columns: int) -> Cost:
         """What it holds for a weight [rows, columns] beside the block's activations."""
+        ...
+
+
+class Survey(Protocol):
+    """What a step wants to know of the whole original model before the run begins."""
+
+    @property
+    def needs(self) -> tuple[type[Stat], ...]:
+        """Statistics of the original inputs."""
+        ...
+
+    @property
+    def look(
+        self,
+    ) -> Callable[[Mapping[str, Tensor], Mapping[str, Statistics]], Mapping[str, Sequence[float]]]:
+        """A few numbers of each linear of a block, from weights and statistics by name."""
+        ...
+
+    @property
+    def spread(
+        self,
+    ) -> Callable[[Mapping[str, Sequence[float]], Mapping[str, int], float], Mapping[str, float]]:
+        """Shares by name, from those numbers, the linears' weights and the mean share."""
+        ...
+
+
+class PruningStep(Protocol):
+    """What a step that makes a mask tells beside what it does."""
+
+    @property
+    def sparsity(self) -> SparsitySpec:
+        """How sparse all linears become together."""
+        ...
+
+    @property
+    def survey(self) -> Survey | None:
+        """What decides how sparse each becomes; None: that is settled."""
+        ...
+
+    def kept(self, name: str, shape: tuple[int, int]) -> int:
+        """How many weights of a linear stay."""
+        ...
+
+    def sparsity_of(self, name: str) -> SparsitySpec:
+        """How sparse a linear becomes."""
         ...
 
 

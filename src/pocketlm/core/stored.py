@@ -100,13 +100,8 @@ class SparsitySpec(Strict):
         return self.ratio
 
     def pruned(self, weights: int) -> int:
-        """How many of so many weights that are compared with each other become zero."""
-        return math.floor(self.zeros * weights + 1e-9)
-
-    def kept(self, shape: tuple[int, int]) -> int:
-        """How many weights of a matrix (O, I) stay where every row has its share of zeros."""
-        rows, columns = shape
-        return rows * (columns - self.pruned(columns))
+        """How many of so many weights that compete with each other become zero: never all."""
+        return min(math.floor(self.zeros * weights + 0.5), weights - 1)
 
     def check(self, columns: int, where: str | None = None) -> None:
         """Refuses groups that do not divide a row.

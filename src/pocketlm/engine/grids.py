@@ -10,7 +10,7 @@ import torch
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
-from pocketlm.core.state import Step
+from pocketlm.core.state import PruningStep, Step
 from pocketlm.core.stored import (
     DenseSpec,
     LowRankSpec,
@@ -38,6 +38,7 @@ class Grids:
         format_name: The format that can hold all of it.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
         sparsity: How many weights are pruned; None: none.
+        counts: Module path → how many weights pruning keeps.
         factoring: All steps of a recipe with one that makes factors; else empty.
     """
 
@@ -47,6 +48,7 @@ class Grids:
     format_name: str
     inputs: Mapping[str, ActivationSpec] = field(default_factory=dict)
     sparsity: SparsitySpec | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
     factoring: tuple[Step, ...] = ()
 
     @property
@@ -71,7 +73,7 @@ class Grids:
         form: WeightSpec
         form = values = self.specs[name] or DenseSpec(dtype=kind)
         if self.compact and self.sparsity is not None:
-            kept, pattern = self.sparsity.kept(shape), self.sparsity.pattern
+            kept, pattern = self.counts[name], self.sparsity.pattern
             form = SparseSpec(values=values, kept=kept, pattern=pattern)
         if not self.factoring:
             return form
@@ -79,10 +81,10 @@ class Grids:
         return predicted_form(self.factoring, name, shape, self.specs[name], form, half)
 
 
-def asked_sparsity(steps: Sequence[Step]) -> SparsitySpec | None:
-    """The sparsity of a recipe's last step that prunes; None where none does."""
+def pruning_step(steps: Sequence[Step]) -> PruningStep | None:
+    """A recipe's last step that prunes; None where none does."""
     pruning: list[Any] = [step for step in steps if "mask" in step.makes]
-    return pruning[-1].sparsity if pruning else None
+    return pruning[-1] if pruning else None
 
 
 def choose_grids(
@@ -110,7 +112,9 @@ def choose_grids(
     """
     _require_matches(recipe, shapes)
     capability(target)
-    sparsity = asked_sparsity(steps)
+    pruning = pruning_step(steps)
+    sparsity = None if pruning is None else pruning.sparsity
+    counts: dict[str, int] = {}
     factoring = tuple(steps) if _factorises(steps) else ()
     format_name = _format_of(recipe, transposed, target, sparsity)
     if factoring:
@@ -124,8 +128,9 @@ def choose_grids(
         if recipe.ignores(name):
             kept[name] = "the recipe ignores it"
             continue
-        if sparsity is not None:
-            sparsity.check(shape[1], name)
+        if pruning is not None:
+            pruning.sparsity_of(name).check(shape[1], name)
+            counts[name] = pruning.kept(name, shape)
         if asked is None:
             specs[name] = None
         elif shape[1] < MIN_COLUMNS:
@@ -163,7 +168,7 @@ def choose_grids(
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    grids = Grids(specs, kept, notes, format_name, inputs, sparsity, factoring)
+    grids = Grids(specs, kept, notes, format_name, inputs, sparsity, counts, factoring)
     for name, text in check_factors(grids, shapes, target).items():
         notes[name] = f"{notes[name]} {text}" if name in notes else text
     return grids

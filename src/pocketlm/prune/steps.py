@@ -9,9 +9,10 @@ Legend: O output rows, I input columns.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+import torch
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from pocketlm.core.spec import Strict, matches
@@ -20,6 +21,7 @@ from pocketlm.core.stats import Hessian, Stat
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.tensors import Dense
 from pocketlm.prune.admm import alternate, solve
+from pocketlm.prune.allocation import ALLOCATIONS, Allocation
 from pocketlm.prune.dsnot import Moments, exchange
 from pocketlm.prune.patterns import Scope, kept
 from pocketlm.prune.scores import SCORES
@@ -37,6 +39,8 @@ class Magnitude(Strict):
         sparsity: Share of zeros or N:M.
         score: What a weight is worth: magnitude, wanda, obd, ria, obs or esparse.
         scope: Which weights compete where the sparsity is a share: of a row, or of the matrix.
+        allocation: How the share is spread over the linears: uniform, owl, samsp, or global (one
+            threshold). It becomes `overrides` before the run begins.
         overrides: Pattern → another share of zeros; the last matching pattern rules.
     """
 
@@ -48,6 +52,7 @@ class Magnitude(Strict):
     sparsity: SparsitySpec = HALF
     score: str = "magnitude"
     scope: Scope = "matrix"
+    allocation: Literal["uniform", "owl", "samsp", "global"] = "uniform"
     overrides: dict[str, SparsitySpec] = Field(default_factory=dict)
 
     @field_validator("score")
@@ -56,6 +61,20 @@ class Magnitude(Strict):
         if score not in SCORES:
             raise ValueError(f"'{score}' is none of {', '.join(SCORES)}")
         return score
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        spread = self.allocation != "uniform"
+        if self.sparsity.pattern is not None and (spread or self.overrides):
+            raise ValueError(f"{self.sparsity.name} is the same for every linear")
+        if any(other.pattern is not None for other in self.overrides.values()):
+            raise ValueError("overrides are shares of zeros, not N:M")
+        return self
+
+    @property
+    def survey(self) -> Allocation | None:
+        """What decides how sparse each linear becomes; None: that is settled."""
+        return None if self.allocation == "uniform" else ALLOCATIONS[self.allocation]()
 
     @property
     def needs(self) -> tuple[type[Stat], ...]:
@@ -69,6 +88,13 @@ class Magnitude(Strict):
             if matches(pattern, name):
                 chosen = sparsity
         return chosen
+
+    def kept(self, name: str, shape: tuple[int, int]) -> int:
+        """How many weights of a linear stay."""
+        sparsity, (rows, columns) = self.sparsity_of(name), shape
+        if sparsity.pattern is not None or self.scope == "row":
+            return rows * (columns - sparsity.pruned(columns))
+        return rows * columns - sparsity.pruned(rows * columns)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear with its least weights set to zero."""
@@ -160,9 +186,24 @@ class _OnHessian(Magnitude):
     def _without_data(self, state: LinearState) -> LinearState:
         """A linear that no calibration token reached."""
         note = Note("no_tokens", "no calibration token reached it: pruned by magnitude.")
-        score_OI = state.reference_OI.abs()
-        mask_OI = kept(score_OI, self.sparsity_of(state.name), self.scope)
+        width = self._competing(state.reference_OI.shape[1])
+        sparsity = self.sparsity_of(state.name)
+        parts = [
+            kept(score_OC, sparsity, self.scope)
+            for score_OC in state.reference_OI.abs().split(width, dim=1)
+        ]
+        mask_OI = torch.cat(parts, dim=1)
         return pruned(state, state.reference_OI * mask_OI, mask_OI, note)
+
+    def _hessian_II(self, hessian: Hessian) -> Tensor:
+        """The Hessian, shrunk and damped."""
+        hessian_II = hessian.shrunk_II(self.shrinkage)
+        hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
+        return hessian_II
+
+    def _competing(self, columns: int) -> int:
+        """How many neighbouring columns of a weight compete."""
+        return columns
 
 
 class Sparsegpt(_OnHessian):
@@ -170,12 +211,26 @@ class Sparsegpt(_OnHessian):
 
     Attributes:
         block_columns: Columns whose mask is chosen at once.
+        steps: Of conjugate gradients that afterwards solve for the kept weights: a sweep cannot
+            change earlier columns for later ones. The paper takes none.
     """
 
     summary: ClassVar[str] = "pruning with error feedback through the inputs' Hessian"
 
     score: Literal["obs"] = "obs"
     block_columns: int = Field(128, ge=1)
+    steps: int = Field(0, ge=0, le=1000)
+
+    def kept(self, name: str, shape: tuple[int, int]) -> int:
+        """How many weights of a linear stay: of each block of columns its share."""
+        rows, columns = shape
+        width = self._competing(columns)
+        blocks = [min(width, columns - start) for start in range(0, columns, width)]
+        return sum(super(Sparsegpt, self).kept(name, (rows, block)) for block in blocks)
+
+    def _competing(self, columns: int) -> int:
+        group = self.sparsity.of or 1
+        return -(-self.block_columns // group) * group
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear, pruned; its kept weights moved."""
@@ -190,12 +245,17 @@ class Sparsegpt(_OnHessian):
             self.scope,
             self.block_columns,
         )
-        return pruned(state, done.weight_OI, done.mask_OI, *ladder_notes(factor))
+        weight_OI = done.weight_OI
+        if self.steps:
+            hessian_II = self._hessian_II(hessian)
+            start_OI, mask_OI = weight_OI, done.mask_OI
+            weight_OI = solve(state.reference_OI, hessian_II, mask_OI, start_OI, self.steps)
+        return pruned(state, weight_OI, done.mask_OI, *ladder_notes(factor))
 
     def cost(self, rows: int, columns: int) -> Cost:
         """The sweep, its mask, and the factor of the Hessian."""
         held = 4 * (5 * rows * columns + 5 * columns * columns)
-        flops = float(rows) * columns * columns + columns**3
+        flops = (1.0 + 2 * self.steps) * rows * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)
         return Cost(held, flops, calls=8 * columns, bytes_moved=moved)
 
@@ -251,8 +311,7 @@ class Alps(_OnHessian):
         if not bool((hessian.diagonal_I() > 0).any()):
             return self._without_data(state)
         weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
-        hessian_II = hessian.shrunk_II(self.shrinkage)
-        hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
+        hessian_II = self._hessian_II(hessian)
         mask_OI = alternate(weight_OI, hessian_II, sparsity, self.scope, self.rounds)
         solved_OI = solve(weight_OI, hessian_II, mask_OI, steps=self.steps)
         return pruned(state, solved_OI, mask_OI)

@@ -9,7 +9,7 @@ Legend: O output rows, I input columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +30,8 @@ class KeptWeights:
     def __init__(self, state: LinearState, rate: float) -> None:
         self._start_OI, self._state = state.reference_OI, state
         self._size_O1 = self._start_OI.square().mean(1, keepdim=True).sqrt()
-        self.parameters = (Parameter(torch.zeros_like(self._start_OI), rate),)
+        moved = Parameter(torch.zeros_like(self._start_OI), rate)
+        self.parameters: Sequence[Parameter] = (moved,)
 
     def weight_OI(self) -> Tensor:
         """The weight [O, I], differentiable in the parameters."""

@@ -44,7 +44,7 @@ class Compress:
         self,
         output: Path,
         *,
-        steps: tuple[str, ...] = ("clip", "gptq", "refine"),
+        steps: tuple[object, ...] = ("clip", "gptq", "refine"),
         bits: int = 4,
         weights: dict[str, object] | None = None,
         activations: dict[str, object] | None = None,
@@ -53,21 +53,24 @@ class Compress:
         restart: bool = False,
         listener: Listener | None = None,
         seed: int = 0,
+        floats: bool = False,
     ) -> Outcome | None:
         recipe = Recipe.parse(
             {
                 "steps": list(steps),
-                "weights": weights or {"bits": bits, "group_size": 32},
+                "weights": None if floats else weights or {"bits": bits, "group_size": 32},
                 "ignore": ["lm_head"],
                 "activations": activations,
             }
         )
         model = open_model(self.source)
-        grids = choose_grids(model.linear_shapes(), model.stores_transposed, recipe, target)
+        steps_built = tuple(catalog.build_step(s.method, s.options) for s in recipe.steps)
+        shapes = model.linear_shapes()
+        grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps_built)
         job = Job(
             source=str(self.source),
             recipe=recipe,
-            steps=tuple(catalog.build_step(step.method, step.options) for step in recipe.steps),
+            steps=steps_built,
             output=output,
             work_dir=output.with_name(f"{output.name}.work"),
             target=target,

@@ -16,8 +16,8 @@ from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import BlockTask, Cost, LinearState
 from pocketlm.core.stats import Drift, Stat
-from pocketlm.engine.order import passes
 from pocketlm.engine.events import Event
+from pocketlm.engine.order import passes
 from pocketlm.models import open_model
 from pocketlm.quant.awq import Awq
 from pocketlm.quant.correct import Correct

@@ -63,7 +63,8 @@ def test_everything_measured_is_on_it(full: ReportData) -> None:
     for wanted in (
         "269 MB", "111 MB", "2.42×", "17.34", "+0.0463", "91.2 %", "27.9", "720 MB",
         "wikitext2-test.txt", "sha256 abababababab", "a city on the Seine", "self_attn.q_proj",
-        "scales, zero points and masks", "1 min 23 s", "113 MB", "calibration on 45 windows, not 64.",
+        "scales, zero points and masks", "1 min 23 s", "113 MB",
+        "calibration on 45 windows, not 64.",
         "210 places", "evaluation on 60 windows, not 100.",
         "method: gptq", "model.layers.29.mlp.down_proj.weight",
         "1 kept, 210 quantized", "pocketlm compress smollm2-135m",

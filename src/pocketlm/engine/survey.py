@@ -1,0 +1,90 @@
+"""One look at the original model before a run: what a step wants to know of all linears at once.
+
+The calibration text streams through the blocks as they are; statistics of a block's linears are
+gathered in that one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
+from pocketlm.calibration.windows import Windows
+from pocketlm.core.state import Statistics, Survey
+from pocketlm.core.stats import Stat
+from pocketlm.core.views import BlockView, ModelView
+from pocketlm.engine.events import EventLog
+from pocketlm.engine.options import Job
+from pocketlm.engine.plan import boundary_bytes
+
+
+def shares(
+    model: ModelView,
+    job: Job,
+    chosen: Sequence[str],
+    windows: Windows,
+    survey: Survey,
+    mean: float,
+    log: EventLog,
+) -> Mapping[str, float]:
+    """The share of zeros that an allocation gives each linear.
+
+    Args:
+        model: The source.
+        job: How batches are cut, and what activations may take.
+        chosen: Module paths of the linears that are pruned.
+        windows: Calibration tokens.
+        survey: What to look at, and how to spread.
+        mean: The share of zeros over all of them.
+        log: Where progress goes.
+    """
+    looks: dict[str, Sequence[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        in_memory = boundary_bytes(model, job, windows.tokens_NT.numel()) <= job.activation_bytes
+        store: ActivationStore = MemoryStore() if in_memory else DiskStore(Path(scratch))
+        sequences = max(1, job.tokens_at_once // windows.tokens_NT.shape[1])
+        calls = []
+        for batch, tokens_BT in enumerate(windows.tokens_NT.split(sequences)):
+            hidden_BTD, call = model.begin(tokens_BT)
+            calls.append(call)
+            store.put(batch, hidden_BTD)
+        store.advance(0)
+        total = len(model.block_paths)
+        for index in range(total):
+            with model.block(index) as block:
+                looks |= _look(block, calls, store, set(chosen), survey, model.device)
+            store.advance(index + 1)
+            text = f"looking at block {index + 1} of {total}"
+            log.emit("progress", text, block=index, done=index + 1, total=total)
+    shapes = model.linear_shapes()
+    sizes = {name: math.prod(shapes[name]) for name in looks}
+    return survey.spread(looks, sizes, mean)
+
+
+def _look(
+    block: BlockView,
+    calls: Sequence[object],
+    store: ActivationStore,
+    chosen: set[str],
+    survey: Survey,
+    device: torch.device,
+) -> Mapping[str, Sequence[float]]:
+    stats: dict[int, list[Stat]] = {}
+    for group in block.groups:
+        columns = block.linears[group.linears[0]].in_features
+        stats[group.index] = [kind(columns, device) for kind in survey.needs]
+    for batch, call in enumerate(calls):
+        run = block.start(store.get(batch).to(device), call)
+        while (pause := run.advance()) is not None:
+            for stat in stats[pause.group]:
+                stat.add(pause.inputs)
+        store.put(batch, run.output)
+    of = {name: stats[group.index] for group in block.groups for name in group.linears}
+    names = [name for name in block.linears if name in chosen]
+    weights = {name: block.linears[name].weight_OI() for name in names}
+    return survey.look(weights, {name: Statistics(*of[name]) for name in names})

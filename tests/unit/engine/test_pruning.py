@@ -1,0 +1,255 @@
+"""Pruning through the engine: as sparse as asked, and resumed to the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.unit.engine.test_resume import Killed, digests
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from pocketlm import api, catalog
+from pocketlm.core.errors import ArtifactError, ConfigError, UnsupportedLayer
+from pocketlm.core.spec import Recipe
+from pocketlm.engine.compress import finished_ledger
+from pocketlm.engine.events import Event
+from pocketlm.engine.grids import choose_grids
+from pocketlm.engine.order import check_order
+from pocketlm.evaluate.verify_files import Artifact, checks
+
+PRUNING = sorted(
+    name
+    for name in catalog.METHODS
+    if "mask" in catalog.method_class(name).makes and name != "sparsegpt_joint"
+)
+W4 = {"bits": 4, "group_size": 32}
+
+
+def recipe_of(*steps: object, weights: dict[str, object] | None = None) -> Recipe:
+    return Recipe.parse({"steps": list(steps), "weights": weights, "ignore": ["lm_head"]})
+
+
+def check(recipe: Recipe) -> None:
+    check_order(recipe, [catalog.build_step(s.method, s.options) for s in recipe.steps])
+
+
+@pytest.mark.parametrize("target", ["transformers", "pocketlm"])
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+@pytest.mark.parametrize("method", PRUNING)
+def test_every_method_writes_exactly_as_many_zeros(
+    tmp_path: Path, compress, method: str, sparsity: str, target: str
+) -> None:
+    compress(
+        tmp_path / "out", steps=({"method": method, "sparsity": sparsity},), weights=None,
+        target=target, floats=True,
+    )  # fmt: skip
+    ledger = finished_ledger(tmp_path / "out")
+    assert ledger is not None
+    entries = ledger.compressed()
+    assert len(entries) == 21
+    assert {entry.action for entry in entries.values()} == {"pruned"}
+    assert {entry.sparsity for entry in entries.values()} == {0.5}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    if target == "transformers":
+        assert "quantization_config" not in config
+        for name in entries:
+            assert stored[name].dtype == torch.bfloat16
+            assert (stored[name] == 0).double().mean() == 0.5
+    else:
+        values = sum(t.numel() for n, t in stored.items() if n.endswith("weight_values"))
+        assert values == sum(e.shape[0] * e.shape[1] for e in entries.values()) / 2
+        bits = 8.75 if sparsity == "2:4" else 9.0
+        assert ledger.bits_per_weight() == bits
+
+
+def test_pruned_artifacts_pass_their_checks(tmp_path: Path, compress) -> None:
+    steps = ({"method": "wanda", "sparsity": "2:4"},)
+    compress(tmp_path / "own", steps=steps, target="pocketlm", floats=True)
+    report = api.verify(tmp_path / "own")
+    assert report.ok, report.failures()
+    named = {c.name: c for c in report.checks}
+    assert "50.00 % of their weights pruned" in named["compressed weights"].message
+    assert named["transformers logits"].status == "passed"
+
+
+def test_a_dense_artifact_with_too_few_zeros_fails(tmp_path: Path, compress) -> None:
+    compress(tmp_path / "out", steps=({"method": "wanda", "sparsity": "2:4"},), floats=True)
+    path = tmp_path / "out" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.up_proj.weight"].fill_(1.0)
+    save_file(stored, path, {"format": "pt"})
+    artifact = Artifact.open(tmp_path / "out")
+    named = {name: check for name, _, check in checks(None)}
+    for name in ("config.json", "ledger", "shards"):
+        named[name](artifact)
+    with pytest.raises(ArtifactError, match=r"up_proj\.weight: has 0 zeros, in the ledger 3072"):
+        named["compressed weights"](artifact)
+
+
+@pytest.mark.parametrize(
+    ("target", "symmetric"), [("transformers", True), ("pocketlm", False)], ids=["sym", "asym"]
+)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ({"method": "sparsegpt", "sparsity": "2:4"}, "clip", "gptq", "refine"),
+        ("clip", {"method": "sparsegpt_joint", "sparsity": "2:4"}, "refine"),
+        ({"method": "wanda", "sparsity": "2:4"}, {"method": "autoround", "iters": 2}),
+        ({"method": "wanda", "sparsity": "2:4"}, {"method": "lkd", "iters": 2}),
+        ({"method": "wanda", "sparsity": "2:4"}, {"method": "learned_clip", "epochs": 1}, "rtn"),
+        ({"method": "wanda", "sparsity": "2:4"}, "hqq"),
+        ({"method": "alps", "sparsity": "2:4"}, {"method": "tune", "iters": 2}, "gptq"),
+    ],
+    ids=lambda steps: "-".join(s if isinstance(s, str) else s["method"] for s in steps),
+)
+def test_quantizing_keeps_the_mask(
+    tmp_path: Path, compress, steps: tuple, target: str, symmetric: bool
+) -> None:
+    grid = {"bits": 4, "group_size": 32, "symmetric": symmetric}
+    compress(tmp_path / "out", steps=steps, weights=grid, target=target)
+    ledger = finished_ledger(tmp_path / "out")
+    assert ledger is not None
+    entries = ledger.compressed()
+    assert {entry.action for entry in entries.values()} == {"quantized"}
+    assert {entry.sparsity for entry in entries.values()} == {0.5}
+    from pocketlm.models import open_model
+
+    model = open_model(tmp_path / "out", allow_compressed=True)
+    for name in entries:
+        zeros = (model.source.read(name) == 0).view(-1, 4).sum(1)
+        assert bool((zeros >= 2).all()), name
+
+
+def test_tuning_lowers_the_blocks_error(tmp_path: Path, compress) -> None:
+    losses: dict[int, list[float]] = {}
+
+    def listen(event: Event) -> None:
+        if event.kind == "loss" and event.block is not None:
+            losses.setdefault(event.block, []).append(event.data["loss"])
+
+    steps = ({"method": "wanda", "sparsity": 0.5}, {"method": "tune", "iters": 40, "rate": 0.01})
+    compress(tmp_path / "out", steps=steps, floats=True, listener=listen)
+    assert sorted(losses) == [0, 1, 2]
+    assert all(found[-1] < 0.9 * found[0] for found in losses.values())
+
+
+@pytest.mark.parametrize("target", ["transformers", "pocketlm"])
+@pytest.mark.parametrize("activation_bytes", [1 << 30, 1000], ids=["memory", "disk"])
+def test_stopped_pruning_goes_on_to_the_same_bytes(
+    tmp_path: Path, compress, target: str, activation_bytes: int
+) -> None:
+    settings = {
+        "steps": ({"method": "sparsegpt", "sparsity": 0.5}, {"method": "tune", "iters": 3}),
+        "target": target, "floats": True, "activation_bytes": activation_bytes,
+    }  # fmt: skip
+    compress(tmp_path / "whole", **settings)
+
+    def listen(event: Event) -> None:
+        if event.kind == "block_done" and event.block == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(tmp_path / "parts", listener=listen, **settings)
+    outcome = compress(tmp_path / "parts", **settings)
+    assert outcome is not None
+    assert outcome.blocks_resumed == 2
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_pruning_nothing_writes_the_source(tmp_path: Path, compress, tiny: Path) -> None:
+    compress(tmp_path / "out", steps=({"method": "wanda", "sparsity": 0},), floats=True)
+    before = load_file(tiny / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_experts_are_pruned_each_for_itself(tmp_path: Path, compress_from) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    compress = compress_from(tmp_path / "moe")
+    for target in ("transformers", "pocketlm"):
+        steps = ({"method": "sparsegpt", "sparsity": "2:4"},)
+        compress(tmp_path / target, steps=steps, target=target, floats=True)
+        ledger = finished_ledger(tmp_path / target)
+        assert ledger is not None
+        experts = {name: e for name, e in ledger.compressed().items() if ".experts." in name}
+        assert len(experts) == 2 * 4 * 3
+        assert {entry.sparsity for entry in experts.values()} == {0.5}
+
+
+def test_allocation_becomes_overrides(tmp_path: Path, tiny: Path) -> None:
+    recipe = recipe_of({"method": "wanda", "sparsity": 0.6, "allocation": "owl"})
+    text = tmp_path / "text.txt"
+    text.write_text("nothing", encoding="utf-8")
+    from pocketlm.calibration.windows import Windows
+    from pocketlm.engine.events import EventLog
+    from pocketlm.engine.options import Job
+    from pocketlm.models import open_model
+    from pocketlm.prepare import _settled
+
+    model = open_model(tiny)
+    steps = tuple(catalog.build_step(s.method, s.options) for s in recipe.steps)
+    grids = choose_grids(model.linear_shapes(), False, recipe, "transformers", steps)
+    job = Job("tiny", recipe, steps, tmp_path / "out", tmp_path / "work", "transformers", 64, 1)
+    windows = Windows(torch.randint(0, 300, (4, 32)), "random", "0" * 64, False, 0)
+    settled, grids = _settled(model, job, grids, windows, EventLog(None, None))
+    options = settled.recipe.steps[0].options
+    assert options["allocation"] == "uniform"
+    assert len(options["overrides"]) == 21
+    shapes = model.linear_shapes()
+    kept = sum(grids.counts.values()) / sum(o * i for o, i in shapes.values())
+    assert kept == pytest.approx(0.4, abs=0.01)
+    assert len(set(options["overrides"].values())) == 3  # one share a block
+
+
+def test_what_breaks_a_mask_is_refused() -> None:
+    with pytest.raises(ConfigError, match="correct does not keep the mask that wanda made"):
+        check(recipe_of("wanda", "correct", "gptq", weights=W4))
+    with pytest.raises(ConfigError, match="wanda comes after gptq, which quantizes"):
+        check(recipe_of("gptq", "wanda", weights=W4))
+    with pytest.raises(ConfigError, match="gptq has no number format"):
+        check(recipe_of("wanda", "gptq"))
+    with pytest.raises(ConfigError, match="wanda quantizes nothing"):
+        check(recipe_of("wanda", weights=W4))
+    check(recipe_of("correct", "wanda", "gptq", weights=W4))
+    check(recipe_of("sparsegpt_joint", weights=W4))
+
+
+def test_groups_that_do_not_divide_name_the_layer(tiny: Path) -> None:
+    recipe = recipe_of({"method": "wanda", "sparsity": "3:5"})
+    steps = [catalog.build_step(s.method, s.options) for s in recipe.steps]
+    with pytest.raises(UnsupportedLayer, match=r"layer\.q: groups of 5 \(3:5\) do not divide 64"):
+        choose_grids({"layer.q": (64, 64)}, False, recipe, "transformers", steps)
+
+
+def test_flags_become_recipes() -> None:
+    alone = api.build_recipe(sparsity="2:4")
+    assert alone.weights is None
+    assert [s.method for s in alone.steps] == ["sparsegpt"]
+    assert alone.steps[0].options == {"sparsity": "2:4"}
+    assert api.build_recipe(scheme="2:4") == alone == api.build_recipe("2:4")
+    both = api.build_recipe(sparsity="2:4", scheme="W4A16", group_size=64)
+    assert [s.method for s in both.steps] == ["sparsegpt", "clip", "gptq", "refine"]
+    assert both.weights is not None
+    assert both.weights.group_size == 64
+    wanda = api.build_recipe(method="wanda", sparsity=0.25)
+    assert wanda.weights is None
+    assert wanda.steps[0].options == {"sparsity": "0.25"}
+    pruned = api.build_recipe(method="wanda", bits=4)
+    assert [s.method for s in pruned.steps] == ["wanda", "clip", "gptq", "refine"]
+    corrected = api.build_recipe(method="correct", sparsity="2:4", bits=4)
+    assert [s.method for s in corrected.steps][:2] == ["correct", "sparsegpt"]
+    with pytest.raises(ConfigError, match="no sparsity"):
+        api.build_recipe(sparsity="1.0")
+    with pytest.raises(ConfigError, match="contradict"):
+        api.build_recipe(scheme="2:4", sparsity="0.5")

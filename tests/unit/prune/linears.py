@@ -1,0 +1,33 @@
+"""Inputs, weights and statistics of small linears."""
+
+from __future__ import annotations
+
+import torch
+
+from pocketlm.core.state import LinearState, Statistics
+from pocketlm.core.stats import Hessian
+from pocketlm.prune.dsnot import Moments
+from pocketlm.prune.entropy import Entropy
+
+
+def inputs(tokens: int = 200, columns: int = 32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator)
+    x_TI = torch.randn(tokens, columns, generator=generator) @ mixed
+    x_TI = x_TI + torch.randn(columns, generator=generator)
+    return x_TI * torch.randn(columns, generator=generator).exp()
+
+
+def statistics(x_TI: torch.Tensor) -> Statistics:
+    stats = [kind(x_TI.shape[1]) for kind in (Hessian, Moments, Entropy)]
+    for stat in stats:
+        stat.add(x_TI)
+    return Statistics(*stats)
+
+
+def weight(rows: int = 12, columns: int = 32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(weight_OI: torch.Tensor) -> LinearState:
+    return LinearState("x", weight_OI, None, torch.float16)
