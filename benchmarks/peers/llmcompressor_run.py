@@ -6,8 +6,8 @@ defaults and recommendations: GPTQ with static activation order and dampening 0.
 observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
 search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8
 before GPTQ, as its W8A8 example has it; SparseGPT, Wanda and magnitude pruning with --sparsity and,
-for N:M, --mask-structure, everything else by default; head left alone. --scheme names one of its presets
-(W8A8, FP8_DYNAMIC …), which then also rounds inputs.
+for N:M, --mask-structure, everything else by default; head left alone. --scheme names one of its
+presets (W8A8, FP8_DYNAMIC …), which then also rounds inputs.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
 disk (warm cache) to the artifact saved. `oneshot_seconds` is the compression call inside it.
@@ -26,7 +26,6 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-
 
 PRUNING = ("sparsegpt", "wanda", "magnitude")
 WITHOUT_DATA = ("rtn", "magnitude")
@@ -120,7 +119,7 @@ def build_pruning(arguments: argparse.Namespace):
             final_sparsity=arguments.sparsity,
             start=0.0,
             end=1.0,
-            update_scheduler="constant",
+            update_scheduler="cubic",
             mask_structure="unstructured" if structure == "0:0" else structure,
         )
     shared = {
