@@ -57,7 +57,7 @@ def main() -> int:
     if arguments.method == "sparsegpt":  # values stay floats, in both tools
         at = ours_command.index("--bits")
         ours_command[at : ours_command.index("--sym") + 1] = ["--sparsity", "2:4"]
-        more += ["--method", "sparsegpt", "--mask-structure", "2:4"]
+        more += ["--method", "sparsegpt", "--sparsity", "2:4"]
     peer_line = peer_command(
         arguments.peer_python, inputs, tokens, SCRATCH / "time-peer", threads, *more
     )

@@ -5,9 +5,8 @@ Runs in llm-compressor's own environment, never in ours. Calibration comes as re
 defaults and recommendations: GPTQ with static activation order and dampening 0.01, min-max
 observer, true-sequential layers by its `sequential` pipeline; AWQ with its default mappings and
 search, on an asymmetric grid with --asym as its examples have it; SmoothQuant of strength 0.8
-before GPTQ, as its W8A8 example has it; SparseGPT, Wanda and magnitude pruning with --sparsity and,
-for N:M, --mask-structure, everything else by default; head left alone. --scheme names one of its
-presets (W8A8, FP8_DYNAMIC …), which then also rounds inputs.
+before GPTQ, as its W8A8 example has it; head left alone. --scheme names one of its presets
+(W8A8, FP8_DYNAMIC …), which then also rounds inputs.
 
 Two durations are printed. `compress_seconds` is the stage that both tools do: model read from
 disk (warm cache) to the artifact saved. `oneshot_seconds` is the compression call inside it.
@@ -27,8 +26,8 @@ import time
 from datetime import date
 from pathlib import Path
 
-PRUNING = ("sparsegpt", "wanda", "magnitude")
-WITHOUT_DATA = ("rtn", "magnitude")
+QUANTIZERS = ("gptq", "awq", "smoothquant", "rtn")
+PRUNERS = ("sparsegpt", "wanda", "magnitude")
 
 
 def parse() -> argparse.Namespace:
@@ -37,11 +36,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face directory")
     parser.add_argument("output", type=Path, help="directory for the artifact")
     parser.add_argument("--tokens", type=Path, help=".npy or .pt, int64 [N, T]; not for rtn")
-    parser.add_argument(
-        "--method", choices=("gptq", "awq", "smoothquant", "rtn", *PRUNING), default="gptq"
-    )
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of the pruning methods")
-    parser.add_argument("--mask-structure", default="0:0", help="N:M, such as 2:4; 0:0: any")
+    parser.add_argument("--method", choices=(*QUANTIZERS, *PRUNERS), default="gptq")
+    parser.add_argument("--sparsity", default="0.5", help="of a pruner: a ratio, or N:M")
     parser.add_argument("--asym", action="store_true", help="a grid with zero points")
     parser.add_argument("--scheme", help="a preset of the tool; rules over bits and groups")
     parser.add_argument("--bits", type=int, default=4)
@@ -68,8 +64,6 @@ def load_tokens(path: Path):
 
 def build_recipe(arguments: argparse.Namespace):
     """The modifier with one weight-only group for every linear except the head."""
-    if arguments.method in PRUNING:
-        return build_pruning(arguments)
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -103,34 +97,33 @@ def build_recipe(arguments: argparse.Namespace):
     return gptq
 
 
-def build_pruning(arguments: argparse.Namespace):
-    """The modifier that prunes every linear except the head."""
-    from llmcompressor.modifiers.pruning import (
-        MagnitudePruningModifier,
-        SparseGPTModifier,
-        WandaPruningModifier,
+def build_pruner(arguments: argparse.Namespace):
+    """The modifier that prunes every linear except the head, which may share the embedding."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    kind = SparseGPTModifier if arguments.method == "sparsegpt" else WandaPruningModifier
+    nm = ":" in arguments.sparsity
+    keep, of = (int(part) for part in arguments.sparsity.split(":")) if nm else (0, 0)
+    ratio = 1 - keep / of if nm else float(arguments.sparsity)
+    return kind(
+        sparsity=ratio, mask_structure=f"{keep}:{of}", targets=["Linear"], ignore=["lm_head"]
     )
 
-    if arguments.method == "magnitude":
-        structure = arguments.mask_structure
-        return MagnitudePruningModifier(
-            targets=["re:.*layers.*_proj.weight"],
-            init_sparsity=arguments.sparsity,
-            final_sparsity=arguments.sparsity,
-            start=0.0,
-            end=1.0,
-            update_scheduler="cubic",
-            mask_structure="unstructured" if structure == "0:0" else structure,
-        )
-    shared = {
-        "sparsity": arguments.sparsity,
-        "mask_structure": arguments.mask_structure,
-        "targets": ["Linear"],
-        "ignore": ["re:.*lm_head"],
-    }
-    if arguments.method == "wanda":
-        return WandaPruningModifier(**shared)
-    return SparseGPTModifier(dampening_frac=arguments.dampening, **shared)
+
+def prune_by_magnitude(model, ratio: float) -> None:
+    """The tool's own mask of the smallest weights of each linear; its modifier wants training."""
+    import torch
+    from llmcompressor.modifiers.pruning.utils.pytorch import (
+        PruningMaskCreatorArgs,
+        PruningMaskFactory,
+    )
+
+    creator = PruningMaskFactory.create_mask_creator("unstructured")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weight = module.weight
+            mask = creator(PruningMaskCreatorArgs(weight, ratio, scores=weight.data.abs()))
+            weight.data.mul_(mask)
 
 
 def _without_pinned_memory() -> None:
@@ -158,7 +151,7 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
         arguments.model, dtype=getattr(torch, arguments.dtype), **settings
     )
     calibration = {}
-    if arguments.method not in WITHOUT_DATA:
+    if arguments.method not in ("rtn", "magnitude"):
         tokens_NT = load_tokens(arguments.tokens)
         rows = {"input_ids": tokens_NT.tolist()}
         rows["attention_mask"] = torch.ones_like(tokens_NT).tolist()
@@ -170,9 +163,14 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
             "shuffle_calibration_samples": False,
         }
     before = time.perf_counter()
-    oneshot(model=model, recipe=build_recipe(arguments), **calibration)
+    pruning = arguments.method in PRUNERS
+    if arguments.method == "magnitude":
+        prune_by_magnitude(model, float(arguments.sparsity))
+    else:
+        recipe = build_pruner(arguments) if pruning else build_recipe(arguments)
+        oneshot(model=model, recipe=recipe, **calibration)
     after = time.perf_counter()
-    model.save_pretrained(arguments.output, save_compressed=True)
+    model.save_pretrained(arguments.output, save_compressed=not pruning)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.output)
     ended = time.perf_counter()
     schemes = [getattr(module, "quantization_scheme", None) for module in model.modules()]
@@ -182,7 +180,7 @@ def compress(arguments: argparse.Namespace) -> tuple[float, float, int]:
 def main() -> int:
     """Runs the peer once and prints one JSON object as the last line."""
     arguments = parse()
-    if arguments.method not in WITHOUT_DATA and arguments.tokens is None:
+    if arguments.method not in ("rtn", "magnitude") and arguments.tokens is None:
         print(f"error: --tokens is needed for {arguments.method}", file=sys.stderr)
         return 2
     if arguments.output.exists():
@@ -205,8 +203,7 @@ def main() -> int:
         "tool": f"llmcompressor {llmcompressor.__version__}",
         "method": arguments.method,
         "scheme": arguments.scheme,
-        "sparsity": arguments.sparsity if arguments.method in PRUNING else None,
-        "mask_structure": arguments.mask_structure if arguments.method in PRUNING else None,
+        "sparsity": arguments.sparsity if arguments.method in PRUNERS else None,
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "dtype": arguments.dtype,
