@@ -231,6 +231,8 @@ class ActivationSpec(Strict):
         group_size: Columns of a group.
         dynamic: Whether scales are found anew for every input; "tensor" alone may be static, with
             a scale from calibration, and always is: else a token would depend on its neighbours.
+        outliers: From which magnitude a value is not rounded, of "int" per token (LLM.int8(),
+            arXiv:2208.07339, which takes 6); None: all are rounded.
     """
 
     type: Literal["int", "float"] = "int"
@@ -239,6 +241,7 @@ class ActivationSpec(Strict):
     granularity: Literal["token", "group", "tensor"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     dynamic: bool = True
+    outliers: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _stand_together(self) -> Self:
@@ -249,13 +252,21 @@ class ActivationSpec(Strict):
         if self.dynamic == (self.granularity == "tensor"):
             kind = "static" if self.granularity == "tensor" else "dynamic"
             raise ValueError(f"scales per {self.granularity} are {kind}")
+        if self.outliers is not None and (self.type, self.granularity) != ("int", "token"):
+            raise ValueError("outliers are kept apart from 'int' codes with granularity 'token'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out outliers where there are none: files written before stay as they are."""
+        return {k: v for k, v in plain(self).items() if k != "outliers" or v is not None}
 
     @property
     def name(self) -> str:
         """A short name, such as ``int8-token``, ``int8-tensor-asymmetric`` or ``float8-group``."""
         kind = f"{self.type}{self.bits}-{self.granularity}"
-        return kind if self.symmetric else f"{kind}-asymmetric"
+        kind = kind if self.symmetric else f"{kind}-asymmetric"
+        return kind if self.outliers is None else f"{kind}-outliers"
 
     @property
     def stored_bits(self) -> int:
@@ -280,6 +291,7 @@ def _schemes() -> dict[str, QuantSpec]:
         "W8A8": QuantSpec(bits=8, group_size=None),
         "W8A8_STATIC": QuantSpec(bits=8, group_size=None),
         "W4A8": QuantSpec(bits=4, group_size=128),
+        "LLM_INT8": QuantSpec(bits=8, group_size=None),
         "FP8": float8(1, None),
         "FP8_DYNAMIC": float8(1, None),
         "FP8_TENSOR": float8(None, None),
@@ -304,6 +316,7 @@ INPUTS = {
     "W8A8": ActivationSpec(),
     "W8A8_STATIC": ActivationSpec(granularity="tensor", dynamic=False),
     "W4A8": ActivationSpec(),
+    "LLM_INT8": ActivationSpec(outliers=6.0),
     "FP8": ActivationSpec(type="float", granularity="tensor", dynamic=False),
     "FP8_DYNAMIC": ActivationSpec(type="float"),
     "FP8_BLOCK": ActivationSpec(type="float", granularity="group", group_size=128),

@@ -165,6 +165,7 @@ def choose_grids(
     quantized = {name: spec for name, spec in specs.items() if spec is not None}
     floats = [name for name in specs if name not in quantized]
     check_model(quantized, [*kept, *floats], target, inputs)
+    _refuse_own_experts(format_name, quantized, target, recipe.activations)
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
@@ -187,7 +188,29 @@ def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: Sparsity
         return "pocketlm"
     if not asked:
         return "dense"
-    return "pocketlm" if transposed or not all(map(holds, asked)) else "compressed-tensors"
+    return "pocketlm" if transposed or not _all_held(asked, recipe) else "compressed-tensors"
+
+
+def _all_held(specs: Sequence[QuantSpec], recipe: Recipe) -> bool:
+    """Whether compressed-tensors can say and store all that a recipe asks for."""
+    return all(holds(spec, recipe.activations) for spec in specs)
+
+
+def _refuse_own_experts(
+    format_name: str,
+    specs: Mapping[str, QuantSpec],
+    target: str,
+    activations: ActivationSpec | None,
+) -> None:
+    """The loader of our format for transformers puts back linears, not experts fused to one."""
+    own = format_name == "pocketlm" and activations is not None and activations.outliers is not None
+    for name in specs if own and target == "transformers" else ():
+        if is_expert(name):
+            raise UnsupportedLayer(
+                "is an expert, and pocketlm.hf loads no experts from the format pocketlm.",
+                where=name,
+                remedy="Ignore the experts, or choose --target pocketlm.",
+            )
 
 
 def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -371,7 +394,8 @@ def inputs_text(spec: ActivationSpec) -> str:
         "group": f"one scale for {spec.group_size} columns of a token",
         "tensor": "one scale from calibration",
     }[spec.granularity]
-    return f"inputs in {kind}, {'' if spec.symmetric else 'asymmetric, '}{shared}"
+    apart = "" if spec.outliers is None else f", from ±{spec.outliers:g} on in 16 bits"
+    return f"inputs in {kind}, {'' if spec.symmetric else 'asymmetric, '}{shared}{apart}"
 
 
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
