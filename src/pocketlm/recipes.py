@@ -22,7 +22,6 @@ from pocketlm.core.spec import (
 from pocketlm.core.stored import SparsitySpec
 
 DEFAULT = "w4a16"
-IGNORED = ("lm_head",)
 PRUNING = "sparsegpt"  # what --sparsity stands for
 
 # A method's name stands for the steps that make the best of it.
@@ -46,6 +45,9 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
 }
 
 
+# What compresses embedding and head, which no calibration data reaches as a linear's inputs.
+END_STEPS = tuple(StepSpec(method=name) for name in ("clip", "rtn"))
+
 # A method that was made for one scheme brings it, unless another is given.
 METHOD_SCHEMES = {"llm_int8": "LLM_INT8"}
 
@@ -66,14 +68,14 @@ def presets() -> dict[str, Recipe]:
 def _preset(scheme: str) -> Recipe:
     steps = SCHEME_STEPS.get(scheme, CHAINS["gptq"])
     return Recipe(
-        steps=steps, weights=SCHEMES[scheme], ignore=IGNORED, activations=INPUTS.get(scheme)
+        steps=steps, weights=SCHEMES[scheme], activations=INPUTS.get(scheme)
     )
 
 
 def _chain(method: str, weights: QuantSpec | None) -> Recipe:
     catalog.method_class(method)
     steps = CHAINS.get(method, (StepSpec(method=method),))
-    return Recipe(steps=steps, weights=weights, ignore=IGNORED)
+    return Recipe(steps=steps, weights=weights)
 
 
 def _makes(step: StepSpec, what: str) -> bool:

@@ -184,6 +184,11 @@ class QuantSpec(Strict):
         return self.model_copy(update={"group_size": smaller[0] if smaller else None})
 
     @property
+    def by_rows(self) -> bool:
+        """Whether a row is stored by itself: no zero points, and no scale or constant shared."""
+        return self.symmetric and self.group_rows == 1 and self.scale in ("float", "e8m0")
+
+    @property
     def fixed_groups(self) -> bool:
         """Whether the format prescribes its group size."""
         return _FLOATS.get((self.type, self.bits), {}).get(self.scale) is not None
@@ -365,7 +370,8 @@ class Recipe(Strict):
         steps: What is done, in order.
         weights: The grid of every linear that no override names; None: values stay floats, as
             they do in a recipe that prunes only.
-        overrides: Pattern → another grid; the last matching pattern rules.
+        overrides: Pattern → another grid; the last matching pattern rules. Embedding and head are
+            compressed where an override spells their path, or its last part, and only there.
         ignore: Patterns of linears kept as they are.
         activations: How the inputs of every compressed linear are rounded; None: not at all.
     """
@@ -397,6 +403,14 @@ class Recipe(Strict):
             if matches(pattern, name):
                 chosen = spec
         return chosen
+
+    def spec_for_end(self, name: str) -> QuantSpec | None:
+        """The grid for the embedding or head `name`; None where no override spells its name."""
+        if any(matches(pattern, name) for pattern in self.ignore):
+            return None
+        spelled = (name, name.rpartition(".")[2])
+        named = [spec for pattern, spec in self.overrides.items() if pattern in spelled]
+        return named[-1] if named else None
 
 
 def _nested_step(step: Any) -> Any:

@@ -32,6 +32,7 @@ class Entry(BaseModel):
         inputs: What calibration data reached the linear, where compressed with data.
         notes: Fallbacks and approximations, as sentences.
         outputs: The tensors that stand for it in the artifact.
+        copy_of: The tensor of the source that this head was tied to, where it is stored apart.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,6 +49,7 @@ class Entry(BaseModel):
     inputs: InputHealth | None = None
     notes: list[str] = Field(default_factory=list)
     outputs: list[str] = Field(default_factory=list)
+    copy_of: str | None = None
 
 
 class Ledger(BaseModel):

@@ -84,9 +84,16 @@ class DecodedSource:
         """
         if name not in self._infos:
             raise SourceError(f"holds no tensor '{name}'.", where=WHERE)
-        if name in self._module_of:
+        module = self._module_of.get(name)
+        if module is None:
+            return self._stored.rows(name, start, stop)
+        known = self._index.modules[module]
+        if known.transposed or not known.spec.by_rows:
             return self.read(name)[start:stop].clone()
-        return self._stored.rows(name, start, stop)
+        rows = self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
+        weight_OI = rows.dequantize()
+        require_finite(name, weight_OI, WHERE)
+        return weight_OI
 
     def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
         """The tensor's raw bytes, in order."""
