@@ -67,9 +67,7 @@ def presets() -> dict[str, Recipe]:
 
 def _preset(scheme: str) -> Recipe:
     steps = SCHEME_STEPS.get(scheme, CHAINS["gptq"])
-    return Recipe(
-        steps=steps, weights=SCHEMES[scheme], activations=INPUTS.get(scheme)
-    )
+    return Recipe(steps=steps, weights=SCHEMES[scheme], activations=INPUTS.get(scheme))
 
 
 def _chain(method: str, weights: QuantSpec | None) -> Recipe:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 
-
 Rows = Callable[[int, int], Tensor]  # start, stop → rows of a weight [stop - start, D]
 
 

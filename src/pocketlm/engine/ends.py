@@ -58,9 +58,7 @@ class EndTask:
         return -(-self.end.shape[0] // self.chunk_rows)
 
 
-def end_tasks(
-    ends: Sequence[End], grids: Mapping[str, QuantSpec], blocks: int
-) -> list[EndTask]:
+def end_tasks(ends: Sequence[End], grids: Mapping[str, QuantSpec], blocks: int) -> list[EndTask]:
     """What is to be compressed, in order.
 
     Args:
@@ -150,6 +148,7 @@ def compress_end(
                 error=round(error, 9),
                 notes=list(notes),
                 outputs=list(stored),
+                end="embedding" if task.end.embeds and twin is None else "head",
                 copy_of=twin,
             )
         journal.write_block(task.first + index, stored, entries)

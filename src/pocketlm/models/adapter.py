@@ -293,7 +293,8 @@ class Model:
         found: list[End] = []
         for module, embeds in ((embedding, True), (head, False)):
             binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
-            tensor, shape = binding.tensors[0], tuple(module.weight.shape)
+            weight = self.skeleton.model.get_parameter(f"{path_of[id(module)]}.weight")
+            tensor, shape = binding.tensors[0], tuple(weight.shape)
             if not binding.plain or not tensor.endswith(".weight") or len(shape) != 2:
                 continue
             if not embeds and found and tensor == found[0].tensor:

@@ -38,7 +38,7 @@ from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
 MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
-MakeEmbedding = Callable[[WeightTensor, nn.Module], nn.Module]
+MakeEmbedding = Callable[[WeightTensor, nn.Embedding], nn.Module]
 
 
 def runtime_model(

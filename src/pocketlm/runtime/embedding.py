@@ -32,12 +32,13 @@ class PackedEmbedding(nn.Module):
     """
 
     def __init__(
-        self, weight: Packed, layer: nn.Module, *, dtype: torch.dtype, device: torch.device
+        self, weight: Packed, layer: nn.Embedding, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.grid, self.dtype = Grid.of(weight), dtype
-        self._layer = [copy.copy(layer)]  # in a list: its weight is no parameter of the model
-        self._layer[0].padding_idx = None  # a row of few, which says nothing about training here
+        layer = copy.copy(layer)
+        layer.padding_idx = None  # a row of all, not of those looked up; only training asks
+        self._layer = [layer]  # in a list: its weight is no parameter of the model
         for name, buffer in Reference().pack(weight, dtype, device).items():
             self.register_buffer(name, buffer)
 

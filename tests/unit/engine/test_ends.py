@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 from tests.unit.engine.test_engine import ledger_of
 from tests.unit.engine.test_resume import Killed, digests
-from tests.unit.formats.artifacts import build_llama
+from tests.unit.formats.artifacts import build_llama, round_to_nearest
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from pocketlm import catalog
 from pocketlm.core.errors import UnsupportedLayer
-from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.core.spec import SCHEMES, QuantSpec, Recipe
 from pocketlm.engine import ends as engine_ends
 from pocketlm.engine.compress import run_job
 from pocketlm.engine.grids import choose_grids
+from pocketlm.engine.journal import Journal
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import make_plan
 from pocketlm.evaluate import verify_logits
@@ -26,6 +28,7 @@ from pocketlm.evaluate.verify_logits import view_logits
 from pocketlm.hf import plain_logits
 from pocketlm.models import open_model, runtime_model
 from pocketlm.recipes import END_STEPS
+from pocketlm.runtime.embedding import PackedEmbedding
 from pocketlm.runtime.load import load
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -82,7 +85,10 @@ CHOICES = {
     "both": {EMBED: INT8, HEAD: INT8},
     "embedding": {"embed_tokens": INT4},
     "head": {HEAD: INT8},
-    "other": {EMBED: QuantSpec(bits=3, group_size=32), HEAD: QuantSpec(bits=4, group_size=64, type="nf")},
+    "other": {
+        EMBED: QuantSpec(bits=3, group_size=32),
+        HEAD: QuantSpec(bits=4, group_size=64, type="nf"),
+    },
 }
 
 
@@ -122,3 +128,69 @@ def test_what_is_written_is_counted_and_runs_alike(
     assert torch.allclose(packed_TV, ours_TV, rtol=1e-4, atol=1e-6)
     report = verify_artifact(out, source)
     assert not report.failures(), report.failures()
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_stopped_run_gives_the_same_bytes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    """Chunks are of 64 rows of 320: a run is stopped inside the embedding."""
+    compress(source, tmp_path / "whole", CHOICES["other"])
+    left, write = [2 + chunks], Journal.write_block
+
+    def stop(journal: Journal, *arguments) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        write(journal, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write_block", stop)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "parts", CHOICES["other"])
+    compress(source, tmp_path / "parts", CHOICES["other"])
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_rows_are_alike_in_chunks_and_whole(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(source, tmp_path / "chunks", CHOICES["other"])
+    monkeypatch.setattr(engine_ends, "CHUNK_WEIGHTS", 1 << 30)
+    compress(source, tmp_path / "whole", CHOICES["other"])
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("chunks", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "target", "said"),
+    [
+        ({EMBED: INT8}, "vllm", "does not load the format pocketlm|no compressed embedding"),
+        ({HEAD: INT8}, "vllm-cpu", "no compressed head"),
+        ({HEAD: QuantSpec(bits=4, group_size=32, symmetric=False)}, "transformers", "zero points"),
+        ({HEAD: SCHEMES["NVFP4"]}, "transformers", "scales that rows share"),
+    ],
+)
+def test_what_an_engine_cannot_load_is_refused(
+    tmp_path: Path, source: Path, overrides: dict[str, QuantSpec], target: str, said: str
+) -> None:
+    with pytest.raises(UnsupportedLayer, match=said):
+        compress(source, tmp_path / "out", overrides, target)
+
+
+def test_a_pattern_that_spells_neither_leaves_them() -> None:
+    recipe = Recipe.parse({"steps": ["rtn"], "overrides": {"re:.*": INT8, "Linear": INT8}})
+    assert recipe.spec_for_end(EMBED) is None
+    named = recipe.model_copy(update={"overrides": {"embed_tokens": INT8}})
+    assert named.spec_for_end(EMBED) == INT8
+    assert named.model_copy(update={"ignore": (EMBED,)}).spec_for_end(EMBED) is None
+
+
+def test_a_scaled_embedding_stays_one() -> None:
+    """Gemma multiplies what it looks up."""
+    layer = Gemma3TextScaledWordEmbedding(40, 32, padding_idx=39, embed_scale=3.0)
+    packed = round_to_nearest(layer.weight.detach(), QuantSpec(bits=5, group_size=16))
+    ids = torch.tensor([[39, 4, 4], [0, 38, 39]])
+    found = PackedEmbedding(packed, layer, dtype=torch.float32, device=torch.device("cpu"))(ids)
+    assert torch.equal(found, packed.dequantize()[ids] * 3.0)
