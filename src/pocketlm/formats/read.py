@@ -125,7 +125,7 @@ class CompressedIndex:
         stop: int,
         rows: Callable[[str, int, int], Tensor],
         read: Callable[[str], Tensor],
-    ) -> Packed:
+    ) -> WeightTensor:
         """Codes and scales of some rows of a weight whose rows are stored by themselves.
 
         Args:

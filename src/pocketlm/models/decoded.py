@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import SourceError
+from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.bytes import byte_view, require_finite
@@ -88,7 +89,8 @@ class DecodedSource:
         if module is None:
             return self._stored.rows(name, start, stop)
         known = self._index.modules[module]
-        if known.transposed or not known.spec.by_rows:
+        spec = known.spec
+        if known.transposed or not (isinstance(spec, QuantSpec) and spec.by_rows):
             return self.read(name)[start:stop].clone()
         rows = self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
         weight_OI = rows.dequantize()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.scales import Scale
-from pocketlm.core.tensors import Packed, PackedInt, decode_rows
+from pocketlm.core.tensors import PackedFloat, PackedInt, WeightTensor, decode_rows
 from pocketlm.formats.packing import unpack, unpack_bytes
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.reference import Reference
@@ -29,12 +30,17 @@ class PackedEmbedding(nn.Module):
         layer: The layer that it stands for; its weight is not used.
         dtype: Of what it gives.
         device: Where it runs.
+
+    Raises:
+        UnsupportedLayer: If the weight is stored as anything else than codes.
     """
 
     def __init__(
-        self, weight: Packed, layer: nn.Embedding, *, dtype: torch.dtype, device: torch.device
+        self, weight: WeightTensor, layer: nn.Embedding, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
+        if not isinstance(weight, PackedInt | PackedFloat):
+            raise UnsupportedLayer(f"an embedding is stored as {type(weight).__name__}.")
         self.grid, self.dtype = Grid.of(weight), dtype
         layer = copy.copy(layer)
         layer.padding_idx = None  # a row of all, not of those looked up; only training asks

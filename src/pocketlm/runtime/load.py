@@ -89,7 +89,7 @@ def load(
             return linear if quantizer is None else RoundedInputs(linear, quantizer.to(place))
         return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
-    def make_embedding(weight: Packed, layer: nn.Embedding) -> PackedEmbedding:
+    def make_embedding(weight: WeightTensor, layer: nn.Embedding) -> PackedEmbedding:
         return PackedEmbedding(weight, layer, dtype=dtype, device=place)
 
     return runtime_model(

@@ -163,7 +163,7 @@ def _through_ends(
     apart: dict[Variant, Tensor] = {}
     call: Any = None
     for variant in variants:
-        if variant.unit.kind == "embedding":
+        if variant.unit.end is not None and variant.unit.end.embeds:
             with model.with_ends(_rows(model, variant)):
                 apart[variant], call = model.begin(tokens_BT)
     for index in range(len(model.block_paths)) if apart else ():

@@ -75,7 +75,6 @@ def end_units(
                 Unit(
                     name=end.name,
                     block=0 if end.embeds else len(model.block_paths),
-                    kind="embedding" if end.embeds else "head",
                     linears=(end.name,),
                     weights=end.shape[0] * end.shape[1],
                     candidates=(*cheaper, kept),

@@ -136,7 +136,7 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
                 model.stores_transposed,
                 recipe,
                 question.target,
-                model.ends(),
+                ends=model.ends(),
             )
         except UnsupportedLayer as error:
             refusal = error
@@ -157,8 +157,8 @@ def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
 
 def _kept(budget: Budget | None, before: Spent, units: Sequence[Unit]) -> list[str]:
     """What a budget in bytes goes to before any choice: said, since it is much of a small model."""
-    free = {unit.kind for unit in units if unit.end is not None}
-    if budget is None or budget.file_bytes is None or "embedding" in free:
+    free = any(unit.end is not None and unit.end.embeds for unit in units)
+    if budget is None or budget.file_bytes is None or free:
         return []
     share = before.kept_bytes / budget.file_bytes
     return [

@@ -64,7 +64,7 @@ def compress(source: Path, output: Path, overrides: dict[str, QuantSpec], target
     )
     model = open_model(source)
     grids = choose_grids(
-        model.linear_shapes(), model.stores_transposed, recipe, target, model.ends()
+        model.linear_shapes(), model.stores_transposed, recipe, target, ends=model.ends()
     )
     job = Job(
         source=str(source),

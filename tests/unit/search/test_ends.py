@@ -51,7 +51,9 @@ def test_a_size_that_needs_them_compresses_them(large_vocabulary, windows, tmp_p
     ends = model.ends()
     assert len(ends) == (1 if model.tied else 2)
     assert {"model.embed_tokens", *(end.name for end in ends)} <= set(found.recipe.overrides)
-    grids = choose_grids(model.linear_shapes(), False, found.recipe, question.target, model.ends())
+    grids = choose_grids(
+        model.linear_shapes(), False, found.recipe, question.target, ends=model.ends()
+    )
     assert set(grids.ends) == {end.name for end in ends}
     assert grids.format_name == "pocketlm"
     written = stored_sizes(model, grids, None)["output"]
@@ -98,7 +100,7 @@ def test_else_they_keep_their_precision(large_vocabulary, windows, tmp_path, cha
 
 def test_targets_get_what_they_load(large_vocabulary):
     model = open_model(large_vocabulary)
-    for target, kinds in (("vllm", ["head"]), ("vllm-cpu", [])):
-        grids = choose_grids(model.linear_shapes(), False, RECIPE, target, model.ends())
+    for target, names in (("vllm", ["lm_head"]), ("vllm-cpu", [])):
+        grids = choose_grids(model.linear_shapes(), False, RECIPE, target, ends=model.ends())
         units = end_units(model, RECIPE, grids, GRIDS, target, None)
-        assert [unit.kind for unit in units] == ([] if model.tied else kinds)
+        assert [unit.name for unit in units] == ([] if model.tied else names)
