@@ -181,7 +181,7 @@ def choose_grids(
     floats = [name for name in specs if name not in quantized]
     check_model({**quantized, **chosen}, [*kept, *floats], target, inputs)
     for end in ends:
-        notes.update(_check_end(end, chosen, format_name, target))
+        notes.update(_check_end(end, chosen, recipe, format_name, target))
     _refuse_own_experts(format_name, quantized, target, recipe.activations)
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
@@ -212,7 +212,7 @@ def choose_ends(ends: Sequence[End], recipe: Recipe) -> dict[str, QuantSpec]:
 
 
 def _check_end(
-    end: End, chosen: Mapping[str, QuantSpec], format_name: str, target: str
+    end: End, chosen: Mapping[str, QuantSpec], recipe: Recipe, format_name: str, target: str
 ) -> dict[str, str]:
     """Refuses an embedding or head that the target cannot load; what to tell of it, by name."""
     notes: dict[str, str] = {}
@@ -230,6 +230,16 @@ def _check_end(
         head = end.tied_name
         check_end(format_name, chosen[head], end.shape, target, head, embeds=False)
         notes[head] = f"it was tied to {end.name}: it is untied, so that the two count twice."
+    for name in (end.name, end.tied_name):
+        if name is None or name not in chosen:
+            continue
+        asked = recipe.spec_for_end(name)
+        if asked is not None and asked != chosen[name]:
+            said = (
+                f"groups of {asked.group_size} do not divide {end.shape[1]} columns: the group is "
+                f"{chosen[name].group_size or 'the whole row'}."
+            )
+            notes[name] = f"{notes[name]} {said}" if name in notes else said
     return notes
 
 

@@ -44,7 +44,7 @@ def storage(
         UnsupportedLayer: If compressed-tensors has no storage for it.
     """
     if not holds(spec, activations):
-        what = spec.name if holds(spec) else "inputs with outliers kept apart"
+        what = "inputs with outliers kept apart" if holds(spec) else spec.name
         raise UnsupportedLayer(
             f"{NAME} cannot hold {what}.",
             where=where,

@@ -172,7 +172,7 @@ def _compressed_ends(units: Sequence[Unit], chosen: Sequence[int] | None) -> lis
     """Which of embedding and head the choice compresses, and what that asks of who loads it."""
     said: list[str] = []
     for unit, c in zip(units, chosen or [], strict=False):
-        spec = unit.candidates[c].spec
+        spec = unit.candidates[c].specs.get(unit.name)
         if unit.end is None or spec is None:
             continue
         tied = " (the head is tied to it: stored once)" if unit.end.tied_name else ""
