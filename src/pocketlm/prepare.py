@@ -28,6 +28,7 @@ from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.recipes import END_STEPS
 from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def prepare(
     place = choose_device(device)
     model = open_model(source, device=place, trust_remote_code=trust_remote_code, revision=revision)
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps)
+    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps, model.ends())
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=_name(source),
@@ -130,6 +131,7 @@ def prepare(
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,
         warnings=warnings,
+        end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
     facts = (sparsity_note(grids), factors_note(grids, shapes))
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))

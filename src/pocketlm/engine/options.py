@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pocketlm.core.spec import Recipe
-from pocketlm.core.state import Step
+from pocketlm.core.state import LinearStep, Step
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Job:
         warnings: What the whole run has to tell; goes into the ledger.
         fingerprint: What the bytes depend on.
         seed: Of steps that draw at random.
+        end_steps: What compresses embedding and head, without data.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    end_steps: tuple[LinearStep, ...] = ()
 
     @property
     def needs_data(self) -> bool:

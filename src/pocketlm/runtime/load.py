@@ -23,6 +23,7 @@ from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
+from pocketlm.runtime.embedding import PackedEmbedding
 from pocketlm.runtime.factored import LowRankLinear, RoundedInputs, SumLinear
 from pocketlm.runtime.linear import PackedLinear
 from pocketlm.runtime.semi_structured import make_sparse, refuses
@@ -95,9 +96,13 @@ def load(
             return linear if quantizer is None else RoundedInputs(linear, quantizer.to(place))
         return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
+    def make_embedding(weight: WeightTensor, layer: nn.Embedding) -> PackedEmbedding:
+        return PackedEmbedding(weight, layer, dtype=dtype, device=place)
+
     model, tokenizer = runtime_model(
         resolved,
         make_linear,
+        make_embedding,
         device=place,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
