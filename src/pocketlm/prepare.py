@@ -197,7 +197,7 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps)
+    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps, model.ends())
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 
