@@ -17,7 +17,7 @@ from pathlib import Path
 from harness import SCRATCH, Finished, environment, must, pocketlm, publish, run_child, table
 from inputs import Inputs, peer_command
 
-FIGURES = {"gptq": 0.4, "awq": 1.0}  # of our stage's time to the peer's GPTQ
+FIGURES = {"gptq": 0.4, "awq": 1.0, "sparsegpt": 0.4}  # of our stage's time to the peer's
 
 
 def parse() -> argparse.Namespace:
@@ -53,10 +53,14 @@ def main() -> int:
     ours_command = pocketlm(
         *inputs.compress_arguments(SCRATCH / "time-ours", threads, method=arguments.method)
     )
+    more = ["--dtype", arguments.peer_dtype]
+    if arguments.method == "sparsegpt":  # values stay floats, in both tools
+        at = ours_command.index("--bits")
+        ours_command[at : ours_command.index("--sym") + 1] = ["--sparsity", "2:4"]
+        more += ["--method", "sparsegpt", "--sparsity", "2:4"]
     peer_line = peer_command(
-        arguments.peer_python, inputs, tokens, SCRATCH / "time-peer", threads,
-        "--dtype", arguments.peer_dtype,
-    )  # fmt: skip
+        arguments.peer_python, inputs, tokens, SCRATCH / "time-peer", threads, *more
+    )
     pinned = {"OMP_NUM_THREADS": str(threads)}
     rows, stages, wholes = [], {"ours": [], "peer": []}, {"ours": [], "peer": []}
     for number in range(1, arguments.runs + 1):
@@ -93,6 +97,8 @@ def main() -> int:
         f"{'met' if met else 'missed'}."
     )
     title = f"Time to compress, W4A16 symmetric g64, {arguments.method} beside the peer's GPTQ"
+    if arguments.method == "sparsegpt":
+        title = "Time to compress, 2:4 by SparseGPT, beside the peer's"
     publish(title, shown, result, arguments.record)
     return 0 if met else 1
 

@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "gptq": "pocketlm.quant.gptq:Gptq",
     "refine": "pocketlm.quant.refine:Refine",
     "hqq": "pocketlm.quant.hqq:Hqq",
+    "llm_int8": "pocketlm.quant.llm_int8:LlmInt8",
     "awq": "pocketlm.quant.awq:Awq",
     "smoothquant": "pocketlm.quant.smoothquant:Smoothquant",
     "correct": "pocketlm.quant.correct:Correct",

@@ -125,7 +125,7 @@ class PackedStandIn(nn.Module):
             dtype = torch.int8 if role == stored_inputs.ZERO else torch.float32
             data = torch.empty(1, dtype=dtype, device="meta")
             self.register_parameter(role, nn.Parameter(data, requires_grad=False))
-        self.bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+        self.bias = layer._parameters.get("bias")  # an embedding has none
         # Models initialise by name before they look what is loaded (GPT-2: `c_proj.weight`).
         self.register_buffer("weight", torch.empty(0), persistent=False)
 
@@ -181,6 +181,17 @@ class PocketlmQuantizer(HfQuantizer):
                 modules[path], spec, name in config.transposed, inputs.get(name)
             )
             model.set_submodule(path, stand_in)
+        # A head that shares a packed embedding waits without a weight until that is decoded.
+        self._waiting = {
+            head: embedding
+            for head, embedding in model.all_tied_weights_keys.items()
+            if isinstance(model.get_submodule(embedding.rpartition(".")[0]), PackedStandIn)
+        }
+        for head in self._waiting:
+            del model.all_tied_weights_keys[head]
+            module = model.get_submodule(head.rpartition(".")[0])
+            del module._parameters["weight"]
+            module.register_buffer("weight", torch.empty(0), persistent=False)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -188,6 +199,11 @@ class PocketlmQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedStandIn):
                 model.set_submodule(path, module.restored())
+        for head, embedding in self._waiting.items():
+            module = model.get_submodule(head.rpartition(".")[0])
+            del module._buffers["weight"]
+            module.register_parameter("weight", model.get_parameter(embedding))
+            model.all_tied_weights_keys[head] = embedding
         return model
 
     def is_serializable(self) -> bool:

@@ -30,6 +30,7 @@ from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.recipes import END_STEPS
 from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def prepare(
         )
     after = after or After(source=name_of(source))
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps)
+    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps, model.ends())
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -163,6 +164,7 @@ def prepare(
         whole=after.recipe,
         stages=after.stages,
         stage_ledgers=after.stage_ledgers,
+        end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
     facts = (sparsity_note(grids), factors_note(grids, shapes))
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
@@ -229,7 +231,7 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps)
+    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps, model.ends())
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 

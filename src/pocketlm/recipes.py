@@ -22,7 +22,6 @@ from pocketlm.core.spec import (
 from pocketlm.core.stored import SparsitySpec
 
 DEFAULT = "w4a16"
-IGNORED = ("lm_head",)
 PRUNING = "sparsegpt"  # what --sparsity stands for
 
 # A method's name stands for the steps that make the best of it.
@@ -37,6 +36,9 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
         StepSpec(method="refine", options={"rounds": 3}),
     ),
     "sparsegpt": (StepSpec(method="sparsegpt"),),
+    "sparsegpt_joint": tuple(StepSpec(method=n) for n in ("clip", "sparsegpt_joint", "refine")),
+    "alps": tuple(StepSpec(method=name) for name in ("correct", "alps")),
+    "tune": tuple(StepSpec(method=name) for name in ("correct", "alps", "tune")),
     "lkd": tuple(StepSpec(method=name) for name in ("clip", "lkd")),
     "lqer": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "lqer")),
     "lorc": tuple(StepSpec(method=name) for name in ("rtn", "lorc")),
@@ -46,11 +48,18 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
 }
 
 
+# What compresses embedding and head, which no calibration data reaches as a linear's inputs.
+END_STEPS = tuple(StepSpec(method=name) for name in ("clip", "rtn"))
+
+# A method that was made for one scheme brings it, unless another is given.
+METHOD_SCHEMES = {"llm_int8": "LLM_INT8"}
+
 # What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
 SCHEME_STEPS: dict[str, tuple[StepSpec, ...]] = {
     "W8A8": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
     "W8A8_STATIC": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
     "W4A8": CHAINS["smoothquant"],
+    "LLM_INT8": (StepSpec(method="llm_int8"),),
 }
 
 
@@ -61,15 +70,13 @@ def presets() -> dict[str, Recipe]:
 
 def _preset(scheme: str) -> Recipe:
     steps = SCHEME_STEPS.get(scheme, CHAINS["gptq"])
-    return Recipe(
-        steps=steps, weights=SCHEMES[scheme], ignore=IGNORED, activations=INPUTS.get(scheme)
-    )
+    return Recipe(steps=steps, weights=SCHEMES[scheme], activations=INPUTS.get(scheme))
 
 
 def _chain(method: str, weights: QuantSpec | None) -> Recipe:
     catalog.method_class(method)
     steps = CHAINS.get(method, (StepSpec(method=method),))
-    return Recipe(steps=steps, weights=weights, ignore=IGNORED)
+    return Recipe(steps=steps, weights=weights)
 
 
 def _makes(step: StepSpec, what: str) -> bool:
@@ -123,6 +130,32 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
         recipe = Recipe.parse(recipe, where="recipe")
     for step in recipe.steps:
         catalog.build_step(step.method, step.options)
+    return _with_scheme(recipe)
+
+
+def _with_scheme(recipe: Recipe) -> Recipe:
+    """The recipe with the scheme that one of its steps was made for, where it says no other.
+
+    Raises:
+        ConfigError: If it rounds inputs in a way that contradicts the step.
+    """
+    for step in recipe.steps:
+        if step.method not in METHOD_SCHEMES:
+            continue
+        scheme = METHOD_SCHEMES[step.method]
+        changes: dict[str, Any] = {}
+        if recipe.activations is None:
+            changes["activations"] = INPUTS[scheme]
+        elif recipe.activations.outliers is None:
+            raise ConfigError(
+                f"{step.method} keeps outliers of the inputs apart, the recipe's activations "
+                "do not.",
+                where="recipe",
+                remedy="Set activations: {outliers: 6.0}, or take rtn.",
+            )
+        if "weights" not in recipe.model_fields_set:
+            changes["weights"] = SCHEMES[scheme]
+        recipe = recipe.model_copy(update=changes)
     return recipe
 
 
@@ -177,6 +210,8 @@ def build_recipe(
             where="--recipe and --method",
             remedy="Give one of them.",
         )
+    if scheme is None and method is not None:
+        scheme = METHOD_SCHEMES.get(method)
     if scheme is not None and ":" in scheme:  # 2:4 is a scheme too
         if sparsity not in (None, scheme):
             raise ConfigError("they contradict each other.", where="--scheme and --sparsity")
@@ -215,7 +250,7 @@ def build_recipe(
         asked = parse_scheme(scheme)
         integers = asked.type == "int" and grid.type == "int" and inputs is None
         changes = {"bits": asked.bits} if integers else _fields(asked)
-        base = base.model_copy(update={"activations": inputs})
+        base = _with_scheme(base.model_copy(update={"activations": inputs}))
     if bits is not None:
         if changes.get("bits", bits) != bits:
             raise ConfigError(

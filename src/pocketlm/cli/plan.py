@@ -122,6 +122,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             f"{plan.blocks} blocks",
             "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
             "sparsity": plan.sparsity or "none",
+            **{name: grid for name, grid in plan.ends.items()},
             "inputs": plan.inputs or "as they come",
             "calibration": _calibration(plan),
             **_text(plan),

@@ -178,6 +178,8 @@ def _most(found: SearchResult) -> dict[str, str]:
     """The units that cost most as chosen."""
     chosen = [(unit, unit.chosen) for unit in found.units if unit.chosen is not None]
     worst = sorted(chosen, key=lambda pair: -pair[0].damages[pair[1]])[:WORST]
+    grids = [(unit, unit.grids[c], unit.damages[c]) for unit, c in worst]
     return {
-        unit.name: f"{unit.grids[c].bits} bits: {number_text(unit.damages[c])}" for unit, c in worst
+        unit.name: f"{'kept' if grid is None else f'{grid.bits} bits'}: {number_text(damage)}"
+        for unit, grid, damage in grids
     }

@@ -6,6 +6,12 @@ symmetric   scale = max|x| / h,                 h = (2^bits - 1) / 2 for integer
 asymmetric  scale = (max x - min x) / (2^bits - 1),   zero = round(clamp(code_min - min x / scale))
 code        round(clamp(x / scale + zero)),     a range always holds 0; a scale of 0 becomes 2^-23
 
+With outliers (LLM.int8(), arXiv:2208.07339, equation 8) a value of at least that magnitude stays as
+it came, and the scale is that of the others:  x̂ = scale · (code - zero) + [|x| ≥ α] x.
+Deviation: the paper takes a column apart for all tokens of the input as soon as one token has an
+outlier in it; here each token has its own. That is the same for one token, and so what a model
+generates does not depend on how its prompt is cut into batches.
+
 Inputs of 16 bits are rounded in float32, as kernels do it (compressed-tensors stays in 16 bits).
 Gradients pass straight through: the rounding counts as the identity where nothing is clamped.
 
@@ -35,16 +41,20 @@ class Codes:
             numbers, or values of E4M3.
         scale: float32, broadcasts against the levels.
         zero: float32 likewise; None where symmetric.
+        outliers: float32 of the levels' shape: the values that stay as they came, 0 where one was
+            rounded; None where all were.
     """
 
     levels: Tensor
     scale: Tensor
     zero: Tensor | None
+    outliers: Tensor | None = None
 
     def decode(self) -> Tensor:
         """x̂, float32."""
         levels = self.levels if self.zero is None else self.levels - self.zero
-        return levels * self.scale
+        rounded = levels * self.scale
+        return rounded if self.outliers is None else rounded + self.outliers
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,10 @@ class InputQuantizer:
     def encode(self, x: Tensor) -> Codes:
         """Codes and scales of any [..., I]."""
         spec, wide = self.spec, x.float()
+        outliers = None
+        if spec.outliers is not None:
+            kept = wide.abs() >= spec.outliers
+            outliers, wide = torch.where(kept, wide, 0.0), torch.where(kept, 0.0, wide)
         if spec.group_size is not None:
             wide = wide.unflatten(-1, (-1, spec.group_size))
         if self.scale is None:
@@ -83,7 +97,7 @@ class InputQuantizer:
         else:
             scale = self.scale.to(x.device)
             zero = None if self.zero is None else self.zero.to(x.device).float()
-        return Codes(_nearest(wide, scale, zero, spec), scale, zero)
+        return Codes(_nearest(wide, scale, zero, spec), scale, zero, outliers)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The least and largest value that a static rounding does not clamp, float32 [1]."""

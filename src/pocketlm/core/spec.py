@@ -184,6 +184,11 @@ class QuantSpec(Strict):
         return self.model_copy(update={"group_size": smaller[0] if smaller else None})
 
     @property
+    def by_rows(self) -> bool:
+        """Whether a row is stored by itself: no zero points, and no scale or constant shared."""
+        return self.symmetric and self.group_rows == 1 and self.scale in ("float", "e8m0")
+
+    @property
     def fixed_groups(self) -> bool:
         """Whether the format prescribes its group size."""
         return _FLOATS.get((self.type, self.bits), {}).get(self.scale) is not None
@@ -231,6 +236,8 @@ class ActivationSpec(Strict):
         group_size: Columns of a group.
         dynamic: Whether scales are found anew for every input; "tensor" alone may be static, with
             a scale from calibration, and always is: else a token would depend on its neighbours.
+        outliers: From which magnitude a value is not rounded, of "int" per token (LLM.int8(),
+            arXiv:2208.07339, which takes 6); None: all are rounded.
     """
 
     type: Literal["int", "float"] = "int"
@@ -239,6 +246,7 @@ class ActivationSpec(Strict):
     granularity: Literal["token", "group", "tensor"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     dynamic: bool = True
+    outliers: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _stand_together(self) -> Self:
@@ -249,13 +257,21 @@ class ActivationSpec(Strict):
         if self.dynamic == (self.granularity == "tensor"):
             kind = "static" if self.granularity == "tensor" else "dynamic"
             raise ValueError(f"scales per {self.granularity} are {kind}")
+        if self.outliers is not None and (self.type, self.granularity) != ("int", "token"):
+            raise ValueError("outliers are kept apart from 'int' codes with granularity 'token'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out outliers where there are none: files written before stay as they are."""
+        return {k: v for k, v in plain(self).items() if k != "outliers" or v is not None}
 
     @property
     def name(self) -> str:
         """A short name, such as ``int8-token``, ``int8-tensor-asymmetric`` or ``float8-group``."""
         kind = f"{self.type}{self.bits}-{self.granularity}"
-        return kind if self.symmetric else f"{kind}-asymmetric"
+        kind = kind if self.symmetric else f"{kind}-asymmetric"
+        return kind if self.outliers is None else f"{kind}-outliers"
 
     @property
     def stored_bits(self) -> int:
@@ -280,6 +296,7 @@ def _schemes() -> dict[str, QuantSpec]:
         "W8A8": QuantSpec(bits=8, group_size=None),
         "W8A8_STATIC": QuantSpec(bits=8, group_size=None),
         "W4A8": QuantSpec(bits=4, group_size=128),
+        "LLM_INT8": QuantSpec(bits=8, group_size=None),
         "FP8": float8(1, None),
         "FP8_DYNAMIC": float8(1, None),
         "FP8_TENSOR": float8(None, None),
@@ -304,6 +321,7 @@ INPUTS = {
     "W8A8": ActivationSpec(),
     "W8A8_STATIC": ActivationSpec(granularity="tensor", dynamic=False),
     "W4A8": ActivationSpec(),
+    "LLM_INT8": ActivationSpec(outliers=6.0),
     "FP8": ActivationSpec(type="float", granularity="tensor", dynamic=False),
     "FP8_DYNAMIC": ActivationSpec(type="float"),
     "FP8_BLOCK": ActivationSpec(type="float", granularity="group", group_size=128),
@@ -352,7 +370,8 @@ class Recipe(Strict):
         steps: What is done, in order.
         weights: The grid of every linear that no override names; None: values stay floats, as
             they do in a recipe that prunes only.
-        overrides: Pattern → another grid; the last matching pattern rules.
+        overrides: Pattern → another grid; the last matching pattern rules. Embedding and head are
+            compressed where an override spells their path, or its last part, and only there.
         ignore: Patterns of linears kept as they are.
         activations: How the inputs of every compressed linear are rounded; None: not at all.
     """
@@ -384,6 +403,14 @@ class Recipe(Strict):
             if matches(pattern, name):
                 chosen = spec
         return chosen
+
+    def spec_for_end(self, name: str) -> QuantSpec | None:
+        """The grid for the embedding or head `name`; None where no override spells its name."""
+        if any(matches(pattern, name) for pattern in self.ignore):
+            return None
+        spelled = (name, name.rpartition(".")[2])
+        named = [spec for pattern, spec in self.overrides.items() if pattern in spelled]
+        return named[-1] if named else None
 
 
 def _nested_step(step: Any) -> Any:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 
+Rows = Callable[[int, int], Tensor]  # start, stop → rows of a weight [stop - start, D]
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -219,6 +221,27 @@ class BlockView(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class End:
+    """The embedding or the head: a weight outside the blocks that can be compressed.
+
+    Attributes:
+        name: Module path, as the checkpoint spells it.
+        tensor: Its weight in the checkpoint; that of the embedding for a tied head.
+        shape: (V, D).
+        embeds: Whether tokens are looked up in it.
+        heads: Whether it gives the logits; both where the two are tied.
+        tied_name: Module path of the head, where it is tied to this embedding.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, int]
+    embeds: bool
+    heads: bool
+    tied_name: str | None = None
+
+
 class ModelView(Protocol):
     """A causal language model as a stream of blocks; at most one block's weights are in memory."""
 
@@ -260,6 +283,18 @@ class ModelView(Protocol):
 
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(O, I) of every linear inside blocks, by module path, without reading a weight."""
+        ...
+
+    def ends(self) -> tuple[End, ...]:
+        """Embedding and head, without reading them; one entry where they are tied."""
+        ...
+
+    def with_ends(self, rows: Mapping[str, Rows]) -> AbstractContextManager[None]:
+        """Puts other values in place of ends' weights while the context is open.
+
+        Args:
+            rows: Tensor of an end → what gives its rows start to stop.
+        """
         ...
 
     def side_files(self) -> Mapping[str, bytes]:

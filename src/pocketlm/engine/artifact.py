@@ -6,6 +6,7 @@ a directory of that name is whole. config.json is the last file written before i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from pocketlm.calibration.record import account_of, hashes_file
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.stored import DenseSpec
 from pocketlm.core.views import ModelView, TensorInfo
+from pocketlm.engine.ends import SHAPE, EndTask, Pieces, end_tasks, stored_end
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
@@ -151,7 +153,7 @@ def _take_place(growing: Path, output: Path) -> None:
 
 
 def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
-    config = dict(model.config)
+    config = copy.deepcopy(dict(model.config))
     specs: dict[str, Any] = {}  # as they came out; what stays an ordinary tensor is not named
     floats: list[str] = []
     for name, entry in ledger.compressed().items():
@@ -163,12 +165,17 @@ def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
     kept = [*grids.kept, *floats]
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
-        transposed = list(specs) if model.stores_transposed else []
+        ends = set(grids.ends)
+        transposed = [name for name in specs if name not in ends] if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
             specs, kept, transposed, grids.inputs
         )
     elif specs:
         config["quantization_config"] = section.config_section(specs, kept, grids.inputs)
+    if grids.untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
     return config
 
 
@@ -181,7 +188,18 @@ def _shard_entries(
         path, accounts = journal.block_files(index)
         ledger.tensors.update(accounts)
         stored.update({name: (path, place) for name, place in read_header(path).items()})
+    stored_blocks = set(ledger.tensors)
+    ends: dict[str, list[ShardEntry]] = {}  # what stands for a tensor of the source, in place
+    for task in end_tasks(model.ends(), grids.ends, len(model.block_paths)):
+        accounts, pieces = stored_end(task, journal)
+        ledger.tensors.update(accounts)
+        ends.setdefault(task.end.tensor, []).extend(
+            _end_entry(task, name, parts) for name, parts in pieces.items()
+        )
     for name, info in model.source.infos().items():
+        yield from ends.get(name, ())
+        if name in ledger.tensors and name not in stored_blocks:
+            continue  # an embedding or head
         if name in ledger.tensors:
             for output in ledger.tensors[name].outputs:
                 path, place = stored[output]
@@ -202,6 +220,21 @@ def _shard_entries(
             outputs=[name],
         )
         yield ShardEntry(name, kept.dtype, kept.shape, _source_chunks(model, info, kept.dtype))
+
+
+def _end_entry(task: EndTask, name: str, pieces: Pieces) -> ShardEntry:
+    """A tensor of a compressed embedding or head, its rows out of all chunks."""
+    first = pieces[0][1]
+    if name.endswith(f".{SHAPE}"):
+        whole = torch.tensor(task.end.shape, dtype=first.dtype).numpy().tobytes()
+        return ShardEntry(name, first.dtype, first.shape, lambda: iter([whole]))
+    shape = (task.end.shape[0], *first.shape[1:])
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for path, place in pieces:
+            yield from _file_chunks(path, place)()
+
+    return ShardEntry(name, first.dtype, shape, chunks)
 
 
 def _reason(name: str, grids: Grids) -> str:

@@ -32,6 +32,7 @@ def fingerprint(
     model: ModelView, job: Job, grids: Grids, windows: Windows | None
 ) -> dict[str, Any]:
     """Everything that the artifact's bytes depend on, as plain JSON."""
+    ends = {name: spec.model_dump(mode="json") for name, spec in grids.ends.items()}
     return {
         "source": model.source.fingerprint(),
         "recipe": job.recipe.model_dump(mode="json"),
@@ -39,6 +40,7 @@ def fingerprint(
             name: spec and spec.model_dump(mode="json") for name, spec in grids.specs.items()
         },
         "inputs": {name: spec.model_dump(mode="json") for name, spec in grids.inputs.items()},
+        **({"ends": ends} if ends else {}),
         "format": grids.format_name,
         "calibration": None if windows is None else windows.sha256,
         "samples": None if windows is None else windows.tokens_NT.shape[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,15 @@ from pocketlm.core.stored import (
     SumSpec,
     WeightSpec,
 )
+from pocketlm.core.views import End
 from pocketlm.engine.factors import predicted_form
-from pocketlm.formats.capabilities import capability, check_layer, check_model, is_expert
+from pocketlm.formats.capabilities import (
+    capability,
+    check_end,
+    check_layer,
+    check_model,
+    is_expert,
+)
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
 from pocketlm.formats.packing import fills_bytes
 
@@ -40,6 +47,8 @@ class Grids:
         sparsity: How many weights are pruned; None: none.
         counts: Module path → how many weights pruning keeps.
         factoring: All steps of a recipe with one that makes factors; else empty.
+        ends: Module path → grid, of embedding and head where they are compressed.
+        untied: Whether a head that was tied to the embedding is stored apart from it.
     """
 
     specs: Mapping[str, QuantSpec | None]
@@ -50,6 +59,8 @@ class Grids:
     sparsity: SparsitySpec | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     factoring: tuple[Step, ...] = ()
+    ends: Mapping[str, QuantSpec] = field(default_factory=dict)
+    untied: bool = False
 
     @property
     def quantized(self) -> dict[str, QuantSpec]:
@@ -93,6 +104,7 @@ def choose_grids(
     recipe: Recipe,
     target: str,
     steps: Sequence[Step] = (),
+    ends: Sequence[End] = (),
 ) -> Grids:
     """Fits the recipe's grids to the linears and checks them against the target's rules.
 
@@ -102,6 +114,7 @@ def choose_grids(
         recipe: Grids, overrides and what to ignore.
         target: Engine that must load the result.
         steps: The recipe's steps, options checked.
+        ends: Embedding and head.
 
     Returns:
         The grids; group sizes that do not divide are replaced and noted.
@@ -110,15 +123,17 @@ def choose_grids(
         ConfigError: If a pattern matches nothing, or nothing is left to compress.
         UnsupportedLayer: If the target cannot load a layer's grid, or the format.
     """
-    _require_matches(recipe, shapes)
+    names = {name for end in ends for name in (end.name, end.tied_name) if name is not None}
+    _require_matches(recipe, {*shapes, *names})
     capability(target)
     pruning = pruning_step(steps)
     sparsity = None if pruning is None else pruning.sparsity
     counts: dict[str, int] = {}
     factoring = tuple(steps) if _factorises(steps) else ()
     format_name = _format_of(recipe, transposed, target, sparsity)
-    if factoring:
-        format_name = "pocketlm"  # no engine's own format holds factors
+    chosen = choose_ends(ends, recipe)
+    if factoring or any(end.name in chosen for end in ends if end.embeds):
+        format_name = "pocketlm"  # no engine loads factors, or an embedding, from its own format
     specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
@@ -164,14 +179,68 @@ def choose_grids(
         )
     quantized = {name: spec for name, spec in specs.items() if spec is not None}
     floats = [name for name in specs if name not in quantized]
-    check_model(quantized, [*kept, *floats], target, inputs)
+    check_model({**quantized, **chosen}, [*kept, *floats], target, inputs)
+    for end in ends:
+        notes.update(_check_end(end, chosen, recipe, format_name, target))
+    _refuse_own_experts(format_name, quantized, target, recipe.activations)
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
         notes[name] = f"{notes[name]} {said}" if name in notes else said
-    grids = Grids(specs, kept, notes, format_name, inputs, sparsity, counts, factoring)
+    untied = any(end.tied_name in chosen for end in ends)
+    grids = Grids(
+        specs, kept, notes, format_name, inputs, sparsity, counts, factoring, chosen, untied
+    )
     for name, text in check_factors(grids, shapes, target).items():
         notes[name] = f"{notes[name]} {text}" if name in notes else text
     return grids
+
+
+def choose_ends(ends: Sequence[End], recipe: Recipe) -> dict[str, QuantSpec]:
+    """The fitted grid of embedding and head, where the recipe names them.
+
+    A head that is tied shares the embedding's grid; where the recipe gives it another, or names it
+    alone, the two are untied.
+    """
+    chosen: dict[str, QuantSpec] = {}
+    for end in ends:
+        spec = recipe.spec_for_end(end.name)
+        apart = None if end.tied_name is None else recipe.spec_for_end(end.tied_name)
+        for name, found in ((end.name, spec), (end.tied_name, apart)):
+            if name is not None and found is not None and not (name != end.name and found == spec):
+                chosen[name] = found.fit(end.shape[1])
+    return chosen
+
+
+def _check_end(
+    end: End, chosen: Mapping[str, QuantSpec], recipe: Recipe, format_name: str, target: str
+) -> dict[str, str]:
+    """Refuses an embedding or head that the target cannot load; what to tell of it, by name."""
+    notes: dict[str, str] = {}
+    apart = end.tied_name is not None and end.tied_name in chosen
+    if end.name in chosen:
+        check_end(format_name, chosen[end.name], end.shape, target, end.name, embeds=end.embeds)
+        if end.embeds:
+            once = end.tied_name is not None and not apart
+            shared = "the head is tied to it: both are stored once, compressed. " if once else ""
+            notes[end.name] = (
+                f"{shared}transformers loads a compressed embedding after `import pocketlm.hf`."
+            )
+    if apart:
+        assert end.tied_name is not None
+        head = end.tied_name
+        check_end(format_name, chosen[head], end.shape, target, head, embeds=False)
+        notes[head] = f"it was tied to {end.name}: it is untied, so that the two count twice."
+    for name in (end.name, end.tied_name):
+        if name is None or name not in chosen:
+            continue
+        asked = recipe.spec_for_end(name)
+        if asked is not None and asked != chosen[name]:
+            said = (
+                f"groups of {asked.group_size} do not divide {end.shape[1]} columns: the group is "
+                f"{chosen[name].group_size or 'the whole row'}."
+            )
+            notes[name] = f"{notes[name]} {said}" if name in notes else said
+    return notes
 
 
 def _factorises(steps: Sequence[Step]) -> bool:
@@ -187,10 +256,32 @@ def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: Sparsity
         return "pocketlm"
     if not asked:
         return "dense"
-    return "pocketlm" if transposed or not all(map(holds, asked)) else "compressed-tensors"
+    return "pocketlm" if transposed or not _all_held(asked, recipe) else "compressed-tensors"
 
 
-def _require_matches(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _all_held(specs: Sequence[QuantSpec], recipe: Recipe) -> bool:
+    """Whether compressed-tensors can say and store all that a recipe asks for."""
+    return all(holds(spec, recipe.activations) for spec in specs)
+
+
+def _refuse_own_experts(
+    format_name: str,
+    specs: Mapping[str, QuantSpec],
+    target: str,
+    activations: ActivationSpec | None,
+) -> None:
+    """The loader of our format for transformers puts back linears, not experts fused to one."""
+    own = format_name == "pocketlm" and activations is not None and activations.outliers is not None
+    for name in specs if own and target == "transformers" else ():
+        if is_expert(name):
+            raise UnsupportedLayer(
+                "is an expert, and pocketlm.hf loads no experts from the format pocketlm.",
+                where=name,
+                remedy="Ignore the experts, or choose --target pocketlm.",
+            )
+
+
+def _require_matches(recipe: Recipe, shapes: Collection[str]) -> None:
     for pattern in (*recipe.ignore, *recipe.overrides):
         if pattern == "lm_head" or any(matches(pattern, name) for name in shapes):
             continue
@@ -371,7 +462,8 @@ def inputs_text(spec: ActivationSpec) -> str:
         "group": f"one scale for {spec.group_size} columns of a token",
         "tensor": "one scale from calibration",
     }[spec.granularity]
-    return f"inputs in {kind}, {'' if spec.symmetric else 'asymmetric, '}{shared}"
+    apart = "" if spec.outliers is None else f", from ±{spec.outliers:g} on in 16 bits"
+    return f"inputs in {kind}, {'' if spec.symmetric else 'asymmetric, '}{shared}{apart}"
 
 
 def scale_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:

@@ -101,11 +101,15 @@ class Journal:
     def _block_path(self, index: int) -> Path:
         return self.directory / "blocks" / f"{index:05d}.safetensors"
 
+    def has_block(self, index: int) -> bool:
+        """Whether a block lies whole in the work directory."""
+        path = self._block_path(index)
+        return path.exists() and path.with_suffix(".json").exists()
+
     def finished_blocks(self, total: int) -> int:
         """How many blocks, counted from the first, lie whole in the work directory."""
         for index in range(total):
-            path = self._block_path(index)
-            if not path.exists() or not path.with_suffix(".json").exists():
+            if not self.has_block(index):
                 return index
         return total
 

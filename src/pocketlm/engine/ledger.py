@@ -34,6 +34,9 @@ class Entry(BaseModel):
         inputs: What calibration data reached the linear, where compressed with data.
         notes: Fallbacks and approximations, as sentences.
         outputs: The tensors that stand for it in the artifact.
+        end: Which it is of embedding and head, where it is one of them and compressed; a tied one
+            is an embedding.
+        copy_of: The tensor of the source that this head was tied to, where it is stored apart.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +53,8 @@ class Entry(BaseModel):
     inputs: InputHealth | None = None
     notes: list[str] = Field(default_factory=list)
     outputs: list[str] = Field(default_factory=list)
+    end: Literal["embedding", "head"] | None = None
+    copy_of: str | None = None
 
 
 class StageAccount(BaseModel):
@@ -103,12 +108,12 @@ class Ledger(BaseModel):
     stages: list[StageAccount] = Field(default_factory=list)
 
     def compressed(self) -> dict[str, Entry]:
-        """The compressed linears: tensor of the source → what became of it."""
+        """What is compressed, embedding and head too: tensor of the source → what became of it."""
         return {name: entry for name, entry in self.tensors.items() if entry.spec is not None}
 
     def bits_per_weight(self) -> float:
-        """Real bits per weight of the compressed linears."""
-        chosen = list(self.compressed().values())
+        """Real bits per weight of the compressed linears, without embedding and head."""
+        chosen = [entry for entry in self.compressed().values() if entry.end is None]
         weights = sum(_count(entry.shape) for entry in chosen)
         return sum(entry.bits for entry in chosen) / weights if weights else 0.0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pocketlm.core.spec import Recipe
-from pocketlm.core.state import Step
+from pocketlm.core.state import LinearStep, Step
 from pocketlm.engine.ledger import StageAccount
 
 
@@ -34,6 +34,7 @@ class Job:
         whole: The recipe of all stages; None: this one is all.
         stages: What made the source smaller before.
         stage_ledgers: File of the artifact → the ledger of an earlier stage.
+        end_steps: What compresses embedding and head, without data.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Job:
     whole: Recipe | None = None
     stages: tuple[StageAccount, ...] = ()
     stage_ledgers: Mapping[str, bytes] = field(default_factory=dict)
+    end_steps: tuple[LinearStep, ...] = ()
 
     @property
     def needs_data(self) -> bool:

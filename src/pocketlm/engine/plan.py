@@ -48,6 +48,7 @@ class Plan(BaseModel):
         inputs: How their inputs are rounded, such as ``int8-token``; None: not at all.
         grids: Grid in words → how many of them have it.
         sparsity: Share of zeros or N:M, such as ``2:4``; None: nothing is pruned.
+        ends: Embedding and head where they are compressed → grid in words.
         source_bytes: Of the source's tensors.
         output_bytes: Of the artifact's tensors.
         bits_per_weight: Real bits of the compressed linears.
@@ -80,6 +81,7 @@ class Plan(BaseModel):
     inputs: str | None = None
     grids: dict[str, int]
     sparsity: str | None = None
+    ends: dict[str, str] = Field(default_factory=dict)
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
@@ -138,6 +140,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         inputs=", ".join(dict.fromkeys(spec.name for spec in grids.inputs.values())) or None,
         grids=dict(Counter(_forms(grids, shapes, floats)).most_common()),
         sparsity=None if grids.sparsity is None else grids.sparsity.name,
+        ends={name: grid_text(spec) for name, spec in grids.ends.items()},
         source_bytes=sizes["source"],
         output_bytes=sizes["output"],
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
@@ -148,6 +151,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         peak_ram_bytes=host if on_gpu else host + working,
         peak_vram_bytes=working if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
+        + sizes["ends"]
         + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
         seconds=sum(stages.values()),
@@ -210,14 +214,24 @@ def stored_sizes(model: ModelView, grids: Grids, dtype: torch.dtype | None) -> d
         dtype: Of the tensors that are kept; None: as in the source.
 
     Returns:
-        "source", "output" (the artifact) and "blocks" (the compressed linears in it).
+        "source", "output" (the artifact), "blocks" (the compressed linears in it) and "ends" (the
+        compressed embedding and head in it).
     """
     section = format_for(grids.format_name)
     shapes = model.linear_shapes()
-    totals = {"source": 0, "output": 0, "blocks": 0}
-    for name, info in model.source.infos().items():
+    totals = {"source": 0, "output": 0, "blocks": 0, "ends": 0}
+    infos, compressed = model.source.infos(), set[str]()
+    for end in model.ends():
+        for name in (end.name, end.tied_name):
+            if name is None or name not in grids.ends:
+                continue
+            scale = scale_dtype_for(infos[end.tensor].dtype)
+            totals["ends"] += section.stored_bytes(grids.ends[name], end.shape, scale)
+            compressed.add(f"{name}.weight")
+    totals["output"] += totals["ends"]
+    for name, info in infos.items():
         totals["source"] += info.bytes_stored
-        if name in model.repeated:
+        if name in model.repeated or name in compressed:
             continue
         module = name.removesuffix(".weight")
         if module in grids.specs and module in shapes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.artifact import write_artifact
 from pocketlm.engine.batches import Batches
 from pocketlm.engine.block import Compressed, compress_block
+from pocketlm.engine.ends import compress_end, end_tasks
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
@@ -101,6 +103,7 @@ class Runner:
         )
         for index in range(first, total):
             self._compress(index, first, total)
+        self._compress_ends()
         compressed = time.monotonic()
         self._progress.stage("assemble", "assembling the artifact")
         ledger = write_artifact(
@@ -224,6 +227,24 @@ class Runner:
             seconds=time.monotonic() - before,
             data={"mean_error": sum(errors) / max(len(errors), 1)},
         )
+
+    def _compress_ends(self) -> None:
+        """Compresses embedding and head, after the blocks: these read them as they were."""
+        model, blocks = self._model, len(self._model.block_paths)
+        for task in end_tasks(model.ends(), self._grids.ends, blocks):
+            text = f"compressing {task.name}"
+            self._progress.step(1.0, text, where=task.name)
+            note = self._grids.notes.get(task.name)
+            compress_end(
+                task,
+                partial(model.source.rows, task.end.tensor),
+                model.source.infos()[task.end.tensor].dtype,
+                self._grids.format_name,
+                self._job.end_steps,
+                self._journal,
+                model.device,
+                [] if note is None else [note],
+            )
 
     def _block_batches(self, block: BlockView) -> Batches | None:
         if self._store is None:

@@ -318,6 +318,7 @@ def check_source(artifact: Artifact, source: Path | str | None) -> str:
     artifact.require_ledger()
     first = min(artifact.path.glob(f"{STAGES}/1-*.json"), default=artifact.path / LEDGER)
     entries = Ledger.model_validate_json(first.read_text("utf-8")).tensors
+    entries = {n: e for n, e in entries.items() if n in infos or e.copy_of not in infos}
     for name in sorted(set(infos) ^ set(entries)):
         what = "not explained by the ledger" if name in infos else "no tensor of the source"
         raise ArtifactError(f"is {what}.", where=name)

@@ -43,6 +43,8 @@ class Capability(Strict):
         inputs: How linears' inputs may be rounded, as `ActivationSpec.name` spells it → number
             formats of weights beside which that is run: `QuantSpec.name`, of integers with
             ``_CHANNEL`` (a scale for each row) or ``_GROUP``; patterns.
+        heads: Formats in which it loads a compressed head.
+        embeddings: Formats in which it loads a compressed embedding.
         expert_inputs: Which of these roundings are run for experts; None: none, their inputs stay
             as they come where others are rounded.
         negative_scales: Whether scales below zero compute correctly; None: not known.
@@ -65,6 +67,8 @@ class Capability(Strict):
     asymmetric_needs_one_grid: bool
     asymmetric_experts: bool
     inputs: dict[str, tuple[str, ...]]
+    heads: tuple[str, ...]
+    embeddings: tuple[str, ...]
     expert_inputs: tuple[str, ...] | None
     negative_scales: bool | None
     minimum_versions: dict[str, str]
@@ -200,6 +204,47 @@ def check_layer(
             "fuses layers.",
             "Make the grid symmetric.",
         )
+
+
+def check_end(
+    format_name: str,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    target: str,
+    where: str,
+    *,
+    embeds: bool,
+) -> None:
+    """Refuses a grid of an embedding or a head that is not written here, or that a target lacks.
+
+    Args:
+        format_name: Name of the format it would be written in.
+        spec: The number format.
+        shape: (V, D).
+        target: Name of the engine.
+        where: Module path for the message.
+        embeds: Whether tokens are looked up in it.
+
+    Raises:
+        UnsupportedLayer: With what to choose instead.
+        ConfigError: If the target is unknown.
+    """
+    known = capability(target)
+    if not spec.by_rows:
+        raise UnsupportedLayer(
+            f"an embedding or head is compressed row by row, and {spec.name} as asked for has zero "
+            "points, or scales that rows share.",
+            where=where,
+            remedy="Give it symmetric integers, NF4, MXFP4, MXFP8 or FP8_CHANNEL.",
+        )
+    if format_name not in (known.embeddings if embeds else known.heads):
+        what = "embedding" if embeds else "head"
+        raise UnsupportedLayer(
+            f"{target} loads no compressed {what} from the format {format_name}.",
+            where=where,
+            remedy=f"Leave the {what} as it is, or choose another target.",
+        )
+    check_layer(format_name, spec, shape, target, where)
 
 
 def _check_inputs(

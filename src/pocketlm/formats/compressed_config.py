@@ -43,20 +43,22 @@ def storage(
     Raises:
         UnsupportedLayer: If compressed-tensors has no storage for it.
     """
+    if not holds(spec, activations):
+        what = "inputs with outliers kept apart" if holds(spec) else spec.name
+        raise UnsupportedLayer(
+            f"{NAME} cannot hold {what}.",
+            where=where,
+            remedy="Choose a scheme of its own, such as W4A16, NVFP4 or W8A8.",
+        )
     if spec.type == "int" and spec.bits == 8 and spec.symmetric and activations:
         return "int-quantized"
-    if not holds(spec):
-        raise UnsupportedLayer(
-            f"{NAME} cannot hold {spec.name}.",
-            where=where,
-            remedy="Choose a number format of its own, such as W4A16 or NVFP4.",
-        )
     return STORAGES["INT" if spec.type == "int" else spec.name.partition("_")[0]]
 
 
-def holds(spec: QuantSpec) -> bool:
-    """Whether compressed-tensors has a storage for a number format."""
-    return spec.type in ("int", "float")
+def holds(spec: QuantSpec, activations: ActivationSpec | None = None) -> bool:
+    """Whether compressed-tensors has a storage for a number format and words for a rounding."""
+    apart = activations is not None and activations.outliers is not None
+    return spec.type in ("int", "float") and not apart
 
 
 def config_section(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
@@ -115,6 +116,35 @@ class CompressedIndex:
         """
         known = self.modules[module]
         tensors = {name: read(name) for name in known.tensors}
+        return known.layout.decode(tensors, module, known.spec)
+
+    def decode_rows(
+        self,
+        module: str,
+        start: int,
+        stop: int,
+        rows: Callable[[str, int, int], Tensor],
+        read: Callable[[str], Tensor],
+    ) -> WeightTensor:
+        """Codes and scales of some rows of a weight whose rows are stored by themselves.
+
+        Args:
+            module: Module path, a key of `modules`, of a spec that is `by_rows`.
+            start: The first row.
+            stop: The row after the last.
+            rows: Gives rows of a stored tensor by name, start and stop.
+            read: Gives a whole stored tensor by name.
+
+        Raises:
+            ArtifactError: If the tensors contradict each other or the configuration.
+        """
+        known, tensors = self.modules[module], dict[str, Tensor]()
+        for role in known.layout.roles(known.spec):
+            name = f"{module}.{role}"
+            if role == "weight_shape":
+                tensors[name] = torch.tensor([stop - start, int(read(name)[1])])
+            else:
+                tensors[name] = rows(name, start, stop)
         return known.layout.decode(tensors, module, known.spec)
 
     def quantizer(self, module: str, read: Callable[[str], Tensor]) -> InputQuantizer | None:

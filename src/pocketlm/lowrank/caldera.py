@@ -50,7 +50,7 @@ class Caldera(Repair):
 
     bits: int | None = Field(default=4, ge=2, le=8)
     iterations: int = Field(default=10, ge=1, le=1000)
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(1e-4, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as what it was, plus two quantized factors."""

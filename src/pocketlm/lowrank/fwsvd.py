@@ -1,8 +1,8 @@
 """FWSVD: truncated SVD of the weight, its columns weighed by Fisher information.
 
 W ≈ U_r Σ_r V_rᵀ S⁻¹ with U Σ Vᵀ = W S, S = diag(√ Σ_o F_oi) for the diagonal F of the Fisher
-information of the weights (arXiv:2207.00112, eq. 7 and 8: there a weight is [I, O], and what is
-summed are its rows).
+information of the weights (arXiv:2207.00112, its weighted objective and closed form; there a weight
+is [I, O], and what is summed are its rows).
 
 Deviation: the paper's F is that of the task's loss, whose gradient needs the whole model in memory
 and a backward pass through it. Here it is that of the block's output y taken for the mean of a

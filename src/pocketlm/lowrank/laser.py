@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Strict, matches
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Stat
@@ -29,7 +30,7 @@ class Laser(Strict):
     """Rank reduction of selected matrices.
 
     Attributes:
-        layers: The decoder blocks, such as "24-29" or "20,28".
+        layers: The decoder blocks, such as "24-29" or "20,28"; has to be said.
         keep: ρ, the share of the largest rank that stays.
         modules: Patterns of the linears that are reduced.
     """
@@ -40,13 +41,15 @@ class Laser(Strict):
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
-    layers: str
+    layers: str | None = None
     keep: float = Field(0.1, gt=0, lt=1)
     modules: tuple[str, ...] = ("*.mlp.*", "*.feed_forward.*", "*.block_sparse_moe.*")
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _readable(cls, layers: object) -> str:
+    def _readable(cls, layers: object) -> str | None:
+        if layers is None:
+            return None
         text = str(layers).replace(" ", "")
         if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
             raise ValueError(f"'{layers}' is no list of layers such as 24-29 or 20,28")
@@ -68,6 +71,9 @@ class Laser(Strict):
         Args:
             name: Module path; the first number in it is that of its layer.
             shape: (O, I).
+
+        Raises:
+            ConfigError: If no layers are said.
         """
         place = re.search(r"\.(\d+)\.", name)
         if place is None or int(place[1]) not in self._numbers():
@@ -82,6 +88,12 @@ class Laser(Strict):
         return before if rank is None else plain_form(rank, dtype)
 
     def _numbers(self) -> set[int]:
+        if self.layers is None:
+            raise ConfigError(
+                "laser has to be told which layers it reduces.",
+                where="recipe step 'laser'",
+                remedy="Give its option `layers`, such as 24-29: late ones, as a rule.",
+            )
         numbers: set[int] = set()
         for part in self.layers.split(","):
             first, _, last = part.partition("-")

@@ -1,8 +1,8 @@
 """LoSparse: low rank plus sparse, W ≈ L R + S. Factors hold what weights share, S what stands out.
 
-LoSparse (arXiv:2306.11222, eq. 2) trains both parts while S loses whole neurons. Without training,
-both are found by turns, as in OATS (arXiv:2409.13652, algorithm 1): with the columns scaled by the
-size of their inputs, D = diag(√ mean x_i²),
+LoSparse (arXiv:2306.11222) trains both parts while S loses whole neurons. Without training,
+both are found by turns, as in OATS (arXiv:2409.13652, alternating thresholding): with the columns
+scaled by the size of their inputs, D = diag(√ mean x_i²),
     L R = the best factors of (W - S) D,      S = the largest entries of (W - L R) D.
 
 Deviation: S keeps single weights, the same number in every row, instead of whole columns. The

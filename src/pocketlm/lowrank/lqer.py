@@ -2,11 +2,12 @@
 
 L R is the best factorisation of W - Q in a metric of the inputs (`factor`):
 
-none        plain SVD of the error: LoRC (ZeroQuant-V2, arXiv:2303.08302, section 5) and LQER
-            (arXiv:2402.02446, eq. 7 and 8);
+none        plain SVD of the error: LoRC (ZeroQuant-V2, arXiv:2303.08302) and LQER
+            (arXiv:2402.02446, section 3.1);
 mean        S = diag(mean |x_i|): L²QER (the same paper, section 3.2). Its common factor
             1 / √(min · max) cancels in S … S⁻¹ and is left out;
-whitening   S Sᵀ = XXᵀ, which minimises |(W - Q - L R) X|² (QERA, arXiv:2410.06040, theorem 1).
+whitening   S Sᵀ = XXᵀ, which minimises |(W - Q - L R) X|² (QERA's exact solution,
+            arXiv:2410.06040).
 
 Deviation: L²QER takes the largest of the batches' means; here it is the mean over all tokens.
 
@@ -41,7 +42,7 @@ class Lqer(Repair):
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     scaling: Literal["none", "mean", "whitening"] = "whitening"
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(1e-4, gt=0, le=1)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as what it was, plus two factors."""

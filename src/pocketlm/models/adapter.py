@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.activations import InputQuantizer
-from pocketlm.core.views import Fold, Group, TensorSource
+from pocketlm.core.views import End, Fold, Group, Rows, TensorSource
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
@@ -304,6 +305,42 @@ class Model:
             for layout in self._layouts
             for path, shape in layout.linears.items()
         }
+
+    def ends(self) -> tuple[End, ...]:
+        """Embedding and head, without reading them; one entry where they are tied.
+
+        A weight that no single tensor of the checkpoint holds is left out.
+        """
+        path_of = {id(module): path for path, module in self.skeleton.model.named_modules()}
+        embedding, head = self.skeleton.model.get_input_embeddings(), self._ends.head
+        found: list[End] = []
+        for module, embeds in ((embedding, True), (head, False)):
+            binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
+            weight = self.skeleton.model.get_parameter(f"{path_of[id(module)]}.weight")
+            tensor, shape = binding.tensors[0], tuple(weight.shape)
+            if not binding.plain or not tensor.endswith(".weight") or len(shape) != 2:
+                continue
+            if not embeds and found and tensor == found[0].tensor:
+                found[0] = replace(found[0], heads=True, tied_name=path_of[id(module)])
+            elif isinstance(module, nn.Embedding if embeds else nn.Linear):
+                name = tensor.removesuffix(".weight")
+                found.append(End(name, tensor, shape, embeds, not embeds))
+        return tuple(found)
+
+    @contextmanager
+    def with_ends(self, rows: Mapping[str, Rows]) -> Iterator[None]:
+        """Puts other values in place of ends' weights while the context is open.
+
+        Args:
+            rows: Tensor of an end → what gives its rows start to stop.
+        """
+        self._ends.forget()
+        self._loader.replaced = dict(rows)
+        try:
+            yield
+        finally:
+            self._ends.forget()
+            self._loader.replaced = {}
 
     @property
     def stores_transposed(self) -> bool:

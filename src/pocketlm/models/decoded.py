@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import SourceError
+from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.bytes import byte_view, require_finite
@@ -84,9 +85,17 @@ class DecodedSource:
         """
         if name not in self._infos:
             raise SourceError(f"holds no tensor '{name}'.", where=WHERE)
-        if name in self._module_of:
+        module = self._module_of.get(name)
+        if module is None:
+            return self._stored.rows(name, start, stop)
+        known = self._index.modules[module]
+        spec = known.spec
+        if known.transposed or not (isinstance(spec, QuantSpec) and spec.by_rows):
             return self.read(name)[start:stop].clone()
-        return self._stored.rows(name, start, stop)
+        rows = self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
+        weight_OI = rows.dequantize()
+        require_finite(name, weight_OI, WHERE)
+        return weight_OI
 
     def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
         """The tensor's raw bytes, in order."""

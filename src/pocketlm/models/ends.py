@@ -51,6 +51,7 @@ class Ends:
         self._keep_bytes = KEEP_BYTES_CPU if on_cpu else KEEP_BYTES_ACCELERATOR
         self._kept: dict[str, Tensor] = {}  # by checkpoint tensor: a tied weight is kept once
         self._on_disk: dict[int, str] = {}  # embeddings too large to keep
+        self._loading: list[nn.Module] = []
         inside = {id(module) for block in blocks for module in block.modules()}
         for module in model.modules():
             direct = list(module.parameters(recurse=False))
@@ -60,6 +61,7 @@ class Ends:
                 self._on_disk[id(module.weight)] = f"{self._path_of[id(module)]}.weight"
             else:
                 module.register_forward_pre_hook(self._load_on_use)
+                self._loading.append(module)
 
     def _is_small(self, weight: Tensor) -> bool:
         return weight.numel() * weight.element_size() <= self._keep_bytes
@@ -76,6 +78,14 @@ class Ends:
         if key not in self._kept:
             self._kept[key] = self._loader.read(parameter, meta.dtype)
         return self._kept[key]
+
+    def forget(self) -> None:
+        """Drops what is kept, to be loaded again on its next use."""
+        self._kept.clear()
+        for module in self._loading:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                meta = torch.empty_like(parameter, device="meta")
+                setattr(module, name, nn.Parameter(meta, requires_grad=False))
 
     def reading_rows(self) -> ReadRows:
         """The mode under which embeddings that stay on disk can be called."""

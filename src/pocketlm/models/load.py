@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pocketlm.core.views import TensorSource
+from pocketlm.core.views import Rows, TensorSource
 from pocketlm.models.bytes import PIECE_BYTES, require_finite
 from pocketlm.models.names import NameMap
 
@@ -55,6 +55,7 @@ class Loader:
     ) -> None:
         self.source, self.names, self.model = source, names, model
         self.device, self.dtype = device, dtype
+        self.replaced: dict[str, Rows] = {}  # tensor → what gives its rows instead of the source
         self._pool: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def read(self, parameter: str, dtype: torch.dtype) -> Tensor:
@@ -66,7 +67,9 @@ class Loader:
     def rows(self, parameter: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of a plainly bound parameter, on the device."""
         tensor = self.names.bindings[parameter].tensors[0]
-        return self.source.rows(tensor, start, stop).to(self.device, dtype)
+        rows = self.replaced.get(tensor)
+        found = self.source.rows(tensor, start, stop) if rows is None else rows(start, stop)
+        return found.to(self.device, dtype)
 
     def _shape(self, parameter: str) -> torch.Size:
         return self.model.get_parameter(parameter).shape
@@ -88,7 +91,10 @@ class Loader:
 
     def _load(self, parameter: str, target: Tensor) -> None:
         binding = self.names.bindings[parameter]
-        if binding.plain and target.is_contiguous():
+        rows = self.replaced.get(binding.tensors[0])
+        if rows is not None:
+            target.copy_(rows(0, target.shape[0]))
+        elif binding.plain and target.is_contiguous():
             load_into(self.source, binding.tensors[0], target)
         else:
             target.copy_(binding.convert(self.source, self.model))

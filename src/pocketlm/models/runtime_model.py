@@ -38,11 +38,13 @@ from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
 MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
+MakeEmbedding = Callable[[WeightTensor, nn.Embedding], nn.Module]
 
 
 def runtime_model(
     path: Path,
     make_linear: MakeLinear,
+    make_embedding: MakeEmbedding,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -54,6 +56,7 @@ def runtime_model(
         path: A directory or a `.gguf` file.
         make_linear: Makes the module for a weight [O, I], a bias [O] or None, and what rounds the
             inputs or None; all on the CPU.
+        make_embedding: Makes the module for codes [V, D] and the embedding it stands for.
         device: Where the model lies.
         dtype: What it computes in.
         trust_remote_code: Whether code from the checkpoint may run.
@@ -67,7 +70,8 @@ def runtime_model(
         UnsupportedModel: If it is quantized in a way that is not read here.
     """
     if is_compressed(path):
-        return _packed_model(path, make_linear, device, dtype, trust_remote_code)
+        make = (make_linear, make_embedding)
+        return _packed_model(path, make, device, dtype, trust_remote_code)
     view = open_model(path, device=device, compute_dtype=dtype, trust_remote_code=trust_remote_code)
     # Built again without the split of experts that views need: fused ones run faster.
     config = view.skeleton.model.config
@@ -84,7 +88,7 @@ def is_compressed(path: Path) -> bool:
 
 def _packed_model(
     directory: Path,
-    make_linear: MakeLinear,
+    make: tuple[MakeLinear, MakeEmbedding],
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
@@ -114,9 +118,12 @@ def _packed_model(
                 "is compressed, but this version of transformers merges it with others.",
                 where=parameter,
             )
-        packed = index.decode(module, stored.read)
+        packed, old = index.decode(module, stored.read), skeleton.model.get_submodule(path)
+        if isinstance(old, nn.Embedding):
+            skeleton.model.set_submodule(path, make[1](packed, old))
+            continue
         bias, quantizer = _bias(path, stored, names), index.quantizer(module, stored.read)
-        _replace(skeleton.model, path, packed, bias, quantizer, make_linear)
+        _replace(skeleton.model, path, packed, bias, quantizer, make[0])
     _finish(skeleton.model, source, names, device, dtype, side_files(directory))
     stored.close()
     return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -177,7 +184,7 @@ def _finish(
             owner, _, leaf = name.rpartition(".")
             loaded = nn.Parameter(loader.read(name, parameter.dtype), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, loaded)
-    model.tie_weights()
+    _tie(model)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise UnsupportedModel("no weight was found for this parameter.", where=left[0])
@@ -185,6 +192,15 @@ def _finish(
         defaults = json.loads(files["generation_config.json"])
         model.generation_config = GenerationConfig.from_dict(defaults)
     model.eval()
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Ties parameters; what shares a packed weight holds it in a layout of its own."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    packed = [t for t, s in model.all_tied_weights_keys.items() if s not in parameters]
+    for name in packed:
+        del model.all_tied_weights_keys[name]
+    model.tie_weights(recompute_mapping=not packed)
 
 
 def new_cache(model: PreTrainedModel) -> Cache:

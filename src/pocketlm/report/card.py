@@ -183,8 +183,15 @@ def _inputs(ledger: Ledger) -> ActivationSpec | None:
 
 
 def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
-    forms = Counter(grid_text(entry.spec) for entry in ledger.compressed().values())
-    listed = "; ".join(f"{count} linears: {text}" for text, count in forms.most_common())
+    ends = {name: e for name, e in ledger.compressed().items() if e.end is not None}
+    linears = (e for e in ledger.compressed().values() if e.end is None)
+    forms = Counter(grid_text(entry.spec) for entry in linears)
+    listed = "; ".join(
+        (
+            *(f"{count} linears: {text}" for text, count in forms.most_common()),
+            *(f"`{n.removesuffix('.weight')}`: {grid_text(e.spec)}" for n, e in ends.items()),
+        )
+    )
     pruned = _sparsity(ledger)
     made = "quantized" if _grids(ledger) else "compressed"
     made = (
@@ -199,9 +206,10 @@ def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
     if smaller and not ledger.compressed():
         return smaller
     subject = f"{smaller} Then its" if smaller else f"`{base}`{at}, its"
+    what = "weight of a compressed linear" if ends else "compressed weight"
     return (
         f"{subject} weights {made} by pocketlm ({listed}): "
-        f"**{ledger.bits_per_weight():.3f} bits per compressed weight**, all included.{rounded}"
+        f"**{ledger.bits_per_weight():.3f} bits per {what}**, all included.{rounded}"
     )
 
 
@@ -257,15 +265,15 @@ def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
     entries = ledger.tensors.values()
     stored = sum(entry.bits for entry in entries) / 8
     rows = []
-    for part, compressed in (
-        ("compressed linears", True),
-        ("everything else", False),
+    ends = [entry for entry in entries if entry.end is not None]
+    others = [entry for entry in entries if entry.end is None and entry.action != "dropped"]
+    for part, chosen in (
+        ("compressed linears", [e for e in others if e.spec is not None]),
+        *([("compressed embedding and head", ends)] if ends else []),
+        ("everything else", [e for e in others if e.spec is None]),
     ):
-        chosen = [
-            e for e in entries if (e.spec is not None) == compressed and e.action != "dropped"
-        ]
         weights, bits = sum(math.prod(e.shape) for e in chosen), sum(e.bits for e in chosen)
-        if ledger.stages and not ledger.compressed() and not compressed:
+        if ledger.stages and not ledger.compressed() and chosen:
             weights = ledger.stages[-1].parameters_after  # shapes are the source's
         per_weight = f"{bits / weights:.3f}" if weights else "–"
         rows.append((part, f"{weights:,}", bytes_text(bits / 8), per_weight))

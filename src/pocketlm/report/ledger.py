@@ -36,7 +36,7 @@ def linear_results(ledger: Ledger) -> tuple[LinearResult, ...]:
             name=name.removesuffix(".weight"), bits=_bits_per_weight(entry), error=entry.error
         )
         for name, entry in ledger.tensors.items()
-        if entry.spec is not None
+        if entry.spec is not None and entry.end is None
     )
 
 
@@ -103,13 +103,19 @@ def size_parts(
     for name, info in original.items():
         entry = ledger.tensors.get(name)
         compressed = entry is not None and entry.spec is not None
-        part = "compressed linears" if compressed else _kept_part(name, info, blocks)
+        linear = compressed and entry is not None and entry.end is None
+        part = "compressed linears" if linear else _kept_part(name, info, blocks)
         before[part] = before.get(part, 0) + info.bytes_stored
         for output in entry.outputs if entry is not None else ():
             if output in written and output not in placed:
                 placed.add(output)
-                own = SCALES if compressed and output.endswith(_SCALE_ENDINGS) else part
+                own = SCALES if linear and output.endswith(_SCALE_ENDINGS) else part
                 after[own] = after.get(own, 0) + written[output].bytes_stored
+    for entry in ledger.tensors.values():
+        if entry.copy_of is not None:  # a head that was tied: the original held no such tensor
+            placed.update(entry.outputs)
+            stored = sum(written[name].bytes_stored for name in entry.outputs if name in written)
+            after["head"] = after.get("head", 0) + stored
     rest = sum(info.bytes_stored for name, info in written.items() if name not in placed)
     if rest:
         after["other"] = after.get("other", 0) + rest

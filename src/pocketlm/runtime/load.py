@@ -23,8 +23,10 @@ from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
+from pocketlm.runtime.embedding import PackedEmbedding
 from pocketlm.runtime.factored import LowRankLinear, RoundedInputs, SumLinear
 from pocketlm.runtime.linear import PackedLinear
+from pocketlm.runtime.semi_structured import make_sparse, refuses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +72,8 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"cannot compute in {dtype}.", where="dtype", remedy=f"One of {DTYPES}.")
 
+    zeros_multiplied: set[str] = set()  # why, of sparse weights
+
     def make_linear(
         weight: WeightTensor, bias: Tensor | None, quantizer: InputQuantizer | None
     ) -> nn.Module:
@@ -81,20 +85,31 @@ def load(
             return LowRankLinear(
                 make_linear(weight.left, bias, None), make_linear(weight.right, None, quantizer)
             )
-        if isinstance(weight, Sparse):  # no kernel skips zeros: they are multiplied like the rest
+        if isinstance(weight, Sparse):
+            reason = refuses(weight, dtype, place)
+            if reason is None and quantizer is None:
+                return make_sparse(_dense_linear(weight.dequantize(dtype), bias, place))
+            zeros_multiplied.add(reason or "its inputs are rounded")
             weight = weight.values
         if not isinstance(weight, PackedInt | PackedFloat):
             linear = _dense_linear(weight.dequantize(dtype), bias, place)
             return linear if quantizer is None else RoundedInputs(linear, quantizer.to(place))
         return PackedLinear(weight, bias, quantizer, dtype=dtype, device=place)
 
-    return runtime_model(
+    def make_embedding(weight: WeightTensor, layer: nn.Embedding) -> PackedEmbedding:
+        return PackedEmbedding(weight, layer, dtype=dtype, device=place)
+
+    model, tokenizer = runtime_model(
         resolved,
         make_linear,
+        make_embedding,
         device=place,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    for reason in sorted(zeros_multiplied):
+        log.warning("zeros of a sparse model are multiplied like other values: %s", reason)
+    return model, tokenizer
 
 
 def _dense_linear(weight_OI: Tensor, bias: Tensor | None, device: torch.device) -> nn.Linear:

@@ -19,6 +19,7 @@ from pocketlm.engine.grids import Grids, linear_bits
 from pocketlm.engine.plan import stored_sizes
 from pocketlm.formats import format_for
 from pocketlm.formats.shards import MAX_SHARD_BYTES
+from pocketlm.search.ends import kept_bytes
 from pocketlm.search.units import Unit, file_bytes
 
 HEADER_BYTES = 112  # of a tensor's line in a header beside its name, at most
@@ -61,7 +62,7 @@ class Spent:
         weights: Of all compressed linears, chosen or not.
         bits: Of compressed linears that an override names.
         file_bytes: Of everything but the units: kept tensors, such linears, headers.
-        kept_bytes: Of the tensors that keep their precision.
+        kept_bytes: Of the tensors that keep their precision whatever is chosen.
     """
 
     weights: int
@@ -84,8 +85,10 @@ def spent(
     shapes, free = model.linear_shapes(), {name for unit in units for name in unit.linears}
     fixed = {name: spec for name, spec in grids.quantized.items() if name not in free}
     sizes = stored_sizes(model, grids, dtype)
-    kept = sizes["output"] - sizes["blocks"]
-    written = kept + file_bytes(model, fixed, grids.format_name, grids.inputs)
+    chosen = [unit.end for unit in units if unit.end is not None]
+    kept = sizes["output"] - sizes["blocks"] - sizes["ends"]
+    kept -= sum(kept_bytes(model, end, dtype) for end in chosen)
+    written = kept + sizes["ends"] + file_bytes(model, fixed, grids.format_name, grids.inputs)
     largest = sum(unit.candidates[-1].file_bytes for unit in units)
     return Spent(
         weights=sum(math.prod(shapes[name]) for name in grids.quantized),

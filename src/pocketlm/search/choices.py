@@ -64,8 +64,17 @@ class Choices:
         """The same grid for every unit, where each may have it."""
         points: list[Point] = []
         for spec in dict.fromkeys(c.spec for unit in self._units for c in unit.candidates):
-            chosen = [
-                next((i for i, c in enumerate(unit.candidates) if c.spec == spec), None)
+            if spec is None:
+                continue
+            chosen = [  # embedding and head keep their precision
+                next(
+                    (
+                        i
+                        for i, c in enumerate(unit.candidates)
+                        if c.spec == (None if unit.end else spec)
+                    ),
+                    None,
+                )
                 for unit in self._units
             ]
             if None not in chosen:

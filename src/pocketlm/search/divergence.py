@@ -24,6 +24,7 @@ from pocketlm.core.views import ModelView
 from pocketlm.engine.machine import call_seconds, matmul_flops
 from pocketlm.engine.memory import hidden_bytes, hidden_width
 from pocketlm.evaluate.divergence import score_tokens
+from pocketlm.search.ends import EndRows
 from pocketlm.search.quick import forward_quantized
 from pocketlm.search.units import Candidate, Unit
 
@@ -118,14 +119,20 @@ def measure_divergences(
     """
     tokens_BT = tokens_BT.to(model.device)
     work = Work(model, tokens_BT.numel())
-    planned = passes(model, variants, tokens_BT.numel())
+    ends = [variant for variant in variants if variant.unit.end is not None]
+    inside = [variant for variant in variants if variant.unit.end is None]
+    planned = passes(model, inside, tokens_BT.numel())
     hidden_BTD, call = model.begin(tokens_BT)
     finished_BTD, inputs = _original(
         model, hidden_BTD, call, {blocks.start for blocks, _ in planned}
     )
+    if ends:
+        apart = _through_ends(model, tokens_BT, ends, finished_BTD, on_work, work)
+        for variant, kl in _score(model, finished_BTD, tokens_BT, apart, on_work, work.head):
+            keep(variant, kl)
     for blocks, together in planned:
         hidden_BTD = inputs.pop(blocks.start).to(model.device)
-        apart: dict[Variant, Tensor] = {}
+        apart = {}
         for index in range(blocks.start, len(work.blocks)):
             with model.block(index) as block:
                 for variant, state_BTD in apart.items():
@@ -139,8 +146,48 @@ def measure_divergences(
                         on_work(work.blocks[index])
                 if index + 1 < blocks.stop:
                     hidden_BTD = block.forward(hidden_BTD, call)
+        apart = {v: model.finish(state.to(model.device)) for v, state in apart.items()}
         for variant, kl in _score(model, finished_BTD, tokens_BT, apart, on_work, work.head):
             keep(variant, kl)
+
+
+def _through_ends(
+    model: ModelView,
+    tokens_BT: Tensor,
+    variants: Sequence[Variant],
+    finished_BTD: Tensor,
+    on_work: Callable[[int], None],
+    work: Work,
+) -> dict[Variant, Tensor]:
+    """The finished activations of variants of embedding and head: the blocks run on all at once."""
+    apart: dict[Variant, Tensor] = {}
+    call: Any = None
+    for variant in variants:
+        if variant.unit.end is not None and variant.unit.end.embeds:
+            with model.with_ends(_rows(model, variant)):
+                apart[variant], call = model.begin(tokens_BT)
+    for index in range(len(model.block_paths)) if apart else ():
+        with model.block(index) as block:
+            for variant, hidden_BTD in apart.items():
+                apart[variant] = block.forward(hidden_BTD.to(model.device), call).cpu()
+                on_work(work.blocks[index])
+    ended = {v: model.finish(state.to(model.device)) for v, state in apart.items()}
+    return {variant: ended.get(variant, finished_BTD) for variant in variants}
+
+
+def _rows(model: ModelView, variant: Variant) -> dict[str, EndRows]:
+    """What takes the place of an end's weight in a variant."""
+    end = variant.unit.end
+    assert end is not None
+    return {end.tensor: EndRows(model, end, variant.candidate.specs[end.name])}
+
+
+def _logits(model: ModelView, rows: dict[str, EndRows] | None, hidden_ND: Tensor) -> Tensor:
+    """float32 logits [N, V] through the head of the original, or of a variant."""
+    if rows is None:
+        return model.logits(hidden_ND)
+    with model.with_ends(rows):
+        return model.logits(hidden_ND)
 
 
 def _original(
@@ -164,11 +211,9 @@ def _score(
     on_work: Callable[[int], None],
     head_work: int,
 ) -> list[tuple[Variant, float]]:
-    """The mean KL of each variant over all positions but each sequence's last."""
-    ends = {
-        variant: _positions(model.finish(state.to(model.device)))
-        for variant, state in apart.items()
-    }
+    """The mean KL of each variant's finished activations, but for each sequence's last."""
+    ends = {variant: _positions(state) for variant, state in apart.items()}
+    heads = {v: _rows(model, v) for v in apart if v.unit.end is not None and v.unit.end.heads}
     base_ND, next_N = _positions(finished_BTD), tokens_BT[:, 1:].flatten()
     totals = dict.fromkeys(ends, 0.0)
     step = max(1, LOGIT_BYTES // (4 * LOGIT_COPIES * model.vocabulary))
@@ -176,7 +221,8 @@ def _score(
         part = slice(start, start + step)
         base_PV = model.logits(base_ND[part])
         for variant, end_ND in ends.items():
-            scores = score_tokens(model.logits(end_ND[part]), next_N[part], base_PV)
+            logits_PV = _logits(model, heads.get(variant), end_ND[part])
+            scores = score_tokens(logits_PV, next_N[part], base_PV)
             assert scores.kl is not None
             totals[variant] += float(scores.kl.sum())
             on_work(head_work * len(scores.kl) // len(next_N))
@@ -184,10 +230,14 @@ def _score(
         if not math.isfinite(total):
             raise NumericError(
                 "its logits are not finite when it alone is quantized.",
-                where=f"{variant.unit.name} at {variant.candidate.spec.bits} bits",
+                where=f"{variant.unit.name}, {_bits(variant.candidate)}",
                 remedy="Check the model with `pocketlm eval`, or put the layer into --ignore.",
             )
     return [(variant, total / len(next_N)) for variant, total in totals.items()]
+
+
+def _bits(candidate: Candidate) -> str:
+    return "kept" if candidate.spec is None else f"{candidate.spec.bits} bits"
 
 
 def _positions(finished_BTD: Tensor) -> Tensor:

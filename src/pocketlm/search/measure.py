@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog
 from pocketlm.search.divergence import Variant, Work, measure_divergences
+from pocketlm.search.ends import measure_end_energies
 from pocketlm.search.errors import Energy, measure_energies, relative_error
 from pocketlm.search.store import Store
 from pocketlm.search.table import Cell, choose_cells
@@ -34,6 +36,9 @@ class Measurer:
         """The relative output error of every candidate, by unit."""
         wanted: dict[str, list[QuantSpec]] = {}
         for unit in units:
+            if unit.end is not None:
+                measure_end_energies(self._model, unit, self._store.energy, self._store.keep_energy)
+                continue
             for candidate in unit.candidates:
                 for name, spec in candidate.specs.items():
                     known = wanted.setdefault(name, [])
@@ -59,7 +64,7 @@ class Measurer:
         for unit in units:
             found = [relative_error(candidate, energy_of) for candidate in unit.candidates]
             table.append([error for error, _ in found])
-            if not all(reached for _, reached in found):
+            if unit.end is None and not all(reached for _, reached in found):
                 text = f"no token reached {unit.name}: its error is that of the bare weights."
                 self.notes.append(text)
         return table
@@ -78,7 +83,7 @@ class Measurer:
         work = Work(self._model, tokens)
         question = {
             "units": [unit.linears for unit in units],
-            "grids": [[c.spec.model_dump(mode="json") for c in unit.candidates] for unit in units],
+            "grids": [[_plain(c.spec) for c in unit.candidates] for unit in units],
             "seconds": limit_seconds,
         }
         choice = self._store.choice(question)
@@ -112,6 +117,10 @@ class Measurer:
             assert kl is not None
             known[cell] = kl
         return known
+
+
+def _plain(spec: QuantSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else spec.model_dump(mode="json")
 
 
 class _Clock:

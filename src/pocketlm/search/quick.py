@@ -28,7 +28,8 @@ STEPS = (
 
 
 @cache
-def _steps() -> tuple[LinearStep, ...]:
+def quick_steps() -> tuple[LinearStep, ...]:
+    """The steps, built once."""
     return tuple(catalog.build_step(step.method, step.options) for step in STEPS)
 
 
@@ -43,7 +44,7 @@ def quantized(view: LinearView, weight_OI: Tensor, spec: QuantSpec, hessian: Hes
     """
     state = LinearState(view.name, weight_OI, spec, scale_dtype_for(view.dtype))
     stats = Statistics(hessian)
-    for step in _steps():
+    for step in quick_steps():
         state = step.compress(state, stats)
     assert state.current is not None
     return state.current.dequantize()

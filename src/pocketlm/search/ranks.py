@@ -127,7 +127,8 @@ def _weights(
 ) -> tuple[Mapping[str, float], list[str]]:
     """KL / relative error of every linear."""
     probe = Recipe(steps=STEPS, weights=PROBE, ignore=recipe.ignore)
-    grids = choose_grids(model.linear_shapes(), model.stores_transposed, probe, "transformers")
+    shapes, ends = model.linear_shapes(), model.ends()
+    grids = choose_grids(shapes, model.stores_transposed, probe, "transformers", ends=ends)
     units = choice_units(model, probe, grids, (PROBE,), "transformers")
     context: dict[str, Any] = {
         "pocketlm": __version__,

@@ -35,7 +35,7 @@ class UnitFinding(BaseModel):
         name: Module path, or that of what the target fuses.
         linears: How many linears.
         weights: How many weights.
-        grids: Its candidates.
+        grids: Its candidates; None: it keeps its precision.
         errors: Relative output error of each.
         damages: KL of the model with this unit alone on it, in nats a token.
         measured: Whether that KL was measured; else it follows the error.
@@ -47,7 +47,7 @@ class UnitFinding(BaseModel):
     name: str
     linears: int
     weights: int
-    grids: list[QuantSpec]
+    grids: list[QuantSpec | None]
     errors: list[float]
     damages: list[float]
     measured: list[bool]

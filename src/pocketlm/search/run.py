@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
 from pocketlm.core.views import ModelView
 from pocketlm.engine.events import EventLog, Listener
-from pocketlm.engine.grids import Grids, choose_grids
+from pocketlm.engine.grids import Grids, choose_grids, grid_text
 from pocketlm.search.allocate import allocate
 from pocketlm.search.budget import Budget, Spent, room, spent
 from pocketlm.search.choices import Choices, findings
+from pocketlm.search.ends import end_units
 from pocketlm.search.measure import Measurer
 from pocketlm.search.quick import STEPS
 from pocketlm.search.results import SearchResult
@@ -81,6 +82,10 @@ def run_search(
     candidates = question.candidates or default_candidates(question.recipe)
     grids = _any_grids(model, question, candidates)
     units = choice_units(model, question.recipe, grids, candidates, question.target)
+    if question.budget is not None and question.budget.file_bytes is not None:
+        units += end_units(
+            model, question.recipe, grids, candidates, question.target, question.dtype
+        )
     before = spent(model, grids, units, question.dtype)
     if question.budget is not None:
         room(question.budget, units, before)
@@ -99,7 +104,12 @@ def run_search(
     chosen = None
     if question.budget is not None:
         chosen = allocate(damages, *room(question.budget, units, before))
-    notes = [*windows.notes, *measurer.notes, *_kept(question.budget, before, model)]
+    notes = [
+        *windows.notes,
+        *measurer.notes,
+        *_kept(question.budget, before, units),
+        *_compressed_ends(units, chosen),
+    ]
     for note in notes:
         log.emit("warning", note, where="search")
     return SearchResult(
@@ -122,7 +132,11 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
         recipe = question.recipe.model_copy(update={"weights": spec})
         try:
             return choose_grids(
-                model.linear_shapes(), model.stores_transposed, recipe, question.target
+                model.linear_shapes(),
+                model.stores_transposed,
+                recipe,
+                question.target,
+                ends=model.ends(),
             )
         except UnsupportedLayer as error:
             refusal = error
@@ -141,29 +155,51 @@ def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
     }
 
 
-def _kept(budget: Budget | None, before: Spent, model: ModelView) -> list[str]:
-    """What a budget in bytes goes to before any linear: said, since it is much of a small model."""
-    if budget is None or budget.file_bytes is None:
+def _kept(budget: Budget | None, before: Spent, units: Sequence[Unit]) -> list[str]:
+    """What a budget in bytes goes to before any choice: said, since it is much of a small model."""
+    free = any(unit.end is not None and unit.end.embeds for unit in units)
+    if budget is None or budget.file_bytes is None or free:
         return []
-    which = "the embedding, which is the head too," if model.tied else "embedding and head"
     share = before.kept_bytes / budget.file_bytes
     return [
         f"{before.kept_bytes:,} bytes of the budget ({100 * share:.0f} %) are tensors that keep "
-        f"their precision, {which} above all: only linears inside blocks are compressed."
+        "their precision, the embedding above all: it is ignored, or the target loads no "
+        "compressed one."
     ]
+
+
+def _compressed_ends(units: Sequence[Unit], chosen: Sequence[int] | None) -> list[str]:
+    """Which of embedding and head the choice compresses, and what that asks of who loads it."""
+    said: list[str] = []
+    for unit, c in zip(units, chosen or [], strict=False):
+        spec = unit.candidates[c].specs.get(unit.name)
+        if unit.end is None or spec is None:
+            continue
+        tied = " (the head is tied to it: stored once)" if unit.end.tied_name else ""
+        loads = (
+            f" transformers loads it after `import pocketlm.hf`; --ignore {unit.name} keeps it as "
+            "it is, for transformers alone."
+        )
+        text = f"{unit.name}{tied} is compressed: {grid_text(spec)}."
+        said.append(text + (loads if unit.end.embeds else ""))
+    return said
 
 
 def _recipe(
     model: ModelView, recipe: Recipe, grids: Grids, units: Sequence[Unit], chosen: Sequence[int]
 ) -> Recipe:
-    asked: Mapping[str, QuantSpec] = {
-        name: unit.candidates[c].spec
+    asked = {
+        name: spec
         for unit, c in zip(units, chosen, strict=True)
         for name in unit.linears
+        if (spec := unit.candidates[c].spec) is not None
     }
     wanted: dict[str, QuantSpec] = {}
     for name in grids.quantized:
         spec = asked.get(name) or recipe.spec_for(name)
         assert spec is not None
         wanted[name] = spec
-    return with_grids(recipe, wanted, model.linear_shapes(), model.block_paths)
+    rewritten = with_grids(recipe, wanted, model.linear_shapes(), model.block_paths)
+    ends = [name for end in model.ends() for name in (end.name, end.tied_name) if name]
+    named = {name: spec for name in ends if (spec := asked.get(name) or recipe.spec_for_end(name))}
+    return rewritten.model_copy(update={"overrides": {**rewritten.overrides, **named}})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
-from pocketlm.core.views import ModelView
+from pocketlm.core.views import End, ModelView
 from pocketlm.engine.grids import Grids, linear_bits, scale_dtype_for
 from pocketlm.formats import format_for
 from pocketlm.formats.capabilities import capability, check_layer, unit_of
@@ -25,13 +25,14 @@ class Candidate:
     """One grid that a unit may get.
 
     Attributes:
-        spec: The grid as a recipe asks for it.
+        spec: The grid as a recipe asks for it; None: it keeps its precision.
         specs: Module path → the grid, fitted to the columns.
-        bits: Stored bits of the unit, as `linear_bits` counts them.
+        bits: Stored bits of the unit, as `linear_bits` counts them; 0 of an embedding or head,
+            which no average of bits counts.
         file_bytes: Bytes of its tensors in the files.
     """
 
-    spec: QuantSpec
+    spec: QuantSpec | None
     specs: Mapping[str, QuantSpec]
     bits: int
     file_bytes: int
@@ -47,6 +48,7 @@ class Unit:
         linears: Module paths.
         weights: How many weights they have.
         candidates: Grids it may get, by rising bytes.
+        end: The embedding or head that it is; None for linears.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Unit:
     linears: tuple[str, ...]
     weights: int
     candidates: tuple[Candidate, ...]
+    end: End | None = None
 
 
 def default_candidates(recipe: Recipe) -> tuple[QuantSpec, ...]:

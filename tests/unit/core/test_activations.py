@@ -22,6 +22,7 @@ DYNAMIC = [
     ActivationSpec(type="float", granularity="group", group_size=16),
     ActivationSpec(granularity="group", group_size=16, symmetric=False),
 ]
+APART = [ActivationSpec(outliers=6.0), ActivationSpec(outliers=6.0, symmetric=False)]
 STATIC = [
     ActivationSpec(granularity="tensor", dynamic=False),
     ActivationSpec(granularity="tensor", dynamic=False, symmetric=False),
@@ -72,7 +73,7 @@ def test_static_rounding_is_the_librarys(spec: ActivationSpec) -> None:
     assert bool((quantizer(x) - x).abs().max() > 100), "what lies outside the range is clamped"
 
 
-@pytest.mark.parametrize("spec", [*DYNAMIC, *STATIC], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*DYNAMIC, *APART, *STATIC], ids=lambda spec: spec.name)
 def test_gradients_pass_straight_through(spec: ActivationSpec) -> None:
     x = inputs(3, 30.0)
     quantizer = (
@@ -97,6 +98,22 @@ def test_no_tokens_and_half_precision() -> None:
     assert torch.equal(quantizer(x), quantizer(x.float()).bfloat16())
 
 
+def test_outliers_stay_and_leave_the_scale_to_the_others() -> None:
+    x = inputs(5, 200.0)
+    codes = InputQuantizer(ActivationSpec(outliers=6.0)).encode(x)
+    large = x.abs() >= 6.0
+    assert 0 < int(large.sum()) < large.numel() / 2
+    assert torch.equal(codes.outliers, torch.where(large, x, 0.0))
+    assert torch.equal(codes.decode()[large], x[large])
+    others = torch.where(large, 0.0, x)
+    step = others.abs().amax(-1, keepdim=True) / 127.5
+    assert bool(((codes.decode() - x).abs() <= 0.5001 * step).all())
+    plain = InputQuantizer(ActivationSpec())(x)
+    assert float((plain - x)[0, 0].abs().max()) > 0.5, "one scale for all loses the small values"
+    alone = InputQuantizer(ActivationSpec(outliers=6.0))(x[0, :1])
+    assert torch.equal(alone, codes.decode()[0, :1]), "a token does not depend on its neighbours"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -107,6 +124,9 @@ def test_no_tokens_and_half_precision() -> None:
         ({"granularity": "tensor"}, "static"),
         ({"dynamic": False}, "dynamic"),
         ({"bits": 9}, "bits"),
+        ({"type": "float", "outliers": 6.0}, "outliers"),
+        ({"granularity": "tensor", "dynamic": False, "outliers": 6.0}, "outliers"),
+        ({"outliers": 0.0}, "outliers"),
         ({"granularty": "token"}, "granularity"),
     ],
 )

@@ -41,6 +41,7 @@ KINDS = {
         ActivationSpec(symmetric=False, granularity="tensor", dynamic=False),
     ),
     "ZEROQUANT": (SCHEMES["W8A8"].model_copy(update={"group_size": 32}), ActivationSpec()),
+    "LLM_INT8": (SCHEMES["LLM_INT8"], ActivationSpec(outliers=1.0)),  # a tiny model's are small
     "FP8_BLOCK": (
         SCHEMES["FP8_BLOCK"].model_copy(update={"group_size": 32, "group_rows": 32}),
         ActivationSpec(type="float", granularity="group", group_size=32),
@@ -54,6 +55,8 @@ def arguments(kind: str) -> dict[str, dict[str, object]]:
 
 
 def steps_of(kind: str) -> tuple[str, ...]:
+    if kind == "LLM_INT8":
+        return ("llm_int8",)
     return ("rtn",) if kind.startswith("FP8") else ("smoothquant", "gptq")
 
 
@@ -142,6 +145,13 @@ def test_a_mixture_of_experts(
     assert any("experts' gate and up as one" in check.message for check in report.checks)
 
 
+def test_experts_in_our_own_format_are_refused_for_transformers(
+    tmp_path: Path, mixture: Path, compress_from: type[Compress]
+) -> None:
+    with pytest.raises(UnsupportedLayer, match=r"experts.*Ignore the experts"):
+        compress_from(mixture)(tmp_path / "out", steps=("llm_int8",), **arguments("LLM_INT8"))
+
+
 def test_a_mixture_of_experts_with_weights_alone(
     tmp_path: Path, mixture: Path, compress_from: type[Compress]
 ) -> None:
@@ -210,6 +220,7 @@ def test_static_ranges_of_experts_without_tokens_are_their_siblings(
         ("W4A8", "vllm", "no kernel for INT4_GROUP"),
         ("FP8_DYNAMIC", "vllm-cpu", "does not round inputs as float8-token"),
         ("FP8_BLOCK", "vllm", "does not divide"),
+        ("LLM_INT8", "vllm", "does not load the format pocketlm"),
     ],
 )
 def test_what_an_engine_cannot_run_is_refused(

@@ -280,6 +280,7 @@ def test_export_counts_what_it_costs(sources: dict[str, Path], tmp_path: Path) -
         (recipe({"method": "losparse"}, "rtn", weights=W3), "nothing quantizes it"),
         (recipe({"method": "svd", "ranks": {"qq_proj": 3}}), "matches no linear"),
         (recipe({"method": "laser", "layers": "7-9"}), "factorises no linear"),
+        (recipe("laser"), "which layers"),
         (recipe({"method": "svd", "ratio": 0.99}), "do not fit"),
     ],
 )

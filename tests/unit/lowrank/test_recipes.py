@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from pocketlm.catalog import known_methods, method_class
 from pocketlm.recipes import build_recipe
+
+
+def test_every_method_can_be_shown_with_its_defaults() -> None:
+    for name in known_methods():
+        step = method_class(name).parse({})
+        assert step.model_dump(mode="json") is not None
+        assert step.summary
 
 
 def names(**flags: object) -> list[str]:

@@ -18,10 +18,10 @@ def inputs(tokens: int = 200, columns: int = 32, seed: int = 0) -> torch.Tensor:
     return x_TI * torch.randn(columns, generator=generator).exp()
 
 
-def statistics(x_TI: torch.Tensor) -> Statistics:
-    stats = [kind(x_TI.shape[1]) for kind in (Hessian, Moments, Entropy)]
+def statistics(x_TI: torch.Tensor, device: str = "cpu") -> Statistics:
+    stats = [kind(x_TI.shape[1], device) for kind in (Hessian, Moments, Entropy)]
     for stat in stats:
-        stat.add(x_TI)
+        stat.add(x_TI.to(device))
     return Statistics(*stats)
 
 

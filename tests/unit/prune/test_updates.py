@@ -79,7 +79,7 @@ def test_the_solve_finds_each_rows_least_squares() -> None:
     weight_OI, hessian = weight(), statistics(inputs())[Hessian]
     hessian_II = hessian.shrunk_II(0.1)
     mask_OI = torch.rand(12, 32) < 0.5
-    found_OI = solve(weight_OI, hessian_II, mask_OI, steps=200)
+    found_OI = solve(weight_OI, hessian_II, mask_OI, steps=100)
     for row, found_I, mask_I in zip(weight_OI, found_OI, mask_OI, strict=True):
         inner_KK = hessian_II[mask_I][:, mask_I].double()
         right_K = (hessian_II @ row)[mask_I].double()

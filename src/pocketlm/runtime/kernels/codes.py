@@ -3,6 +3,8 @@
 With x̂ = a (c - z) for each row of inputs and w = s d for each row of the weight,
     y = x̂ wᵀ = a s (c dᵀ - z Σ d),
 and c dᵀ is a sum of whole numbers in int32: exact, where multiplying the decoded x̂ and w rounds.
+Outliers, which stay as they came (LLM.int8()), are multiplied in float32 with the few columns of
+the weight that they meet, decoded for the call, and added.
 FP8 products are summed in float32 by the card. One scale for each row of the weight, one for each
 row of inputs, or one for all of either; groups go to the weight-only kernels.
 
@@ -59,7 +61,11 @@ class Int8Codes:
         y_MO = torch.ops.aten._int_mm(codes_MI, buffers["codes_OI"].T)[:rows].float()
         if x.zero is not None:
             y_MO -= x.zero * buffers["sum_O"]
-        return (y_MO * x.scale * buffers["scale_O"]).to(dtype)
+        y_MO *= x.scale
+        if x.outliers is not None:
+            columns = x.outliers.any(0).nonzero()[:, 0]
+            y_MO += x.outliers[:, columns] @ buffers["codes_OI"][:, columns].float().T
+        return (y_MO * buffers["scale_O"]).to(dtype)
 
 
 class Float8Codes:

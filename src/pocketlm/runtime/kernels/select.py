@@ -218,7 +218,7 @@ def _probe_codes(name: str, dtype: torch.dtype, device_name: str) -> str | None:
     codes_OI = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     scale_O1 = torch.randn(rows, 1, generator=generator).to(dtype)
     weight: Packed = PackedInt(codes_OI, scale_O1, None, 8)
-    kinds = [ActivationSpec(), ActivationSpec(symmetric=False)]
+    kinds = [ActivationSpec(), ActivationSpec(symmetric=False), ActivationSpec(outliers=1.0)]
     if not whole:
         spec = QuantSpec(bits=8, type="float", group_size=None)
         codes_OI = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
