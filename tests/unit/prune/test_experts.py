@@ -10,7 +10,6 @@ import torch
 from tests.unit.models.families import build
 from tests.unit.prune.conftest import logits, plain
 
-import pocketlm
 from pocketlm.core.errors import ConfigError, UnsupportedModel
 from pocketlm.core.transform import EXPERTS
 from pocketlm.models import open_model
@@ -49,7 +48,6 @@ def test_experts_that_are_never_chosen_go(saved, compress, tmp_path: Path, score
     if score == "output":  # its output is nothing
         kept = model.model.layers[0].mlp.experts.down_proj[[0, 2, 3]]
         assert torch.equal(smaller.model.layers[0].mlp.experts.down_proj, kept)
-        assert pocketlm.verify(out, source).ok
 
 
 def test_twins_are_merged_into_themselves(saved, compress, tmp_path: Path) -> None:
