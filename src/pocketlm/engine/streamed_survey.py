@@ -27,7 +27,8 @@ from pocketlm.engine.memory import hidden_bytes
 from pocketlm.models import Model
 from pocketlm.models.opening import reopen
 
-FEW_TOKENS = 4096  # for passes that run the model many times
+FEW_TOKENS = 4096  # for a pass with every block left out once
+DISTANCE_TOKENS = 1024  # of a whole pass for every change that is tried
 GRADIENT_TOKENS = 8192
 LOGIT_BYTES, LOGIT_COPIES = 256 << 20, 6  # [P, V] float32 tensors alive at once
 
@@ -267,7 +268,7 @@ class StreamedSurvey:
     def _last(self, model: Model) -> list[Tensor]:
         """The last hidden states of the first windows."""
         states, calls = [], []
-        for tokens_BT in self._batches(self._some(FEW_TOKENS)):
+        for tokens_BT in self._batches(self._some(DISTANCE_TOKENS)):
             hidden_BTD, call = model.begin(tokens_BT)
             states.append(hidden_BTD)
             calls.append(call)

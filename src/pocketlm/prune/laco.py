@@ -79,6 +79,12 @@ class Laco(Strict):
                 start -= self.interval if not run or home[run[0]] != start else 1
             if left == before:
                 threshold -= self.fall
+            if threshold < -1:  # every merge that is possible has been made
+                raise ConfigError(
+                    f"{left} more blocks find no neighbour that is not merged already.",
+                    where="laco",
+                    remedy="Lower ratio or blocks, or change merge.",
+                )
         return [{HOME: torch.tensor(place)} for place in home]
 
     def _run(self, home: list[int], start: int, left: int) -> list[int]:

@@ -212,3 +212,9 @@ def test_verified(saved, compress, tmp_path: Path, family: str, steps: list) -> 
     """Plain transformers in another process gives our logits; every tensor is explained."""
     compress(saved(family), tmp_path / "out", *steps)
     assert pocketlm.verify(tmp_path / "out", saved(family)).failures() == ()
+
+
+def test_laco_that_finds_no_more_neighbours_stops(saved, compress, tmp_path: Path) -> None:
+    step = {"method": "laco", "blocks": 3, "merge": 1, "fall": 0.7}
+    with pytest.raises(ConfigError, match="no neighbour"):
+        compress(saved("llama"), tmp_path / "out", step)
