@@ -33,6 +33,7 @@ class Nearest(Strict):
     summary: ClassVar[str] = "for tests"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def compress(self, task: BlockTask) -> Mapping[str, LinearState]:
         weights = {
