@@ -30,7 +30,6 @@ class Nearest(Strict):
     """A block step that rounds, and proves that targets are the original's outputs."""
 
     kind: ClassVar[str] = "block"
-    summary: ClassVar[str] = "for tests"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset()
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})
