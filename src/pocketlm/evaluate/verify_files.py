@@ -28,9 +28,7 @@ from pocketlm.models import open_model
 from pocketlm.models.tokenizer import load_tokenizer
 
 LEDGER = "pocketlm/ledger.json"
-STAGES = (
-    "pocketlm/stages"  # the ledgers of stages before the last, the first of which is the source's
-)
+STAGES = "pocketlm/stages"  # ledgers of the stages before the last; the first is the source's
 RECIPE = "pocketlm/recipe.yaml"
 AGAIN = "Run the same compress command again; it resumes."
 
@@ -315,9 +313,11 @@ def check_source(artifact: Artifact, source: Path | str | None) -> str:
     if source is None:
         raise NotChecked("no source was given; give it to have its tensors compared.")
     infos = open_model(source).source.infos()
-    artifact.require_ledger()
-    first = min(artifact.path.glob(f"{STAGES}/1-*.json"), default=artifact.path / LEDGER)
-    entries = Ledger.model_validate_json(first.read_text("utf-8")).tensors
+    first = min(artifact.path.glob(f"{STAGES}/1-*.json"), default=None)
+    ledger = artifact.require_ledger()
+    if first is not None:
+        ledger = Ledger.model_validate_json(first.read_text("utf-8"))
+    entries = ledger.tensors
     entries = {n: e for n, e in entries.items() if n in infos or e.copy_of not in infos}
     for name in sorted(set(infos) ^ set(entries)):
         what = "not explained by the ledger" if name in infos else "no tensor of the source"

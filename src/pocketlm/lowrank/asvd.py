@@ -30,7 +30,6 @@ class Asvd(Ranked):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "two thin factors; columns weigh by the mean size of their inputs"
     needs: ClassVar[tuple[type[Stat], ...]] = (AbsMean,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

@@ -43,7 +43,6 @@ class Caldera(Repair):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "a quantized low-rank part beside a quantized weight, by turns"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape", "factors"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

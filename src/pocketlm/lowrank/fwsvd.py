@@ -38,7 +38,6 @@ class Fwsvd(Ranked):
     """
 
     kind: ClassVar[Literal["block"]] = "block"
-    summary: ClassVar[str] = "two thin factors; columns weigh by their Fisher information"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

@@ -36,7 +36,6 @@ class Laser(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "a much lower rank for the MLP matrices of chosen layers"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

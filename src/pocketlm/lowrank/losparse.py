@@ -47,7 +47,6 @@ class Losparse(Ranked):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "two thin factors plus the weights that stand out (low rank + sparse)"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

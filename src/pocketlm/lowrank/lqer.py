@@ -36,7 +36,6 @@ class Lqer(Repair):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "a low-rank part that makes up for a quantization error"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian, AbsMean)
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape", "factors"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})
@@ -73,7 +72,6 @@ class Lqer(Repair):
 class Lorc(Lqer):
     """LoRC: the same without data."""
 
-    summary: ClassVar[str] = "a low-rank part for a quantization error, without data (ZeroQuant-V2)"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
 
     scaling: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]

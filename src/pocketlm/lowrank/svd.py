@@ -17,7 +17,6 @@ class Svd(Ranked):
     """Keeps the largest singular values (Eckart and Young)."""
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "two thin factors by truncated SVD, no data"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"factors"})

@@ -45,7 +45,6 @@ class Magnitude(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "pruning by the size of the weights, no data"
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"mask"})
 
@@ -113,8 +112,6 @@ class Magnitude(Strict):
 class Wanda(Magnitude):
     """Keeps in each row what weighs most with the inputs' size, |w| · |x| (arXiv:2306.11695)."""
 
-    summary: ClassVar[str] = "pruning by weight times input size, row by row"
-
     score: str = "wanda"
     scope: Scope = "row"
 
@@ -122,16 +119,12 @@ class Wanda(Magnitude):
 class Ria(Magnitude):
     """Relative importance within row and column, with the inputs' size (RIA)."""
 
-    summary: ClassVar[str] = "pruning by relative importance and input size"
-
     score: str = "ria"
     scope: Scope = "row"
 
 
 class Esparse(Magnitude):
     """Input size and the entropy of each channel (E-Sparse, arXiv:2310.15929)."""
-
-    summary: ClassVar[str] = "pruning by weight, input size and the entropy of the input"
 
     score: str = "esparse"
     scope: Scope = "row"
@@ -143,8 +136,6 @@ class Dsnot(Wanda):
     Attributes:
         turns: Exchanges for each row, at most.
     """
-
-    summary: ClassVar[str] = "wanda, then weights grow and go until the mean output is the old one"
 
     turns: int = Field(50, ge=1, le=10_000)
 
@@ -215,8 +206,6 @@ class Sparsegpt(_OnHessian):
             change earlier columns for later ones. The paper takes none.
     """
 
-    summary: ClassVar[str] = "pruning with error feedback through the inputs' Hessian"
-
     score: Literal["obs"] = "obs"
     block_columns: int = Field(128, ge=1)
     steps: int = Field(0, ge=0, le=1000)
@@ -266,7 +255,6 @@ class SparsegptJoint(Sparsegpt):
     The grid is an earlier step's (clip) or min-max; it is one of the unpruned weight.
     """
 
-    summary: ClassVar[str] = "pruning and rounding in one sweep; before refine"
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"mask", "grid"})
 
@@ -298,8 +286,6 @@ class Alps(_OnHessian):
         rounds: Of ADMM, at most.
         steps: Of the conjugate gradients.
     """
-
-    summary: ClassVar[str] = "pruning by ADMM on the output error, then kept weights solved for"
 
     score: Literal["magnitude"] = "magnitude"
     rounds: int = Field(300, ge=1, le=10_000)

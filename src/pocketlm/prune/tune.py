@@ -49,7 +49,6 @@ class Tune(Strict):
     """
 
     kind: ClassVar[Literal["block"]] = "block"
-    summary: ClassVar[str] = "kept weights trained against the block's output, after pruning"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset()

@@ -50,7 +50,6 @@ class Autoround(Strict):
     """
 
     kind: ClassVar[Literal["block"]] = "block"
-    summary: ClassVar[str] = "rounding learned by signed gradients against the block's output"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

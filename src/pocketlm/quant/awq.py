@@ -36,7 +36,6 @@ class Awq(Strict):
     """
 
     kind: ClassVar[Literal["fold"]] = "fold"
-    summary: ClassVar[str] = "scales important input columns up before rounding (needs a next step)"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset()

@@ -40,7 +40,6 @@ class Clip(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "search of each group's clipping; a grid for gptq or rtn"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

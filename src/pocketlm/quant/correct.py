@@ -33,7 +33,6 @@ class Correct(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "makes up for inputs changed by earlier layers; before clip or gptq"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian, Drift)
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset()

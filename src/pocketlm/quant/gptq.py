@@ -44,7 +44,6 @@ class Gptq(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "rounding with error feedback through the inputs' Hessian"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

@@ -48,7 +48,6 @@ class LearnedClip(Strict):
     """
 
     kind: ClassVar[Literal["block"]] = "block"
-    summary: ClassVar[str] = "clipping learned against the block's output; a grid for what follows"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

@@ -41,7 +41,6 @@ class Lkd(Strict):
     """
 
     kind: ClassVar[Literal["block"]] = "block"
-    summary: ClassVar[str] = "weights trained against the block's output, grid fixed (ZeroQuant)"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

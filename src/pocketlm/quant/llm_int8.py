@@ -14,8 +14,6 @@ Cost: one pass over the weight.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pocketlm.quant.rtn import Rtn
 
 
@@ -25,5 +23,3 @@ class LlmInt8(Rtn):
     No data. Brings the scheme ``LLM_INT8`` where a recipe gives no other; other steps, such as
     gptq, can make the weights of that scheme as well.
     """
-
-    summary: ClassVar[str] = "int8 weights and inputs, large inputs apart in 16 bits"

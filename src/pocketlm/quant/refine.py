@@ -48,7 +48,6 @@ class Refine(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "scales and codes renewed in turn on the Hessian, after gptq"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

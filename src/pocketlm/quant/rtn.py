@@ -20,7 +20,6 @@ class Rtn(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    summary: ClassVar[str] = "round to nearest, no data"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"grid"})

@@ -44,7 +44,6 @@ class Smoothquant(Strict):
     """
 
     kind: ClassVar[Literal["fold"]] = "fold"
-    summary: ClassVar[str] = "moves outliers of activations into weights (needs a next step)"
     needs: ClassVar[tuple[type[Stat], ...]] = (AbsMax, Sample)
     preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     makes: ClassVar[frozenset[str]] = frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ class Nearest(Strict):
     """A block step that rounds, and proves that targets are the original's outputs."""
 
     kind: ClassVar[str] = "block"
-    summary: ClassVar[str] = "for tests"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
     preserves: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def compress(self, task: BlockTask) -> Mapping[str, LinearState]:
         weights = {
@@ -72,8 +72,11 @@ def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     ))  # fmt: skip
 
 
+AWQ = {"method": "awq", "steps": 2}
+
+
 def test_awq_writes_the_norms_it_divided(tmp_path: Path, compress, tiny: Path) -> None:
-    compress(tmp_path / "out", steps=("awq", "clip", "gptq"))
+    compress(tmp_path / "out", steps=(AWQ, "clip", "gptq"))
     ledger = ledger_of(tmp_path / "out")
     folded = {name for name, entry in ledger.tensors.items() if entry.action == "folded"}
     assert folded
@@ -92,13 +95,20 @@ def test_awq_writes_the_norms_it_divided(tmp_path: Path, compress, tiny: Path) -
     assert (outputs[0] - outputs[1]).norm() < 0.2 * outputs[0].norm()
 
 
-STEPS = [("awq", "clip", "rtn"), ("smoothquant", "gptq"), ("correct", "gptq"), ("hqq",)]
+MEMORY, DISK = 1 << 30, 1000
+STOPPED = [
+    ((AWQ, "clip", "rtn"), MEMORY),
+    (("smoothquant", "gptq"), MEMORY),
+    (("correct", "gptq"), MEMORY),
+    (("correct", "gptq"), DISK),
+    (("hqq",), MEMORY),
+    ((AWQ, "nearest", "refine"), DISK),
+]
 
 
-@pytest.mark.parametrize("activation_bytes", [1 << 30, 1000], ids=["memory", "disk"])
-@pytest.mark.parametrize("steps", [*STEPS, ("awq", "nearest", "refine")], ids="-".join)
+@pytest.mark.parametrize(("steps", "activation_bytes"), STOPPED)
 def test_stopped_runs_give_the_same_bytes(
-    tmp_path: Path, compress, nearest: None, activation_bytes: int, steps: tuple[str, ...]
+    tmp_path: Path, compress, nearest: None, activation_bytes: int, steps: tuple[Any, ...]
 ) -> None:
     compress(tmp_path / "whole", steps=steps, activation_bytes=activation_bytes)
 
