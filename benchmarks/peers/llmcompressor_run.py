@@ -98,7 +98,11 @@ def build_recipe(arguments: argparse.Namespace):
 
 
 def build_pruner(arguments: argparse.Namespace):
-    """The modifier that prunes every linear except the head, which may share the embedding."""
+    """The modifier that prunes every linear except the head.
+
+    A plain name in `ignore` does not keep the tool's pruners from the head, and with a tied head
+    from the embedding; a pattern does.
+    """
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
     kind = SparseGPTModifier if arguments.method == "sparsegpt" else WandaPruningModifier
@@ -106,7 +110,10 @@ def build_pruner(arguments: argparse.Namespace):
     keep, of = (int(part) for part in arguments.sparsity.split(":")) if nm else (0, 0)
     ratio = 1 - keep / of if nm else float(arguments.sparsity)
     return kind(
-        sparsity=ratio, mask_structure=f"{keep}:{of}", targets=["Linear"], ignore=["lm_head"]
+        sparsity=ratio,
+        mask_structure=f"{keep}:{of}",
+        targets=["Linear"],
+        ignore=["re:.*lm_head"],
     )
 
 
