@@ -2,8 +2,8 @@
 
 The recipes of lowrank.yaml, calibrated on the same tokens and measured on the same windows as
 `methods.py` does it. Figures, each with the paired interval of the ratio of losses below one:
-SVD-LLM below ASVD below SVD at a fifth of the parameters removed; at about 3.5 real bits, LQER after
-RTN below RTN with narrower groups. After GPTQ it is shown, and no figure.
+SVD-LLM below ASVD below SVD at a fifth of the parameters removed; at about 3.5 real bits, LQER
+after RTN below RTN with narrower groups. After GPTQ it is shown, and no figure.
 """
 
 from __future__ import annotations
