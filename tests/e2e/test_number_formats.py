@@ -16,7 +16,10 @@ FEW = ("--samples", "4", "--seq-len", "32", "--device", "cpu")
 
 @pytest.mark.parametrize(
     ("scheme", "method", "storage"),
-    [("NVFP4", "gptq", "nvfp4-pack-quantized"), ("NF4_DQ", "rtn", None)],
+    [
+        ("NVFP4", "gptq", "nvfp4-pack-quantized"),
+        pytest.param("NF4_DQ", "rtn", None, marks=pytest.mark.slow),
+    ],
 )
 def test_a_scheme_from_start_to_end(
     cli: Cli, source: Path, tmp_path: Path, scheme: str, method: str, storage: str | None

@@ -93,7 +93,7 @@ def test_what_is_written_runs_alike_everywhere(
     assert (packed_TV - ours_TV).norm() < (unrounded_TV - ours_TV).norm()
 
 
-@pytest.mark.parametrize("kind", ["W8A8_STATIC_ASYMMETRIC", "W4A8"])
+@pytest.mark.parametrize("kind", ["W8A8_STATIC_ASYMMETRIC"])  # it stores a scale and a zero point
 def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path, compress, kind: str) -> None:
     def stop(event: Event) -> None:
         if event.kind == "block_done" and event.block == 1:
@@ -126,7 +126,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["W8A8", "W8A8_STATIC", "W4A8", "FP8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("kind", ["W8A8_STATIC", "W4A8", "FP8_DYNAMIC"])
 def test_a_mixture_of_experts(
     tmp_path: Path, mixture: Path, compress_from: type[Compress], kind: str
 ) -> None:
