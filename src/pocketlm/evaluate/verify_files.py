@@ -343,7 +343,9 @@ def check_bits(artifact: Artifact) -> str:
             bits_total, weights = bits_total + found, weights + math.prod(entry.shape)
         if found != entry.bits:
             raise ArtifactError(f"takes {found} bits, in the ledger {entry.bits}.", where=name)
-    return f"{bits_total / max(weights, 1):.4f} bits per compressed weight, scales included."
+    if not weights:
+        return "every tensor takes what the ledger says; no weight is compressed."
+    return f"{bits_total / weights:.4f} bits per compressed weight, scales included."
 
 
 def check_tied(artifact: Artifact) -> str:
