@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.e2e.conftest import save_tokenizer
 from tests.unit.engine.conftest import Compress
 from tests.unit.engine.test_engine import ledger_of
 from tests.unit.engine.test_resume import Killed, digests
@@ -150,6 +151,26 @@ def test_experts_in_our_own_format_are_refused_for_transformers(
 ) -> None:
     with pytest.raises(UnsupportedLayer, match=r"experts.*Ignore the experts"):
         compress_from(mixture)(tmp_path / "out", steps=("llm_int8",), **arguments("LLM_INT8"))
+
+
+def test_experts_in_our_own_format_run_in_our_own_runtime(
+    tmp_path: Path, mixture: Path, compress_from: type[Compress]
+) -> None:
+    out = tmp_path / "out"
+    compress_from(mixture)(out, steps=("llm_int8",), target="pocketlm", **arguments("LLM_INT8"))
+    tensors = ledger_of(out).tensors
+    expert = tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    assert expert.action == "quantized"
+    assert any("does not round inputs of experts" in note for note in expert.notes)
+    attention = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert attention.activations == KINDS["LLM_INT8"][1]
+    assert not verify_artifact(out).failures()
+    tokens = torch.arange(20)[None]
+    logits = []
+    for path in (mixture, out):
+        save_tokenizer(path)  # which `load` wants
+        logits.append(load(path, dtype=torch.float32)[0](tokens).logits)
+    assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()
 
 
 def test_a_mixture_of_experts_with_weights_alone(
