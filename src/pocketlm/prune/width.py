@@ -52,24 +52,8 @@ class Width(Strict):
     heads: int | None = Field(default=None, ge=1)
 
     @abstractmethod
-    def scores(self, structure: Structure, reader: LinearView, stat: Any) -> Tensor:
-        """How much each unit matters [U], from what the reader's inputs were.
-
-        Args:
-            structure: The units.
-            reader: The linear that reads them.
-            stat: Of its inputs, gathered by `statistic`.
-        """
-
-    def statistic(self, width: int, columns: int, device: torch.device) -> Stat:
-        """An empty statistic of a reader's inputs; `width` columns belong to a unit."""
-        raise NotImplementedError
-
     def measure(self, survey: Survey) -> Findings:
         """A score for each unit, block by block."""
-        of_block = self._structures(survey.outline)
-        sizes = self.sizes(survey.outline)
-        return survey.visit(lambda visit: self._look(visit, of_block.get(visit.index, ()), sizes))
 
     def _structures(self, outline: Outline) -> dict[int, list[Structure]]:
         found: dict[int, list[Structure]] = {}
@@ -77,48 +61,6 @@ class Width(Strict):
             for structure in outline.structures(dimension):
                 found.setdefault(structure.block, []).append(structure)
         return found
-
-    def _look(
-        self, visit: Visit, structures: Sequence[Structure], sizes: Mapping[str, int]
-    ) -> dict[str, Tensor]:
-        """Gathers what flows into the readers of a block, then scores."""
-        group_of = {name: group.index for group in visit.block.groups for name in group.linears}
-        stats: dict[str, Stat] = {}
-        at_group: dict[int, list[Stat]] = {}
-        device = next(iter(visit.block.linears.values())).weight_OI().device
-        for structure in structures:
-            for name in structure.readers:
-                cut = structure.cut_of(visit.block.linears[name].tensor_name)
-                columns = visit.block.linears[name].in_features
-                stats[name] = self.statistic(cut.width, columns, device)
-                at_group.setdefault(group_of[name], []).append(stats[name])
-
-        def take(group: int, x_TI: Tensor) -> None:
-            for stat in at_group.get(group, ()):
-                stat.add(x_TI)
-
-        for _ in visit.run(take):
-            pass
-        found: dict[str, Tensor] = {}
-        for structure in structures:
-            total_U = torch.zeros(structure.units, dtype=torch.float64)
-            for name in structure.readers:
-                reader, stat = visit.block.linears[name], stats[name]
-                score_U = self.scores(structure, reader, stat) if stat.tokens else None
-                if score_U is None:  # an expert that no token reached: by its weights alone
-                    score_U = per_unit(reader.weight_OI().square().sum(0), structure, reader)
-                    found[f"{structure.path}.unreached"] = torch.ones(())
-                total_U += score_U.double().cpu()
-            found[f"{structure.path}.{structure.dimension}"] = total_U
-            kept_U = _best(total_U, sizes[structure.family])
-            found.update(self.extra(structure, kept_U, visit, stats))
-        return found
-
-    def extra(
-        self, structure: Structure, kept_U: Tensor, visit: Visit, stats: Mapping[str, Stat]
-    ) -> dict[str, Tensor]:
-        """What else is to be kept of a structure, once it is known what is left of it."""
-        return {}
 
     def biases(self, findings: Findings) -> dict[str, Tensor]:
         """Reader → what is added to its output."""
@@ -205,6 +147,72 @@ class Width(Strict):
                 remedy="Lower ratio or multiple_of, or prune more dimensions.",
             )
         return min(wanted, units)
+
+
+class InputWidth(Width):
+    """Width pruning by statistics of what flows into the readers of each structure."""
+
+    @abstractmethod
+    def scores(self, structure: Structure, reader: LinearView, stat: Any) -> Tensor:
+        """How much each unit matters [U], from what the reader's inputs were.
+
+        Args:
+            structure: The units.
+            reader: The linear that reads them.
+            stat: Of its inputs, gathered by `statistic`.
+        """
+
+    @abstractmethod
+    def statistic(self, width: int, columns: int, device: torch.device) -> Stat:
+        """An empty statistic of a reader's inputs; `width` columns belong to a unit."""
+
+    def measure(self, survey: Survey) -> Findings:
+        """A score for each unit, block by block."""
+        of_block = self._structures(survey.outline)
+        sizes = self.sizes(survey.outline)
+        return survey.visit(lambda visit: self._look(visit, of_block.get(visit.index, ()), sizes))
+
+    def _look(
+        self, visit: Visit, structures: Sequence[Structure], sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Gathers what flows into the readers of a block, then scores."""
+        group_of = {name: group.index for group in visit.block.groups for name in group.linears}
+        stats: dict[str, Stat] = {}
+        at_group: dict[int, list[Stat]] = {}
+        device = next(iter(visit.block.linears.values())).weight_OI().device
+        for structure in structures:
+            for name in structure.readers:
+                cut = structure.cut_of(visit.block.linears[name].tensor_name)
+                columns = visit.block.linears[name].in_features
+                stats[name] = self.statistic(cut.width, columns, device)
+                at_group.setdefault(group_of[name], []).append(stats[name])
+
+        def take(group: int, x_TI: Tensor) -> None:
+            for stat in at_group.get(group, ()):
+                stat.add(x_TI)
+
+        for _ in visit.run(take):
+            pass
+        found: dict[str, Tensor] = {}
+        for structure in structures:
+            total_U = torch.zeros(structure.units, dtype=torch.float64)
+            for name in structure.readers:
+                reader, stat = visit.block.linears[name], stats[name]
+                score_U = self.scores(structure, reader, stat) if stat.tokens else None
+                if score_U is None:  # an expert that no token reached: by its weights alone
+                    score_U = per_unit(reader.weight_OI().square().sum(0), structure, reader)
+                    found[f"{structure.path}.unreached"] = torch.ones(())
+                total_U += score_U.double().cpu()
+            found[f"{structure.path}.{structure.dimension}"] = total_U
+            kept_U = _best(total_U, sizes[structure.family])
+            found.update(self.extra(structure, kept_U, visit, stats))
+        return found
+
+    def extra(
+        self, structure: Structure, kept_U: Tensor, visit: Visit, stats: Mapping[str, Stat]
+    ) -> dict[str, Tensor]:
+        """What else is to be kept of a structure, once it is known what is left of it."""
+        return {}
 
 
 def _best(scores_U: Tensor, count: int) -> Tensor:

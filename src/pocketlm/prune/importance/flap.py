@@ -21,12 +21,12 @@ from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Findings, Structure, Visit
 from pocketlm.core.views import LinearView
 from pocketlm.prune.importance.moments import Moments
-from pocketlm.prune.width import Width, per_unit
+from pocketlm.prune.width import InputWidth, per_unit
 
 BIAS = "bias"
 
 
-class Flap(Width):
+class Flap(InputWidth):
     """FLAP: removes what fluctuates least and puts its mean into a bias.
 
     Attributes:

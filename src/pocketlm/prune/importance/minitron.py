@@ -17,7 +17,7 @@ from torch import Tensor
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Structure
 from pocketlm.core.views import LinearView
-from pocketlm.prune.width import Width
+from pocketlm.prune.width import InputWidth
 
 
 class UnitSizes(Stat):
@@ -53,7 +53,7 @@ class UnitSizes(Stat):
         return self._sum_U.sqrt()
 
 
-class Minitron(Width):
+class Minitron(InputWidth):
     """Minitron-style: keeps heads and channels whose activations are large."""
 
     needs: ClassVar[tuple[type[Stat], ...]] = (UnitSizes,)

@@ -8,13 +8,12 @@ Its recovery by LoRA is training and not here. Cost: one pass forward and one ba
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.transform import Findings, Structure, Survey
-from pocketlm.core.views import BlockView, LinearView
+from pocketlm.core.views import BlockView
 from pocketlm.prune.width import Width
 
 
@@ -34,10 +33,6 @@ class LlmPruner(Width):
             }
 
         return survey.gradients(look)
-
-    def scores(self, structure: Structure, reader: LinearView, stat: Any) -> Tensor:
-        """Not used: gradients are scored instead."""
-        raise NotImplementedError
 
 
 def _taylor(structure: Structure, block: BlockView, gradients: Mapping[str, Tensor]) -> Tensor:

@@ -16,10 +16,10 @@ from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Structure
 from pocketlm.core.views import LinearView
 from pocketlm.prune.importance.moments import Moments
-from pocketlm.prune.width import Width, per_unit
+from pocketlm.prune.width import InputWidth, per_unit
 
 
-class WandaSp(Width):
+class WandaSp(InputWidth):
     """Wanda for whole heads and channels: weights times the size of their inputs."""
 
     needs: ClassVar[tuple[type[Stat], ...]] = (Moments,)
