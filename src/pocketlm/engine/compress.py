@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,9 +13,9 @@ import torch
 
 from pocketlm import __version__
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.errors import CalibrationError, OutputBusy, ResourceError
+from pocketlm.core.errors import CalibrationError, OutputBusy
 from pocketlm.core.views import ModelView
-from pocketlm.engine.artifact import partial_path
+from pocketlm.engine.attempt import attempt, in_place
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
@@ -124,18 +123,9 @@ def run_job(
     )
     ledger = finished_ledger(job.output)
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)
-    try:
-        if ledger is not None and not restart:
-            if ledger.fingerprint == job.fingerprint:
-                journal.clear()
-                return None
-            if not journal.resumed:  # else an interrupted --restart goes on
-                journal.clear()
-                raise OutputBusy(
-                    "holds an artifact made in another way.",
-                    where=str(job.output),
-                    remedy="Give another -o, or add --restart to replace it.",
-                )
+    with attempt(job, journal, model.device):
+        if in_place(ledger, job, journal, restart=restart):
+            return None
         log = EventLog(journal.events_path, listener)
         log.emit("run_started", f"compressing {job.source} to {job.output}",
                  data={"plan": plan.model_dump(mode="json")})  # fmt: skip
@@ -146,16 +136,5 @@ def run_job(
         started = time.monotonic()
         outcome = Runner(model, job, grids, windows, journal, log, plan).run()
         log.emit("run_done", f"wrote {job.output}", seconds=time.monotonic() - started)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        journal.release()
-        raise ResourceError(
-            "memory ran out.",
-            where=str(model.device),
-            remedy="Lower --activation-budget, --samples or --seq-len; the same command goes on.",
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial_path(job.output), ignore_errors=True)
-        journal.release()
-        raise
     journal.clear()
     return outcome

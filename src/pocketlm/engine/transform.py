@@ -9,7 +9,6 @@ last block that was looked at; writing begins anew.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,10 +21,10 @@ from torch import Tensor
 from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.changes import Changes
-from pocketlm.core.errors import OutputBusy, ResourceError
 from pocketlm.core.transform import Findings, Outline, Transform
 from pocketlm.core.views import TensorInfo
-from pocketlm.engine.artifact import CHUNK_BYTES, kept_info, partial_path, write_files
+from pocketlm.engine.artifact import CHUNK_BYTES, kept_info, write_files
+from pocketlm.engine.attempt import attempt, in_place
 from pocketlm.engine.compress import fingerprint, finished_ledger
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.engine.grids import Grids
@@ -85,32 +84,13 @@ def run_transform(
     )
     ledger = finished_ledger(job.output)
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)
-    try:
-        if ledger is not None and not restart:
-            if ledger.fingerprint == job.fingerprint:
-                journal.clear()
-                return ledger
-            if not journal.resumed:
-                journal.clear()
-                raise OutputBusy(
-                    "holds an artifact made in another way.",
-                    where=str(job.output),
-                    remedy="Give another -o, or add --restart to replace it.",
-                )
+    with attempt(job, journal, model.device):
+        if in_place(ledger, job, journal, restart=restart):
+            assert ledger is not None
+            return ledger
         log = EventLog(journal.events_path, listener)
         log.emit("run_started", f"making a smaller model of {job.source}")
         ledger = _run(model, outline, transform, job, windows, journal, log, planned)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        journal.release()
-        raise ResourceError(
-            "memory ran out.",
-            where=str(model.device),
-            remedy="Lower --activation-budget, --samples or --seq-len; the same command goes on.",
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial_path(job.output), ignore_errors=True)
-        journal.release()
-        raise
     journal.clear()
     return ledger
 
