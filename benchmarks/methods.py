@@ -63,7 +63,7 @@ def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, An
 
     torch.set_num_threads(options["threads"])
     seconds, output = None, artifact
-    bits = None
+    bits = size = None
     if output is None:
         output = Path(options["scratch"]) / name
         started = time.monotonic()
@@ -73,6 +73,7 @@ def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, An
             device=options["device"], threads=options["threads"], resume=False,
         )  # fmt: skip
         seconds, bits = time.monotonic() - started, made.bits_per_weight
+        size = made.output_bytes
     like = {"device": options["device"], "compute_dtype": torch.float32}
     if options["test"] not in _bases:
         original = open_model(options["original"], **like)
@@ -89,7 +90,7 @@ def measure(name: str, recipe: Any, artifact: Path | None, options: dict[str, An
     assert divergence is not None
     loss, kl = divergence.loss_over_original, divergence.kl_mean
     return {
-        "name": name, "bits": bits, "seconds": seconds,
+        "name": name, "bits": bits, "bytes": size, "seconds": seconds,
         "loss": [loss.value, loss.low, loss.high], "kl": [kl.value, kl.low, kl.high],
         "top1": divergence.top1_agreement.value, "perplexity": report.perplexity,
         "original_perplexity": divergence.original_perplexity,
