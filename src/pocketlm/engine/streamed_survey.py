@@ -160,6 +160,11 @@ class StreamedSurvey:
                 store.advance(index + 1)
         return calls, store
 
+    @property
+    def _positions(self) -> int:
+        """How many may have their logits in memory at once."""
+        return max(1, LOGIT_BYTES // (4 * LOGIT_COPIES * self._model.vocabulary))
+
     # --- the model without one block ---
 
     @torch.no_grad()
@@ -188,7 +193,7 @@ class StreamedSurvey:
         """Summed cross-entropy of the next tokens, in nats."""
         end_ND = self._model.finish(hidden_BTD)[:, :-1].flatten(0, 1)
         next_N = tokens_BT[:, 1:].flatten()
-        step = max(1, LOGIT_BYTES // (4 * LOGIT_COPIES * self._model.vocabulary))
+        step = self._positions
         return sum(
             float(F.cross_entropy(self._model.logits(x_PD), next_P, reduction="sum").double())
             for x_PD, next_P in zip(end_ND.split(step), next_N.split(step), strict=True)
@@ -219,7 +224,10 @@ class StreamedSurvey:
                 self._report((index + 1) / (3 * total), f"forward through block {index + 1}")
         ends = zip(bounds.pop(), batches, strict=True)
         count = sum(tokens_BT[:, 1:].numel() for tokens_BT in batches)
-        slopes = [self._model.loss_gradient(x, tokens).cpu() / count for x, tokens in ends]
+        slopes = [
+            self._model.loss_gradient(x, tokens, self._positions).cpu() / count
+            for x, tokens in ends
+        ]
         found: Findings = []
         for index in reversed(range(total)):
             with self._model.block(index) as block:

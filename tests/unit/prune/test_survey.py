@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from tests.unit.prune.conftest import BLOCKS, plain
 
 from pocketlm.calibration.windows import Windows
+from pocketlm.engine import streamed_survey
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.streamed_survey import StreamedSurvey
 from pocketlm.models import open_model
+from pocketlm.models.opening import reopen
 from pocketlm.models.outline import ModelOutline
 
 TOKENS_NT = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -46,8 +50,9 @@ def test_removal_losses(survey, saved) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
-def test_gradients(survey, saved, family: str) -> None:
-    """Backward block by block gives what autograd gives on the whole model."""
+def test_gradients(survey, saved, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward block by block, logits a few at a time, gives autograd's on the whole model."""
+    monkeypatch.setattr(streamed_survey, "LOGIT_BYTES", 7 * 4 * streamed_survey.LOGIT_COPIES * 96)
 
     def look(index, block, gradients):
         return {name: gradient.clone() for name, gradient in gradients.items()}
@@ -84,3 +89,17 @@ def test_distance_of_itself(survey) -> None:
     made = survey("llama")
     assert abs(made.distance(made.outline.keep_blocks(range(BLOCKS))) - 1) < 1e-6
     assert made.distance(made.outline.keep_blocks([0, 3])) < 0.99
+
+
+def test_a_changed_model_is_freed_at_once(saved) -> None:
+    """A search opens hundreds of them: none may wait for the garbage collector."""
+    model = open_model(saved("llama"))
+    changed = reopen(model, ModelOutline(model).keep_blocks([0, 3]))
+    changed.begin(TOKENS_NT[:1])
+    embedding = weakref.ref(changed.skeleton.model.get_input_embeddings().weight)
+    gc.disable()
+    try:
+        del changed
+        assert embedding() is None
+    finally:
+        gc.enable()
