@@ -34,6 +34,11 @@ class Score:
     needs: tuple[type[Stat], ...] = (Hessian,)
 
 
+def reached(stats: Statistics) -> bool:
+    """Whether a token reached the linear: without one, scores of its inputs are zeros."""
+    return bool((stats[Hessian].diagonal_I() > 0).any())
+
+
 def magnitude(weight_OI: Tensor, stats: Statistics) -> Tensor:
     """|w|."""
     return weight_OI.abs()
@@ -50,7 +55,7 @@ def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def ria(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """(|w| / Σ|row| + |w| / Σ|column|) · |x|₂^½ (relative importance and activations, RIA)."""
+    """(|w| / Σ|row| + |w| / Σ|column|) · |x|₂^½ (RIA, arXiv:2402.17946, with its a = ½)."""
     size_OI = weight_OI.abs()
     tiny = torch.finfo(size_OI.dtype).tiny
     of_row_OI = size_OI / size_OI.sum(1, keepdim=True).clamp(min=tiny)
@@ -65,7 +70,11 @@ def obs(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def esparse(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """|w| · (|x|₂ + entropy of x): channels that tell much stay (E-Sparse, arXiv:2310.15929)."""
+    """|w| · (|x|₂ + entropy of x): channels that tell much stay (E-Sparse, arXiv:2310.15929).
+
+    Deviation: both count alike on the mean of all channels, whatever the scale of the activations;
+    the paper adds them with a fixed factor.
+    """
     norm_I = stats[Hessian].diagonal_I().sqrt()
     entropy_I = stats[Entropy].value_I()
     share_I = entropy_I / entropy_I.mean().clamp(min=torch.finfo(entropy_I.dtype).tiny)

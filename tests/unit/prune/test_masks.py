@@ -10,6 +10,7 @@ from tests.unit.prune.linears import inputs, state_of, statistics, weight
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.stored import SparsitySpec
+from pocketlm.prune.allocation import ALLOCATIONS
 from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
 from pocketlm.prune.patterns import kept
@@ -84,6 +85,26 @@ def test_the_mask_follows_a_permutation(step_class: type[Magnitude]) -> None:
     assert moved is not None
     changed = int((moved != plain[rows][:, columns]).sum())
     assert changed <= (4 if step_class is Alps else 0)  # eigenvectors round; 384 weights
+
+
+@pytest.mark.parametrize("step_class", [Wanda, Ria, Esparse, Dsnot, Sparsegpt, Alps])
+def test_without_a_token_the_least_weights_go(step_class: type[Magnitude]) -> None:
+    weight_OI, step = weight(), step_class.parse({"sparsity": "2:4"})
+    after = step.compress(state_of(weight_OI), statistics(torch.zeros(0, 32)))
+    assert after.mask_OI is not None
+    assert torch.equal(after.mask_OI, kept(weight_OI.abs(), step.sparsity))
+    assert [note.kind for note in after.notes] == ["no_tokens"]
+
+
+@pytest.mark.parametrize(("name", "reach"), [("samsp", 1e-6), ("global", 0.35)])
+def test_a_linear_without_tokens_does_not_upset_the_others(name: str, reach: float) -> None:
+    """Three alike and one that nothing reached: it is no extreme."""
+    allocation, weight_OI = ALLOCATIONS[name](), weight()
+    stats = {str(i): statistics(inputs(seed=0)) for i in range(3)}
+    stats["idle"] = statistics(torch.zeros(0, 32))
+    looks = allocation.look(dict.fromkeys(stats, weight_OI), stats)
+    shares = allocation.spread(looks, dict.fromkeys(stats, weight_OI.numel()), 0.5)
+    assert all(abs(share - 0.5) < reach for share in shares.values()), shares
 
 
 def test_wanda_by_hand() -> None:
