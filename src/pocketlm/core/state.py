@@ -115,6 +115,10 @@ class Statistics:
     def __init__(self, *stats: Stat) -> None:
         self._by_class = {type(stat): stat for stat in stats}
 
+    def beside(self, stat: Stat) -> Statistics:
+        """These and one more."""
+        return Statistics(*self._by_class.values(), stat)
+
     def __getitem__(self, kind: type[S]) -> S:
         """The gathered statistic of class `kind`.
 

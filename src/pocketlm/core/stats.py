@@ -25,6 +25,7 @@ class Stat(ABC):
     """
 
     paired: ClassVar[bool] = False  # `add` also takes the original model's inputs of those tokens
+    gathered: ClassVar[bool] = True  # from inputs; else the engine has it from a pass before
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.columns, self.device, self.tokens = columns, torch.device(device), 0
@@ -290,3 +291,25 @@ class Drift(Stat):
     def matrix_II(self) -> Tensor:
         """D, float32 [I, I]."""
         return self._sum_II * (2.0 / max(self.tokens, 1))
+
+
+class GradientSize(Stat):
+    """How large the loss's gradient is in each weight: √ E g² over sequences [O, I].
+
+    g is the gradient of the mean loss of one sequence, in the original model.
+
+    Args:
+        size_OI: Not negative.
+    """
+
+    gathered: ClassVar[bool] = False
+
+    def __init__(self, size_OI: Tensor) -> None:
+        super().__init__(size_OI.shape[1], size_OI.device)
+        self.size_OI = size_OI
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Nothing: inputs do not tell."""
+
+    def merge(self, other: Self) -> None:
+        """Nothing: it is whole."""

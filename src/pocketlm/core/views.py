@@ -281,6 +281,16 @@ class ModelView(Protocol):
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""
         ...
 
+    def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor, positions: int) -> Tensor:
+        """Gradient of the summed loss of the next tokens in the last block's output, [B, T, D].
+
+        Args:
+            hidden_BTD: The last block's output.
+            tokens_BT: Token ids, int64.
+            positions: How many have their logits in memory at once.
+        """
+        ...
+
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(O, I) of every linear inside blocks, by module path, without reading a weight."""
         ...

@@ -27,7 +27,7 @@ from pocketlm.core.state import (
     Statistics,
     Step,
 )
-from pocketlm.core.stats import Hessian, Stat
+from pocketlm.core.stats import GradientSize, Hessian, Stat
 from pocketlm.core.tensors import Dense, WeightTensor
 from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
@@ -90,6 +90,7 @@ def compress_block(
     activations: Mapping[str, ActivationSpec] | None = None,
     kept_dtype: torch.dtype | None = None,
     seed: int = 0,
+    gradients: Mapping[str, Tensor] | None = None,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
 ) -> BlockResult:
     """Compresses the linears of a block that are chosen; their weights in the block follow.
@@ -103,6 +104,8 @@ def compress_block(
         activations: Module path → how its inputs are rounded, of the linears whose are.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
         seed: Of block steps.
+        gradients: Module path → how large the loss's gradient is in each weight; None where no
+            step asks.
         report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
 
     Returns:
@@ -125,8 +128,9 @@ def compress_block(
         if one.kind == "linear":
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
-                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype, tell
-            )
+                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype,
+                gradients, tell,
+            )  # fmt: skip
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
             del sweep  # the next pass starts from the block's inputs, and with free memory
@@ -178,6 +182,7 @@ def _linear_pass(
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     kept_dtype: torch.dtype | None,
+    gradients: Mapping[str, Tensor] | None,
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
     total = sum(map(len, _chosen(block, specs)))
@@ -199,7 +204,10 @@ def _linear_pass(
             state = _state(view, specs, inputs, earlier, notes, shared)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
-            state = run_steps(steps, state, stats)
+            own = stats
+            if gradients is not None:
+                own = stats.beside(GradientSize(gradients[view.name].to(device).float()))
+            state = run_steps(steps, state, own)
             results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen, kept_dtype)
             tell(len(results), total, None)
     return results
@@ -214,7 +222,7 @@ def _gather(
     exchange: Callable[[bool], None],
     device: torch.device,
 ) -> tuple[Statistics, InputHealth | None]:
-    kinds = dict.fromkeys(kind for step in steps for kind in step.needs)
+    kinds = dict.fromkeys(kind for step in steps for kind in step.needs if kind.gathered)
     stats: list[Stat] = [kind(view.in_features, device) for kind in kinds]
     if sweep is None or not stats:
         return Statistics(*stats), None

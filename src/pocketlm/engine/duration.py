@@ -10,6 +10,7 @@ import torch
 
 from pocketlm.core.state import BlockStep
 from pocketlm.core.views import ModelView
+from pocketlm.engine.gradients import TOKENS
 from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
 from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.options import Job
@@ -37,7 +38,7 @@ def stage_seconds(
 
     Returns:
         Stage → seconds, and the seconds of a pass. Embedding the text ("calibrate") is one table
-        lookup a token and counts as nothing.
+        lookup a token and counts as nothing; gradients, where a step asks, a pass and one back.
     """
     rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
     # Statistics and sweeps run in float32 whatever the blocks compute in.
@@ -65,8 +66,9 @@ def stage_seconds(
         seconds += forward
     if job.needs_original:
         seconds += forward
+    walking = 3.0 * forward * min(1.0, TOKENS / max(tokens, 1)) if job.needs_gradients else 0.0
     assembling = sizes["output"] / DISK_BYTES_PER_SECOND
-    return {"calibrate": 0.0, "compress": seconds, "assemble": assembling}, forward
+    return {"calibrate": walking, "compress": seconds, "assemble": assembling}, forward
 
 
 def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:

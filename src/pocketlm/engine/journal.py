@@ -6,6 +6,7 @@ The work directory holds
     events.jsonl     every event of every attempt
     blocks/NNNNN.*   the compressed tensors of a finished block and its ledger entries
     activations/     boundary activations, where they are kept on disk
+    gradients/       how large the loss's gradients are, where a step asks for them
 and is deleted when the artifact is in place.
 """
 

@@ -11,6 +11,7 @@ import torch
 
 from pocketlm.core.spec import Recipe
 from pocketlm.core.state import LinearStep, Step
+from pocketlm.core.stats import GradientSize
 from pocketlm.engine.ledger import StageAccount
 
 
@@ -59,6 +60,11 @@ class Job:
         """Whether a step, or a static rounding of inputs, needs calibration data."""
         stats = any(step.needs for step in self.steps)
         return stats or self.needs_original or self.calibrates_inputs
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a step asks for the loss's gradient in the weights."""
+        return any(kind is GradientSize for step in self.steps for kind in step.needs)
 
     @property
     def calibrates_inputs(self) -> bool:

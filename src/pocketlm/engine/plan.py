@@ -20,6 +20,7 @@ from pocketlm.core.errors import BudgetError
 from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
 from pocketlm.engine.duration import stage_seconds
+from pocketlm.engine.gradients import TOKENS
 from pocketlm.engine.grids import Grids, grid_text, linear_bits, scale_dtype_for
 from pocketlm.engine.machine import (
     available_ram_bytes,
@@ -124,6 +125,10 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     on_gpu = model.device.type == "cuda"
     host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
+    gradients = 0  # on disk, in bfloat16
+    if job.needs_gradients:
+        gradients = 2 * sum(math.prod(shape) for shape in model.linear_shapes().values())
+        host += (len(model.block_paths) + 1) * hidden_bytes(model, TOKENS)
     floats = job.dtype or model.dtype
     bits = sum(
         linear_bits(grids.stored(name, shape, floats), shape, grids.inputs.get(name))
@@ -152,6 +157,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         peak_vram_bytes=working if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
         + sizes["ends"]
+        + gradients
         + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
         seconds=sum(stages.values()),

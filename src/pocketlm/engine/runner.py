@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pocketlm.engine.batches import Batches
 from pocketlm.engine.block import Compressed, compress_block
 from pocketlm.engine.ends import compress_end, end_tasks
 from pocketlm.engine.events import EventLog
+from pocketlm.engine.gradients import keep_gradients, read_gradients
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Action, Entry, Ledger
@@ -94,6 +96,8 @@ class Runner:
             text = f"going on after block {first} of {total}; finished blocks are kept."
             self._log.emit("resumed", text, done=first, total=total)
         started = time.monotonic()
+        if self._job.needs_gradients and first < total:
+            self._keep_gradients()
         if self._windows is not None and first < total:
             self._prepare_activations(first)
         calibrated = time.monotonic()
@@ -185,6 +189,20 @@ class Runner:
                 quantizer = decode_inputs(tensors, name, self._grids.inputs.get(name))
                 view.set_input_quantizer(quantizer)
 
+    def _keep_gradients(self) -> None:
+        assert self._windows is not None
+        self._progress.stage("calibrate", "gradients of the original")
+        keep_gradients(
+            self._model, self._windows.tokens_NT, self._gradient_path, self._progress.step
+        )
+
+    @property
+    def _gradient_path(self) -> Path:
+        return self._journal.directory / "gradients"
+
+    def _gradients(self, index: int) -> dict[str, Tensor] | None:
+        return read_gradients(self._gradient_path, index) if self._job.needs_gradients else None
+
     # --- blocks ---
 
     def _compress(self, index: int, first: int, total: int) -> None:
@@ -202,6 +220,7 @@ class Runner:
                 activations=self._grids.inputs,
                 kept_dtype=self._job.dtype,
                 seed=self._job.seed,
+                gradients=self._gradients(index),
                 report=self._inside(index, first, total),
             )
             tensors: dict[str, Tensor] = dict(compressed.folded)

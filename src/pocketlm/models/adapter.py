@@ -206,13 +206,7 @@ class Model:
         return logits_1NV[0].float()
 
     def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor, positions: int) -> Tensor:
-        """Gradient of the summed loss of the next tokens in the last block's output, [B, T, D].
-
-        Args:
-            hidden_BTD: The last block's output.
-            tokens_BT: Token ids, int64.
-            positions: How many have their logits in memory at once.
-        """
+        """Gradient of the summed loss in the last block's output; see core/views.py."""
         leaf_BTD = hidden_BTD.to(self.device).detach().requires_grad_()
         end_BTD = self._finish(leaf_BTD, gradients=True)
         next_N = tokens_BT[:, 1:].flatten().to(self.device)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.state import Statistics
-from pocketlm.core.stats import Hessian, Stat
+from pocketlm.core.stats import GradientSize, Hessian, Stat
 from pocketlm.prune.entropy import Entropy
 
 DAMPING = 0.01  # share of the Hessian's mean diagonal that is added before it is inverted
+GRADIENT_SHARE = 25.0  # α of GBLM
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Score:
 
     Attributes:
         of: The score [O, I] of a weight, from the statistics named.
-        needs: Statistics of the inputs.
+        needs: Statistics of the inputs, and perhaps the gradient.
     """
 
     of: Callable[[Tensor, Statistics], Tensor]
@@ -81,6 +82,16 @@ def esparse(weight_OI: Tensor, stats: Statistics) -> Tensor:
     return weight_OI.abs() * (norm_I + norm_I.mean() * share_I)
 
 
+def gblm(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """|w| · (|x|₂ + α |g|₂), g the loss's gradient in w (GBLM-Pruner, arXiv:2311.04902).
+
+    Both norms are root mean squares here, over tokens and over sequences. The paper's α = 100 is
+    for sums over 128 sequences of 2048 tokens: 100 √128 / √2048 = 25.
+    """
+    size_I = (stats[Hessian].diagonal_I() / 2).sqrt()
+    return weight_OI.abs() * (size_I + GRADIENT_SHARE * stats[GradientSize].size_OI)
+
+
 SCORES: dict[str, Score] = {
     "magnitude": Score(magnitude, ()),
     "wanda": Score(wanda),
@@ -88,4 +99,5 @@ SCORES: dict[str, Score] = {
     "ria": Score(ria),
     "obs": Score(obs),
     "esparse": Score(esparse, (Hessian, Entropy)),
+    "gblm": Score(gblm, (Hessian, GradientSize)),
 }

@@ -37,7 +37,8 @@ class Magnitude(Strict):
 
     Attributes:
         sparsity: Share of zeros or N:M.
-        score: What a weight is worth: magnitude, wanda, obd, ria, obs or esparse.
+        score: What a weight is worth: magnitude, wanda, obd, ria, obs, esparse or
+            gblm.
         scope: Which weights compete where the sparsity is a share: of a row, or of the matrix.
         allocation: How the share is spread over the linears: uniform, owl, samsp, or global (one
             threshold). It becomes `overrides` before the run begins.
@@ -147,6 +148,13 @@ class Esparse(Magnitude):
     """Input size and the entropy of each channel (E-Sparse, arXiv:2310.15929)."""
 
     score: str = "esparse"
+    scope: Scope = "row"
+
+
+class Gblm(Magnitude):
+    """Input size and the loss's gradient (GBLM-Pruner, arXiv:2311.04902); a backward pass more."""
+
+    score: str = "gblm"
     scope: Scope = "row"
 
 

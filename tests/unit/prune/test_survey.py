@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.unit.prune.conftest import BLOCKS, plain
 
 from pocketlm.calibration.windows import Windows
-from pocketlm.engine import streamed_survey
+from pocketlm.engine import gradients
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.streamed_survey import StreamedSurvey
 from pocketlm.models import open_model
@@ -52,10 +52,10 @@ def test_removal_losses(survey, saved) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_gradients(survey, saved, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward block by block, logits a few at a time, gives autograd's on the whole model."""
-    monkeypatch.setattr(streamed_survey, "LOGIT_BYTES", 7 * 4 * streamed_survey.LOGIT_COPIES * 96)
+    monkeypatch.setattr(gradients, "LOGIT_BYTES", 7 * 4 * gradients.LOGIT_COPIES * 96)
 
-    def look(index, block, gradients):
-        return {name: gradient.clone() for name, gradient in gradients.items()}
+    def look(index, block, sums):
+        return {name: gradient.clone() for name, gradient in sums.items()}
 
     found = {n: g for one in survey(family).gradients(look) for n, g in one.items()}
     model = plain(saved(family))
@@ -65,6 +65,25 @@ def test_gradients(survey, saved, family: str, monkeypatch: pytest.MonkeyPatch) 
     expected = next(p.grad for n, p in model.named_parameters() if n.endswith(f"{inner}.weight"))
     expected = expected.T if family == "gpt2" else expected
     torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_kept_gradients_are_root_mean_squares_over_sequences(
+    saved, tmp_path: Path, family: str
+) -> None:
+    gradients.keep_gradients(open_model(saved(family)), TOKENS_NT, tmp_path / "g", lambda *_: None)
+    model, sums = plain(saved(family)), 0.0
+    inner = {"gpt2": "h.1.mlp.c_proj"}.get(family, "layers.1.self_attn.o_proj")
+    weight = next(p for n, p in model.named_parameters() if n.endswith(f"{inner}.weight"))
+    for tokens_T in TOKENS_NT:
+        logits_TV = model(tokens_T[None], use_cache=False).logits[0]
+        one = F.cross_entropy(logits_TV[:-1], tokens_T[1:])
+        sums = sums + torch.autograd.grad(one, weight)[0].square()
+    expected = (sums / len(TOKENS_NT)).sqrt()
+    kept = gradients.read_gradients(tmp_path / "g", 1)
+    found = next(value for name, value in kept.items() if name.endswith(inner))
+    expected = expected.T if family == "gpt2" else expected
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-7)
 
 
 @pytest.mark.parametrize("activation_bytes", [1 << 20, 1])
