@@ -49,6 +49,7 @@ METHODS: dict[str, str] = {
     "minitron": "pocketlm.prune.importance.minitron:Minitron",
     "slicegpt": "pocketlm.prune.slicegpt:Slicegpt",
     "experts": "pocketlm.prune.experts:Experts",
+    "permute": "pocketlm.prune.permute:Permute",
     "laco": "pocketlm.prune.laco:Laco",
     "llm_pruner": "pocketlm.prune.importance.taylor:LlmPruner",
 }

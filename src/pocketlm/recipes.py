@@ -83,13 +83,17 @@ def _makes(step: StepSpec, what: str) -> bool:
     return what in catalog.build_step(step.method, step.options).makes
 
 
+def _takes(step: StepSpec, option: str) -> bool:
+    return option in catalog.method_class(step.method).model_fields
+
+
 def _pruned(recipe: Recipe, sparsity: SparsitySpec) -> Recipe:
     """The recipe with a sparsity for its steps that prune; with sparsegpt where none does.
 
     Steps that make a smaller model take a share as their ratio, unless they say one.
     """
     steps = recipe.steps
-    smaller = [step for step in steps if _makes(step, "shape")]
+    smaller = [step for step in steps if _makes(step, "shape") and _takes(step, "ratio")]
     if smaller and sparsity.ratio is not None and not any(_makes(s, "mask") for s in steps):
         told = {"ratio": sparsity.ratio}  # a share of blocks, heads and channels instead
         steps = tuple(
@@ -102,7 +106,7 @@ def _pruned(recipe: Recipe, sparsity: SparsitySpec) -> Recipe:
         steps = (*steps[:first], *CHAINS[PRUNING], *steps[first:])
     said = {"sparsity": sparsity.name}
     steps = tuple(
-        StepSpec(method=s.method, options={**s.options, **said}) if _makes(s, "mask") else s
+        StepSpec(method=s.method, options={**s.options, **said}) if _takes(s, "sparsity") else s
         for s in steps
     )
     return recipe.model_copy(update={"steps": steps})

@@ -108,7 +108,8 @@ class Outline(Protocol):
         """The model with some units of each structure.
 
         Args:
-            kept: Dimension → path of the structure → units [kept], as many of each family.
+            kept: Dimension → path of the structure → units [kept] in the order they shall have, as
+                many of each family.
             biases: Reader → what is added to its output, where it can be held.
         """
         ...

@@ -357,7 +357,7 @@ class ModelOutline:
         operations: dict[str, list[Operation]] = {
             cut.tensor: [Take(cut.axis, cut.index(units_U, s.units))]
             for s, units_U in chosen
-            if len(units_U) < s.units
+            if units_U.tolist() != list(range(s.units))
             for cut in s.cuts
         }
         added, keys, notes = self._biases(biases or {}, operations, config)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ from pocketlm.core.transform import CHANNELS, HEADS, Findings, Outline, Structur
 from pocketlm.core.views import LinearView
 
 Dimension = Literal["channels", "heads"]
+S = TypeVar("S", bound=Stat)
 
 
 class Width(Strict):
@@ -176,23 +177,7 @@ class InputWidth(Width):
         self, visit: Visit, structures: Sequence[Structure], sizes: Mapping[str, int]
     ) -> dict[str, Tensor]:
         """Gathers what flows into the readers of a block, then scores."""
-        group_of = {name: group.index for group in visit.block.groups for name in group.linears}
-        stats: dict[str, Stat] = {}
-        at_group: dict[int, list[Stat]] = {}
-        device = next(iter(visit.block.linears.values())).weight_OI().device
-        for structure in structures:
-            for name in structure.readers:
-                cut = structure.cut_of(visit.block.linears[name].tensor_name)
-                columns = visit.block.linears[name].in_features
-                stats[name] = self.statistic(cut.width, columns, device)
-                at_group.setdefault(group_of[name], []).append(stats[name])
-
-        def take(group: int, x_TI: Tensor) -> None:
-            for stat in at_group.get(group, ()):
-                stat.add(x_TI)
-
-        for _ in visit.run(take):
-            pass
+        stats = gather(visit, structures, self.statistic)
         found: dict[str, Tensor] = {}
         for structure in structures:
             total_U = torch.zeros(structure.units, dtype=torch.float64)
@@ -213,6 +198,38 @@ class InputWidth(Width):
     ) -> dict[str, Tensor]:
         """What else is to be kept of a structure, once it is known what is left of it."""
         return {}
+
+
+def gather(
+    visit: Visit,
+    structures: Sequence[Structure],
+    make: Callable[[int, int, torch.device], S],
+) -> dict[str, S]:
+    """Statistics of what flows into the readers of some structures of a block, by module path.
+
+    Args:
+        visit: The block, not run yet.
+        structures: Of that block.
+        make: An empty statistic, from the columns of a unit, all columns, and the device.
+    """
+    group_of = {name: group.index for group in visit.block.groups for name in group.linears}
+    stats: dict[str, S] = {}
+    at_group: dict[int, list[S]] = {}
+    device = next(iter(visit.block.linears.values())).weight_OI().device
+    for structure in structures:
+        for name in structure.readers:
+            cut = structure.cut_of(visit.block.linears[name].tensor_name)
+            columns = visit.block.linears[name].in_features
+            stats[name] = make(cut.width, columns, device)
+            at_group.setdefault(group_of[name], []).append(stats[name])
+
+    def take(group: int, x_TI: Tensor) -> None:
+        for stat in at_group.get(group, ()):
+            stat.add(x_TI)
+
+    for _ in visit.run(take):
+        pass
+    return stats
 
 
 def _best(scores_U: Tensor, count: int) -> Tensor:
