@@ -25,6 +25,7 @@ from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Ledger, StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
+from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, refuse_impossible
 from pocketlm.engine.transform import run_transform
 from pocketlm.engine.transform_plan import plan_transform
@@ -57,7 +58,7 @@ def split(recipe: Recipe) -> tuple[tuple[StepSpec, ...], Recipe | None]:
     """The transforms of a recipe, and what is left for the last stage.
 
     Raises:
-        ConfigError: If a transform comes after a step of another kind.
+        ConfigError: If a transform comes after a step of another kind, or what is left cannot work.
     """
     transforms = tuple(step for step in recipe.steps if _kind(step) == TRANSFORM)
     if tuple(recipe.steps[: len(transforms)]) != transforms:
@@ -67,8 +68,11 @@ def split(recipe: Recipe) -> tuple[tuple[StepSpec, ...], Recipe | None]:
             where="recipe",
             remedy=f"Put '{late.method}' first.",
         )
-    rest = recipe.steps[len(transforms) :]
-    return transforms, recipe.model_copy(update={"steps": rest}) if rest else None
+    if len(transforms) == len(recipe.steps):
+        return transforms, None
+    rest = recipe.model_copy(update={"steps": recipe.steps[len(transforms) :]})
+    check_order(rest, [catalog.build_step(step.method, step.options) for step in rest.steps])
+    return transforms, rest
 
 
 def _kind(step: StepSpec) -> str:

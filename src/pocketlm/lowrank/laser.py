@@ -91,7 +91,7 @@ class Laser(Strict):
             raise ConfigError(
                 "laser has to be told which layers it reduces.",
                 where="recipe step 'laser'",
-                remedy="Give its option `layers`, such as 24-29: late ones, as a rule.",
+                remedy="In a recipe: `- {method: laser, layers: 24-29}`; late ones, as a rule.",
             )
         numbers: set[int] = set()
         for part in self.layers.split(","):
