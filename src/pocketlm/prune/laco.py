@@ -19,21 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
-from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Findings, Outline, Survey
+from pocketlm.prune.smaller import Smaller
 
 HOME = "home"
 
 
-class Laco(Strict):
+class Laco(Smaller):
     """LaCo: merges runs of neighbouring blocks instead of removing them.
 
     Attributes:
@@ -44,12 +42,6 @@ class Laco(Strict):
         fall: By how much the threshold falls where no merge keeps it.
         interval: Blocks between two merges that stay.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     blocks: int | None = Field(default=None, ge=0)

@@ -21,7 +21,7 @@ Legend: O output rows, I input columns, G groups, M columns of a group, U units.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import model_validator
@@ -29,30 +29,26 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pocketlm.core.changes import Changes
-from pocketlm.core.spec import Strict
 from pocketlm.core.stats import Stat
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.transform import CHANNELS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.prune.importance.moments import Moments
 from pocketlm.prune.patterns import kept
+from pocketlm.prune.smaller import Smaller
 from pocketlm.prune.width import gather
 
 AT_ONCE = 256  # groups of one assignment
 ORDER, SHARE = "order", "share"
 
 
-class Permute(Strict):
+class Permute(Smaller):
     """Reorders FFN channels so that N:M pruning after it loses less; the model stays the same.
 
     Attributes:
         sparsity: The N:M that follows.
     """
 
-    kind: ClassVar[Literal["transform"]] = "transform"
     needs: ClassVar[tuple[type[Stat], ...]] = (Moments,)
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     sparsity: SparsitySpec = SparsitySpec(keep=2, of=4)
 

@@ -13,22 +13,19 @@ Cost: one pass and a D × D matrix for each block. Legend: D hidden width, K col
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
-from pocketlm.core.stats import Stat
 from pocketlm.core.transform import HIDDEN, Findings, Outline, Survey, Visit
+from pocketlm.prune.smaller import Smaller
 
 BEFORE, AFTER = "before", "after"
 
 
-class Slicegpt(Strict):
+class Slicegpt(Smaller):
     """SliceGPT: turns the hidden size into its principal components and cuts the smallest.
 
     Attributes:
@@ -36,12 +33,6 @@ class Slicegpt(Strict):
         hidden: How many columns to keep, instead of a ratio.
         multiple_of: The number of columns left is a multiple of this.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     hidden: int | None = Field(default=None, ge=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import CHANNELS, HEADS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.core.views import LinearView
+from pocketlm.prune.smaller import Smaller
 
 Dimension = Literal["channels", "heads"]
 S = TypeVar("S", bound=Stat)
 
 
-class Width(Strict):
+class Width(Smaller):
     """What all kinds of width pruning share.
 
     Attributes:
@@ -39,12 +39,6 @@ class Width(Strict):
         channels: How many channels to keep, instead of what the ratio leaves.
         heads: How many key and value heads to keep, instead of what the ratio leaves.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     dimensions: tuple[Dimension, ...] = Field(default=(CHANNELS, HEADS), min_length=1)
