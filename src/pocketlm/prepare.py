@@ -146,7 +146,9 @@ def prepare(
         )
     after = after or After(source=name_of(source))
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts
+    )
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -231,7 +233,9 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, job.target, steps, model.ends(), model.shortcuts
+    )
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 

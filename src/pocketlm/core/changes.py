@@ -7,7 +7,7 @@ order. An edit without operations is a copy, whose bytes are never looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -194,6 +194,7 @@ class Changes:
         summary: What was done, as a sentence for people.
         detail: Which units it was done to; depends on what was measured.
         notes: What a user must be told, as sentences.
+        shortcuts: New modules, by path, that pass the stream from one block's basis to the next.
     """
 
     config: Mapping[str, Any]
@@ -201,7 +202,8 @@ class Changes:
     dropped: Mapping[str, str]
     summary: str = ""
     detail: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    shortcuts: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:

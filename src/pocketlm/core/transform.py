@@ -18,6 +18,7 @@ from pocketlm.core.changes import Changes
 from pocketlm.core.views import BlockView
 
 Findings = list[dict[str, Tensor]]  # of each block: small tensors by name
+Altered = Callable[[BlockView, Mapping[str, Tensor]], Callable[[Tensor], Tensor]]
 CHANNELS, HEADS, HIDDEN, EXPERTS = "channels", "heads", "hidden", "experts"
 
 
@@ -130,14 +131,22 @@ class Outline(Protocol):
         """Width of the stream between blocks."""
         ...
 
-    def rotate(self, matrix_DK: Tensor) -> Changes:
-        """The model with its stream turned and cut to the columns of a matrix.
+    def rotate(self, matrices: Sequence[Tensor]) -> Changes:
+        """The model with its stream turned and cut to the columns of matrices.
 
         Args:
-            matrix_DK: Orthonormal columns, float64.
+            matrices: One for all blocks, or one for each; orthonormal columns [D, K], float64.
 
         Raises:
             UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
+        """
+        ...
+
+    def writers(self, index: int) -> Sequence[str]:
+        """Tensors of a block whose first axis is the stream: its output layers and their biases.
+
+        Raises:
+            UnsupportedLayer: As for `rotate`.
         """
         ...
 
@@ -173,16 +182,31 @@ class Visit(Protocol):
         """
         ...
 
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch through the block as it is; the next block will not see it.
+
+        Yields:
+            Each batch's input and output [B, T, D].
+        """
+        ...
+
 
 class Survey(Protocol):
     """What a transform can find out; every pass streams the blocks."""
 
     outline: Outline
 
-    def visit(self, look: Callable[[Visit], dict[str, Tensor]]) -> Findings:
+    def visit(
+        self, look: Callable[[Visit], dict[str, Tensor]], alter: Altered | None = None
+    ) -> Findings:
         """Runs the calibration text through the model; what `look` finds of a block is kept.
 
         A run that was stopped goes on after the last finished block.
+
+        Args:
+            look: May run the batches; with `alter` it may only rehearse them.
+            alter: Makes the smaller model's block out of a block and what was found of it, and
+                gives what is done to the block's input: later blocks see what that one gives.
         """
         ...
 
