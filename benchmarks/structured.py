@@ -3,8 +3,9 @@
 Depth: removing blocks by their influence against the mean of five random choices, at 10, 20 and
 30 %. Width: FLAP, Minitron's sizes, LLM-Pruner's Taylor score and Wanda's at 20 % of the blocks'
 weights. SliceGPT at 0 and 25 %, with one rotation and with one for each block. Every model is
-measured as any other is: loss over the original by pocketlm's own evaluation, prefill by `evaluate`'s speed in a process
-of its own. A point that was measured before with the same options is read from its file.
+measured as any other is: loss over the original by pocketlm's own evaluation, prefill by
+`evaluate`'s speed in a process of its own. A point that was measured before with the same options
+is read from its file.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from pocketlm.core.changes import Changes, Constant, Edit, Operation, Rotate, Sc
 from pocketlm.core.errors import PocketLMError, UnsupportedLayer, UnsupportedModel
 from pocketlm.models.adapter import Model
 from pocketlm.models.linear import is_linear
-from pocketlm.models.shortcut import SHORTCUT
+from pocketlm.models.shortcut import SHORTCUT, shortcuts_note
 
 TOKENS = 8
 TOLERANCE = 1e-5  # relative; norms compute in float32 even in a float64 model
@@ -149,11 +149,7 @@ class Rotation:
             notes.append("the head is no longer tied to the embedding: the file holds both.")
         added = [edit.name.removesuffix(".weight") for some in shortcuts.values() for edit in some]
         if apart:
-            notes.append(
-                f"blocks have bases of their own: {len(added)} matrices of {columns} × {columns} "
-                "pass the stream between them. pocketlm.load runs that, transformers after `import "
-                "pocketlm.hf`; plain transformers and other engines do not."
-            )
+            notes.append(shortcuts_note(len(added), columns))
         summary = f"hidden size {rows} → {columns}, one rotation for {'each' if apart else 'all'} "
         summary += "block" if apart else "blocks"
         return Changes(keys, tuple(edits), dropped, summary, "", tuple(notes), tuple(added))

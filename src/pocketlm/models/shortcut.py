@@ -24,6 +24,15 @@ SHORTCUT = "shortcut"  # the linear's name in its block
 REASON = "passes the stream from one block's basis to the next"
 
 
+def shortcuts_note(count: int, width: int) -> str:
+    """What a user must be told of `count` matrices [width, width] between blocks."""
+    return (
+        f"blocks have bases of their own: {count} matrices of {width} × {width} pass the stream "
+        "between them. pocketlm.load runs that, and transformers after `import pocketlm.hf`; "
+        "without it transformers warns and computes something else. Other engines do not load it."
+    )
+
+
 def add_shortcuts(model: PreTrainedModel, paths: Sequence[str]) -> None:
     """Gives blocks a linear [K, K] on the meta device that their input passes first.
 

@@ -63,9 +63,10 @@ class Slicegpt(Strict):
         if self.rotation == "shared":
             return survey.visit(lambda visit: _moments(visit, outline.blocks - 1))
         kept = self._kept(outline, outline.hidden)
+        writers = [outline.writers(index) for index in range(outline.blocks)]
 
         def alter(block: BlockView, found: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-            return _project(block, outline.writers(block.index), found[BASIS])
+            return _project(block, writers[block.index], found[BASIS])
 
         return survey.visit(lambda visit: {BASIS: _basis(visit, kept)}, alter)
 
