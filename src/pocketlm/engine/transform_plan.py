@@ -59,6 +59,8 @@ def plan_transform(
     largest = 3 * max(math.prod(info.shape) for info in written) * 8  # an edit in float64
     on_gpu = model.device.type == "cuda"
     host = resident_bytes() + FIXED_BYTES + largest + (hidden if in_memory else 0)
+    if changes.shortcuts:  # a basis in float64 for each block, twice while they are written down
+        host += 16 * len(model.block_paths) * hidden_width(model) * hidden_width(smaller)
     seconds = forward + (source_bytes + output_bytes) / DISK_BYTES_PER_SECOND
     return Plan(
         source=job.source,

@@ -162,9 +162,9 @@ class Rotation:
         found: dict[str, tuple[Edit, ...]] = {}
         for index, path in enumerate(self._model.block_paths[1:], 1):
             reader = next(name for name in self._norm_of if self._block_of[name] == index)
-            value_KK = matrices[index].T @ matrices[index - 1]
+            product = (Constant(matrices[index].T), Rotate(1, matrices[index - 1]))
             name = f"{path}.{SHORTCUT}.weight"
-            found[reader] = (Edit(name, ((reader, 1.0),), (Constant(value_KK),), "rotated"),)
+            found[reader] = (Edit(name, ((reader, 1.0),), product, "rotated"),)
         return found
 
     def _turned(self, name: str, matrices: Sequence[Tensor], level: float) -> tuple[Operation, ...]:
