@@ -54,7 +54,7 @@ from pocketlm.core.stored import (
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
-from pocketlm.models.shortcut import add_shortcuts
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 
 
 class PocketlmConfig(QuantizationConfigMixin):
@@ -70,7 +70,7 @@ class PocketlmConfig(QuantizationConfigMixin):
         self.groups: list[dict[str, Any]] = section.get("groups", [])
         self.transposed: list[str] = section.get("transposed", [])
         self.ignore: list[str] = section.get("ignore", [])
-        self.shortcuts: list[str] = section.get("shortcuts", [])
+        self.shortcuts: dict[str, str] = section.get("shortcuts", {})
 
     def inputs(self) -> dict[str, ActivationSpec]:
         """Module path, as in the checkpoint → how its inputs are rounded, of those whose are."""
@@ -202,6 +202,7 @@ class PocketlmQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedStandIn):
                 model.set_submodule(path, module.restored())
+        connect_shortcuts(model)
         for head, embedding in self._waiting.items():
             module = model.get_submodule(head.rpartition(".")[0])
             del module._buffers["weight"]

@@ -7,7 +7,7 @@ order. An edit without operations is a copy, whose bytes are never looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -194,7 +194,8 @@ class Changes:
         summary: What was done, as a sentence for people.
         detail: Which units it was done to; depends on what was measured.
         notes: What a user must be told, as sentences.
-        shortcuts: New modules, by path, that pass the stream from one block's basis to the next.
+        shortcuts: New modules, by path, that pass the stream from one block's basis to the next →
+            the block's last linear, which writes in the next basis already.
     """
 
     config: Mapping[str, Any]
@@ -203,7 +204,7 @@ class Changes:
     summary: str = ""
     detail: str = ""
     notes: tuple[str, ...] = ()
-    shortcuts: tuple[str, ...] = ()
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:

@@ -135,15 +135,16 @@ class Outline(Protocol):
         """The model with its stream turned and cut to the columns of matrices.
 
         Args:
-            matrices: One for all blocks, or one for each; orthonormal columns [D, K], float64.
+            matrices: One for all blocks, or one for each and one for the head; orthonormal columns
+                [D, K], float64. Then a block's last linear writes in the basis of the next.
 
         Raises:
             UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
         """
         ...
 
-    def writers(self, index: int) -> Sequence[str]:
-        """Tensors of a block whose first axis is the stream: its output layers and their biases.
+    def writers(self, index: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Tensors by which a block writes into the stream: its last linear's, and those before.
 
         Raises:
             UnsupportedLayer: As for `rotate`.
@@ -169,21 +170,24 @@ class Visit(Protocol):
     index: int
     block: BlockView
 
-    def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs every batch through the block, once.
-
-        Args:
-            on_group: Called with each group's index and input [..., I] before it is computed.
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch through the block; the next block will not see it.
 
         Yields:
             Each batch's input and output [B, T, D].
         """
         ...
 
-    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs every batch through the block as it is; the next block will not see it.
+    def run(
+        self,
+        on_group: Callable[[int, Tensor], None] | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch through the block, once.
+
+        Args:
+            on_group: Called with each group's index and input [..., I] before it is computed.
+            enter: What is done to each batch's input first; None: nothing.
 
         Yields:
             Each batch's input and output [B, T, D].
@@ -204,9 +208,9 @@ class Survey(Protocol):
         A run that was stopped goes on after the last finished block.
 
         Args:
-            look: May run the batches; with `alter` it may only rehearse them.
-            alter: Makes the smaller model's block out of a block and what was found of it, and
-                gives what is done to the block's input: later blocks see what that one gives.
+            look: May change the block before it runs the batches: later blocks see what it gives.
+            alter: Changes a block so again, by what was found, when a run goes on; gives what is
+                done to the block's input.
         """
         ...
 

@@ -255,7 +255,7 @@ class ModelView(Protocol):
     dtype: torch.dtype  # of most weights in the checkpoint
     tied: bool  # head and embedding share one tensor
     repeated: tuple[str, ...]  # tensors that repeat the one they are tied to: not written again
-    shortcuts: tuple[str, ...]  # modules that pass the stream from one block's basis to the next
+    shortcuts: Mapping[str, str]  # module between two blocks' bases → the first's last linear
     vocabulary: int
     context: int  # longest position the model was made for
     device: torch.device

@@ -238,7 +238,7 @@ def _end_entry(task: EndTask, name: str, pieces: Pieces) -> ShardEntry:
     return ShardEntry(name, first.dtype, shape, chunks)
 
 
-def _reason(name: str, grids: Grids, shortcuts: Sequence[str]) -> str:
+def _reason(name: str, grids: Grids, shortcuts: Mapping[str, str]) -> str:
     module = name.removesuffix(".weight")
     if module in shortcuts:
         return REASON

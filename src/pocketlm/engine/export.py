@@ -121,7 +121,7 @@ def _dense(
         raise UnsupportedLayer(
             "passes the stream from one block's basis to the next: no ordinary checkpoint can say "
             "that.",
-            where=shortcuts_of(config)[0],
+            where=next(iter(shortcuts_of(config))),
             remedy="Run it by pocketlm.load, or make the model smaller with rotation: shared.",
         )
     source = DecodedSource(stored, index)

@@ -106,7 +106,7 @@ def choose_grids(
     target: str,
     steps: Sequence[Step] = (),
     ends: Sequence[End] = (),
-    shortcuts: Sequence[str] = (),
+    shortcuts: Collection[str] = (),
 ) -> Grids:
     """Fits the recipe's grids to the linears and checks them against the target's rules.
 
@@ -138,7 +138,7 @@ def choose_grids(
     if factoring or any(end.name in chosen for end in ends if end.embeds):
         format_name = "pocketlm"  # no engine loads factors, or an embedding, from its own format
     if shortcuts:
-        check_shortcuts(target, shortcuts[0])
+        check_shortcuts(target, next(iter(shortcuts)))
         format_name = "pocketlm"
     specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}

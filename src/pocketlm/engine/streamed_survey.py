@@ -50,23 +50,24 @@ class BlockVisit:
     ) -> None:
         self.block, self.index = block, block.index
         self._calls, self._store, self._device = calls, store, device
-        self._enter: Callable[[Tensor], Tensor] | None = None
         self.done = 0
 
-    def alter(self, alter: Altered | None, found: Mapping[str, Tensor]) -> None:
-        """Makes the smaller model's block of it, before any batch has been run."""
-        if alter is not None:
-            assert not self.done
-            self._enter = alter(self.block, found)
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch and keeps nothing; see core/transform.py."""
+        for batch, call in enumerate(self._calls):
+            before_BTD = self._store.get(batch).to(self._device)
+            yield before_BTD, self.block.forward(before_BTD, call)
 
     def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
+        self,
+        on_group: Callable[[int, Tensor], None] | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs every batch that has not been run yet; see core/transform.py."""
         for batch in range(self.done, len(self._calls)):
             before_BTD = self._store.get(batch).to(self._device)
-            if self._enter is not None:
-                before_BTD = self._enter(before_BTD)
+            if enter is not None:
+                before_BTD = enter(before_BTD)
             run = self.block.start(before_BTD, self._calls[batch])
             while (pause := run.advance()) is not None:
                 if on_group is not None:
@@ -74,12 +75,6 @@ class BlockVisit:
             self._store.put(batch, run.output)
             self.done += 1
             yield before_BTD, run.output
-
-    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs every batch and keeps nothing; see core/transform.py."""
-        for batch, call in enumerate(self._calls):
-            before_BTD = self._store.get(batch).to(self._device)
-            yield before_BTD, self.block.forward(before_BTD, call)
 
 
 class StreamedSurvey:
@@ -146,7 +141,6 @@ class StreamedSurvey:
                     name: value.cpu().clone(memory_format=torch.contiguous_format)
                     for name, value in look(visit).items()
                 }
-                visit.alter(alter, seen)
                 for _ in visit.run():  # what the look has left
                     pass
             self._journal.write_block(index, seen, {})
@@ -175,8 +169,8 @@ class StreamedSurvey:
             for index in range(first):
                 with self._model.block(index) as block:
                     visit = BlockVisit(block, calls, store, self._model.device)
-                    visit.alter(alter, found[index])
-                    for _ in visit.run():
+                    enter = None if alter is None else alter(block, found[index])
+                    for _ in visit.run(enter=enter):
                         pass
                 store.advance(index + 1)
         return calls, store

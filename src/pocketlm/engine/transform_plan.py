@@ -99,7 +99,7 @@ def format_of(changes: Changes, target: str) -> str:
     """
     if not changes.shortcuts:
         return dense.NAME
-    check_shortcuts(target, changes.shortcuts[0])
+    check_shortcuts(target, next(iter(changes.shortcuts)))
     return pocketlm.NAME
 
 

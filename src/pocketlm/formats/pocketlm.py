@@ -7,7 +7,7 @@ section of config.json lists a transposed module under ``transposed``. Integers 
 ``pack-quantized`` of compressed-tensors, other codes as bytes (`layouts.float_packed`), sparse
 weights as in `layouts.sparse`, factors as in `layouts.low_rank` and `layouts.summed`. Matrices that
 pass the stream from one block's basis to the next (models/shortcut.py) are ordinary tensors; the
-section lists their modules under ``shortcuts``.
+section names their modules under ``shortcuts``, and the last linear of the block of each.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def config_section(
     ignored: Sequence[str],
     transposed: Sequence[str] = (),
     inputs: Mapping[str, ActivationSpec] | None = None,
-    shortcuts: Sequence[str] = (),
+    shortcuts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
@@ -159,7 +159,7 @@ def config_section(
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
-        shortcuts: Module paths of the matrices between blocks.
+        shortcuts: Matrix between two blocks → the first's last linear, by module path.
 
     Returns:
         Plain JSON, deterministic.
@@ -189,14 +189,14 @@ def config_section(
         ],
         "transposed": list(transposed),
         "ignore": list(ignored),
-        **({"shortcuts": list(shortcuts)} if shortcuts else {}),
+        **({"shortcuts": dict(shortcuts)} if shortcuts else {}),
     }
 
 
-def shortcuts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Module paths of the matrices between blocks, out of config.json."""
+def shortcuts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Matrix between two blocks → the first's last linear, out of config.json."""
     section = config.get("quantization_config") or {}
-    return tuple(section.get("shortcuts", ())) if section.get("quant_method") == NAME else ()
+    return dict(section.get("shortcuts", {})) if section.get("quant_method") == NAME else {}
 
 
 def only_shortcuts(config: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
 from pocketlm.models.memory import MemorySource
 from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
-from pocketlm.models.shortcut import add_shortcuts
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -48,7 +48,7 @@ class Parts:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     where: str
     quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
-    shortcuts: tuple[str, ...] = ()
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_model(
@@ -146,6 +146,7 @@ def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
     names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)
+    connect_shortcuts(parts.skeleton.model)
     return Model(
         source=parts.source,
         config=parts.config,

@@ -67,7 +67,7 @@ class ModelOutline:
         if model.shortcuts:
             raise UnsupportedModel(
                 "its blocks have bases of their own: it cannot be made smaller once more.",
-                where=model.shortcuts[0],
+                where=next(iter(model.shortcuts)),
                 remedy="Give each block a basis of its own last, after other steps that make it "
                 "smaller.",
             )
@@ -499,8 +499,8 @@ class ModelOutline:
             rotation.prove_embedding(changes, matrices[0])
         return changes
 
-    def writers(self, index: int) -> Sequence[str]:
-        """Tensors of a block whose first axis is the stream; see core/transform.py."""
+    def writers(self, index: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Tensors by which a block writes into the stream; see core/transform.py."""
         return self._turning().writers(index)
 
     def _turning(self) -> Rotation:

@@ -6,7 +6,8 @@ it, so that with y = x Q
 is the same model. Columns of Q beyond the first K are then left out; the norm, which divides by the
 root of a mean over K instead of D, is scaled back. Where the head was tied to the embedding it no
 longer is: the final norm's weight is in the head alone. Blocks may have bases of their own; the
-stream then passes from one to the next through Qᵀ Q' (models/shortcut.py).
+last linear of each then writes in the next one's, and the rest of the stream passes from one to the
+other through Qᵀ Q' (models/shortcut.py).
 
 Which tensors read and write is observed (models/outline.py), which norm feeds a reader is proved by
 folding (models/folds.py), and that the turned model computes the same is proved on a block of each
@@ -57,6 +58,7 @@ class Rotation:
             for index, path in enumerate(model.block_paths)
             if name.startswith(f"{path}.")
         }
+        self._last: dict[int, str] = {}  # block → its last linear, by module path
         self._norm_of, self._plus = self._feeding()
         skeleton = model.skeleton.model
         embedding = skeleton.get_input_embeddings()
@@ -93,6 +95,9 @@ class Rotation:
             with self._model.block(alike[0]) as block:
                 groups = block.probe_folds()
                 tensors = {name: view.tensor_name for name, view in block.linears.items()}
+            last = list(tensors)[-1]
+            for index in alike:
+                self._last[index] = last.replace(paths[alike[0]], paths[index], 1)
             for group in groups:
                 fold = group.fold
                 if fold is None or not fold.accepted or fold.form not in NORMS:
@@ -113,16 +118,23 @@ class Rotation:
                 )
         return found, forms == {"one_plus_weight"}
 
-    def writers(self, index: int) -> list[str]:
-        """Tensors of a block whose first axis is the stream: its output layers and their biases."""
+    def writers(self, index: int) -> tuple[list[str], list[str]]:
+        """Tensors by which a block writes into the stream: its last linear's, and those before."""
         inside = [name for name in self._axes if self._block_of.get(name) == index]
-        return [n for n in inside if not self._axes[n] and n not in self._norms]
+        writing = [n for n in inside if not self._axes[n] and n not in self._norms]
+        last = [name for name in writing if self._is_last(name)]
+        return last, [name for name in writing if name not in last]
+
+    def _is_last(self, name: str) -> bool:
+        """Whether a tensor is of the last linear of its block."""
+        return name.rpartition(".")[0] == self._last.get(self._block_of.get(name, -1))
 
     def changes(self, matrices: Sequence[Tensor], config: Mapping[str, Any]) -> Changes:
         """The turned and cut model.
 
         Args:
-            matrices: One for all blocks, or one for each; orthonormal columns [D, K], float64.
+            matrices: One for all blocks, or one for each and one for the head; orthonormal columns
+                [D, K], float64.
             config: Keys of the configuration for the new width.
         """
         infos, apart = self._model.source.infos(), len(matrices) > 1
@@ -147,30 +159,32 @@ class Rotation:
         notes: list[str] = []
         if tied:
             notes.append("the head is no longer tied to the embedding: the file holds both.")
-        added = [edit.name.removesuffix(".weight") for some in shortcuts.values() for edit in some]
+        added: dict[str, str] = {}
         if apart:
+            paths = enumerate(self._model.block_paths)
+            added = {f"{path}.{SHORTCUT}": self._last[index] for index, path in paths}
             notes.append(shortcuts_note(len(added), columns))
         summary = f"hidden size {rows} → {columns}, one rotation for {'each' if apart else 'all'} "
         summary += "block" if apart else "blocks"
-        return Changes(keys, tuple(edits), dropped, summary, "", tuple(notes), tuple(added))
+        return Changes(keys, tuple(edits), dropped, summary, "", tuple(notes), added)
 
     def _shortcuts(self, matrices: Sequence[Tensor]) -> dict[str, tuple[Edit, ...]]:
-        """Reader of the stream → the new tensor Q'ᵀQ [K, K] that its block's input passes first.
+        """Last linear of a block → the new tensor Q'ᵀ Q [K, K] that what was before it passes.
 
-        The new tensor is accounted for beside the reader, whose dtype it has.
+        The new tensor is accounted for beside that linear's weight, whose dtype it has.
         """
         found: dict[str, tuple[Edit, ...]] = {}
-        for index, path in enumerate(self._model.block_paths[1:], 1):
-            reader = next(name for name in self._norm_of if self._block_of[name] == index)
-            product = (Constant(matrices[index].T), Rotate(1, matrices[index - 1]))
+        for index, path in enumerate(self._model.block_paths):
+            weight = f"{self._last[index]}.weight"
+            product = (Constant(matrices[index + 1].T), Rotate(1, matrices[index]))
             name = f"{path}.{SHORTCUT}.weight"
-            found[reader] = (Edit(name, ((reader, 1.0),), product, "rotated"),)
+            found[weight] = (Edit(name, ((weight, 1.0),), product, "rotated"),)
         return found
 
     def _turned(self, name: str, matrices: Sequence[Tensor], level: float) -> tuple[Operation, ...]:
         axis = self._axes[name]
-        last = name in (self._final, self._head) and name != self._embedding
-        index = len(matrices) - 1 if last else self._block_of.get(name, 0)
+        at_end = name in (self._final, self._head) and name != self._embedding
+        index = len(matrices) - 1 if at_end else self._block_of.get(name, 0) + self._is_last(name)
         matrix_DK = matrices[index if len(matrices) > 1 else 0]
         if name in self._norms:
             flat = torch.full((matrix_DK.shape[1],), level - 1 if self._plus else level)
@@ -204,7 +218,7 @@ class Rotation:
             torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
             for _ in range(1 + apart)
         ]
-        count = len(self._model.block_paths) if apart else 1
+        count = len(self._model.block_paths) + 1 if apart else 1
         matrices = [pair[index % len(pair)] for index in range(count)]
         same = Changes({}, tuple(Edit(n, ((n, 1.0),)) for n in self._names()), {})
         try:
@@ -220,7 +234,7 @@ class Rotation:
         noise_BTD = torch.randn(hidden_BTD.shape, generator=generator, dtype=torch.float64)
         noise_BTD = noise_BTD.to(plain.device)
         for index in (alike[0] for alike in turned.alike_blocks()):
-            before, after = (matrices[i if apart else 0] for i in (max(0, index - 1), index))
+            before, after = (matrices[i if apart else 0] for i in (index, index + 1))
             with plain.block(index) as block:
                 expected_BTD = block.forward(noise_BTD, call) @ after
             with turned.block(index) as block:

@@ -34,7 +34,7 @@ from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap, map_names, settle_ties
 from pocketlm.models.opening import open_model
-from pocketlm.models.shortcut import add_shortcuts
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -127,6 +127,7 @@ def _packed_model(
             continue
         bias, quantizer = _bias(path, stored, names), index.quantizer(module, stored.read)
         _replace(skeleton.model, path, packed, bias, quantizer, make[0])
+    connect_shortcuts(skeleton.model)
     _finish(skeleton.model, source, names, device, dtype, side_files(directory))
     stored.close()
     return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)

@@ -1,27 +1,48 @@
-"""Matrices between blocks whose streams are written in bases of their own (SliceGPT, Qᵀ Q' on the
-residual: arXiv:2401.15024, section 3.3).
+"""Matrices on the residual of blocks that write the stream in the next block's basis (SliceGPT,
+arXiv:2401.15024, section 3.3).
 
-    y' = y (Qᵀ Q'),    Q the basis of the block before, Q' that of this block, both [D, K]
+A block computes x + f(x). Its last linear writes in the next basis already, what is left is in that
+of the block, and passes from one to the other by a matrix:
 
-is what a block is given instead of y. The matrix is a linear of the block, which transformers loads
-and saves like any other parameter; a hook puts it in front of the block's own forward.
+    y' = (y - w) (Qᵀ Q') + w,    y the block's output, w what its last linear gave
+
+with Q the block's basis and Q' the next one, both [D, K]. The matrix is a linear of the block that
+transformers loads like any other; hooks on the block and on its last linear do the rest. A block
+belongs to one thread while it runs.
 
 Legend: D hidden width of the original, K columns kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocketlm.core.errors import UnsupportedModel
-from pocketlm.models.call import HIDDEN
+from pocketlm.models.call import first_tensor
 
 SHORTCUT = "shortcut"  # the linear's name in its block
+WRITTEN = "written"  # what the last linear gave, until its block ends
 REASON = "passes the stream from one block's basis to the next"
+
+
+class Shortcut(nn.Linear):
+    """The matrix of a block, on the meta device until it is loaded.
+
+    Args:
+        width: K.
+        writer: Path, in the block, of its last linear.
+        dtype: Of the matrix.
+    """
+
+    def __init__(self, width: int, writer: str, dtype: torch.dtype) -> None:
+        super().__init__(width, width, bias=False, device="meta", dtype=dtype)
+        self.writer = writer
+        self.requires_grad_(False)
 
 
 def shortcuts_note(count: int, width: int) -> str:
@@ -33,34 +54,45 @@ def shortcuts_note(count: int, width: int) -> str:
     )
 
 
-def add_shortcuts(model: PreTrainedModel, paths: Sequence[str]) -> None:
-    """Gives blocks a linear [K, K] on the meta device that their input passes first.
+def add_shortcuts(model: PreTrainedModel, shortcuts: Mapping[str, str]) -> None:
+    """Gives blocks their matrix; `connect_shortcuts` makes them use it.
 
     Args:
         model: On the meta device, or about to be loaded; changed in place.
-        paths: Of the linears, as the checkpoint spells them.
+        shortcuts: Path of a matrix → of its block's last linear, as the checkpoint spells them.
 
     Raises:
-        UnsupportedModel: If a path leads to no block.
+        UnsupportedModel: If the paths lead to no block and its linear.
     """
     modules = dict(model.named_modules())
     width = int(model.config.get_text_config().hidden_size)
-    for path in paths:
+    for path, writer in shortcuts.items():
         owner, _, leaf = path.rpartition(".")
-        known = owner if owner in modules else f"{model.base_model_prefix}.{owner}"
-        if known not in modules or leaf != SHORTCUT:
-            raise UnsupportedModel("is no place between two blocks of this model.", where=path)
-        linear = nn.Linear(width, width, bias=False, device="meta", dtype=model.dtype)
-        modules[known].add_module(SHORTCUT, linear.requires_grad_(False))
-        modules[known].register_forward_pre_hook(_pass, with_kwargs=True)
+        inner = writer.removeprefix(f"{owner}.")
+        block = modules.get(owner, modules.get(f"{model.base_model_prefix}.{owner}"))
+        if block is None or leaf != SHORTCUT or inner not in dict(block.named_modules()):
+            raise UnsupportedModel("belongs to no block of this model.", where=path)
+        block.add_module(SHORTCUT, Shortcut(width, inner, model.dtype))
 
 
-def _pass(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def connect_shortcuts(model: PreTrainedModel) -> None:
+    """Hooks the matrices in, once no linear will be replaced by another module."""
+    for block in model.modules():
+        shortcut = block._modules.get(SHORTCUT)
+        if isinstance(shortcut, Shortcut):
+            block.get_submodule(shortcut.writer).register_forward_hook(_keep)
+            block.register_forward_hook(_leave)
+
+
+def _keep(writer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    writer.__dict__[WRITTEN] = output
+
+
+def _leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     shortcut = block.get_submodule(SHORTCUT)
-    if shortcut.get_parameter("weight").is_meta:  # something stands in for the block
-        return None
-    if HIDDEN in kwargs:
-        return args, {**kwargs, HIDDEN: shortcut(kwargs[HIDDEN])}
-    return (shortcut(args[0]), *args[1:]), kwargs
+    assert isinstance(shortcut, Shortcut)
+    written = block.get_submodule(shortcut.writer).__dict__.pop(WRITTEN, None)
+    if written is None:  # something stands in for the block
+        return output
+    hidden = shortcut(first_tensor(output) - written) + written
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

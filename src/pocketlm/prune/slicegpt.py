@@ -6,10 +6,10 @@
 and the stream is written in the first columns of Q. The rows are scaled as the norms that read them
 scale them, so that the large values of late blocks do not drown those of early ones.
 
-``block`` gives each block a Q of its own, from what goes in and comes out of it, block after block:
-X is what the sliced blocks before have left. The stream passes between bases through Qᵀ Q', which
-no plain configuration can say. Deviation: the paper turns attention and MLP apart, with two such
-matrices a block; here one basis holds both, and what the block adds to the stream.
+``block`` gives each block a Q of its own, block after block: X is what its norms read, given what
+the sliced blocks before have left. A block's last linear writes in the next basis, Q'; what was in
+the stream before passes on through Qᵀ Q', which no plain configuration can say. Deviation: the
+paper turns attention and MLP apart, with two such matrices a block; here one basis holds both.
 ``shared`` sums C over all blocks of the original: one Q, which loads everywhere and keeps less of
 each block's energy. Deviation: the paper has no such form.
 
@@ -33,7 +33,8 @@ from pocketlm.core.stats import Stat
 from pocketlm.core.transform import HIDDEN, Findings, Outline, Survey, Visit
 from pocketlm.core.views import BlockView
 
-BEFORE, AFTER, BASIS = "before", "after", "basis"
+BEFORE, AFTER = "before", "after"
+BASIS, HEAD_BASIS = "basis", "head_basis"
 
 
 class Slicegpt(Strict):
@@ -66,9 +67,16 @@ class Slicegpt(Strict):
         writers = [outline.writers(index) for index in range(outline.blocks)]
 
         def alter(block: BlockView, found: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-            return _project(block, writers[block.index], found[BASIS])
+            return _project(block, writers[block.index][1], found[BASIS])
 
-        return survey.visit(lambda visit: {BASIS: _basis(visit, kept)}, alter)
+        def look(visit: Visit) -> dict[str, Tensor]:
+            found = {BASIS: _basis(visit, writers[visit.index][0], kept)}
+            outputs = _total(after for _, after in visit.run(enter=alter(visit.block, found)))
+            if visit.index == outline.blocks - 1:
+                found[HEAD_BASIS] = _principal(outputs, kept)
+            return found
+
+        return survey.visit(look, alter)
 
     def changes(self, outline: Outline, findings: Findings | None) -> Changes:
         """The model with a narrower stream.
@@ -80,11 +88,11 @@ class Slicegpt(Strict):
         kept = self._kept(outline, width)
         if findings is None:
             same = torch.eye(width, dtype=torch.float64)[:, :kept]
-            return outline.rotate([same] * (1 if self.rotation == "shared" else outline.blocks))
+            return outline.rotate([same] * (1 if self.rotation == "shared" else outline.blocks + 1))
         if self.rotation == "block":
-            return outline.rotate([one[BASIS] for one in findings])
-        moments = (value.double() for one in findings for value in one.values())
-        return outline.rotate([_principal(moments, kept)])
+            return outline.rotate([*(one[BASIS] for one in findings), findings[-1][HEAD_BASIS]])
+        moments = [value.double() for one in findings for value in one.values()]
+        return outline.rotate([_principal(torch.stack(moments).sum(0), kept)])
 
     def _kept(self, outline: Outline, width: int) -> int:
         if self.hidden is not None:
@@ -117,25 +125,38 @@ def _moments(visit: Visit, last: int) -> dict[str, Tensor]:
     return {name: value.float() for name, value in found.items() if value is not None}
 
 
-def _principal(moments: Iterable[Tensor], kept: int) -> Tensor:
-    """The directions [D, K] of most energy in a sum of second moments [D, D], float64."""
-    sum_DD = torch.stack([*moments]).sum(0)
-    return torch.linalg.eigh(sum_DD).eigenvectors.flip(1)[:, :kept].contiguous()
+def _principal(moments_DD: Tensor, kept: int) -> Tensor:
+    """The directions [D, K] of most energy, float64."""
+    return torch.linalg.eigh(moments_DD).eigenvectors.flip(1)[:, :kept].contiguous()
 
 
-def _basis(visit: Visit, kept: int) -> Tensor:
-    """The principal directions of what goes into a block and what comes out of it."""
-    before: Tensor | None = None
-    after: Tensor | None = None
-    for before_BTD, after_BTD in visit.rehearse():
-        before, after = _add(before, before_BTD), _add(after, after_BTD)
-    return _principal((total for total in (before, after) if total is not None), kept)
+def _total(batches: Iterable[Tensor]) -> Tensor:
+    """Second moments of all rows of all batches."""
+    total: Tensor | None = None
+    for rows_BTD in batches:
+        total = _add(total, rows_BTD)
+    assert total is not None  # there is a window of calibration text at least
+    return total
+
+
+def _basis(visit: Visit, last: Iterable[str], kept: int) -> Tensor:
+    """The principal directions of what goes into a block, and of that with what attention adds.
+
+    The latter comes out of the block while its last linear gives nothing.
+    """
+    weights = {name: visit.block.tensor(name).clone() for name in last}
+    for name, value in weights.items():
+        visit.block.set_tensor(name, torch.zeros_like(value))
+    moments_DD = _total(rows_BTD for pair in visit.rehearse() for rows_BTD in pair)
+    for name, value in weights.items():
+        visit.block.set_tensor(name, value)
+    return _principal(moments_DD, kept)
 
 
 def _project(
     block: BlockView, writers: Iterable[str], basis_DK: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """Makes a block write within a basis; gives what brings its input there.
+    """Makes writers write within a basis; gives what brings the block's input there.
 
     All that reads the stream then reads it in the basis, and norms are those of the sliced block,
     which divide by the same length: this is the sliced block, written in D columns.

@@ -34,7 +34,7 @@ def basis(kept: int, seed: int) -> torch.Tensor:
 
 def shortcuts(path: Path) -> list[str]:
     section = json.loads((path / "config.json").read_text("utf-8"))["quantization_config"]
-    return section["shortcuts"]
+    return list(section["shortcuts"])
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias-tied", "qwen3"])
@@ -45,7 +45,7 @@ def test_zero_ratio_is_the_same_function(saved, compress, tmp_path: Path, family
     ours = logits(pocketlm.load(tmp_path / "out", dtype=torch.float32)[0])
     torch.testing.assert_close(ours, logits(plain(source)), rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, logits(plain(tmp_path / "out")))
-    assert shortcuts(tmp_path / "out") == [f"model.layers.{i}.shortcut" for i in (1, 2, 3)]
+    assert shortcuts(tmp_path / "out") == [f"model.layers.{i}.shortcut" for i in range(4)]
     turned = plain(tmp_path / "out").model.layers[2].shortcut.weight
     assert (turned - torch.eye(32)).abs().max() > 0.1
 
@@ -55,8 +55,8 @@ def test_next_blocks_see_what_the_sliced_ones_give(saved, tmp_path: Path, monkey
     last: list[torch.Tensor] = []
     run = BlockVisit.run
 
-    def watched(self: BlockVisit):
-        for before, after in run(self):
+    def watched(self: BlockVisit, *args, **options):
+        for before, after in run(self, *args, **options):
             last[:] = [after]
             yield before, after
 
@@ -69,9 +69,12 @@ def test_next_blocks_see_what_the_sliced_ones_give(saved, tmp_path: Path, monkey
         model, ModelOutline(model), windows, journal, 32, 1 << 20, lambda *_: None
     )
     step = Slicegpt(rotation="block", hidden=24)
-    sliced = reopen(model, step.changes(survey.outline, step.measure(survey)))
+    measured = step.measure(survey)
+    sliced = reopen(model, step.changes(survey.outline, measured))
     found = view_logits(sliced, tokens_NT[0].tolist())
-    torch.testing.assert_close(found, model.logits(model.finish(last[0])[0]), rtol=1e-4, atol=1e-4)
+    basis_DK = measured[-1]["head_basis"]
+    expected = model.logits(model.finish(last[0] @ basis_DK @ basis_DK.T)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     whole = view_logits(model, tokens_NT[0].tolist())
     assert (found - whole).abs().max() > 0.1, "nothing was cut"
 
@@ -115,7 +118,7 @@ def test_quantized_afterwards(saved, compress, text_file: Path, tmp_path: Path) 
         assert (entry["action"], entry["bits"]) == ("kept", 32 * 32 * 32)
         assert "next" in entry["reason"]
         assert any("import pocketlm.hf" in warning for warning in ledger["warnings"])
-        assert len(shortcuts(path)) == 3
+        assert len(shortcuts(path)) == 4
         ours = logits(pocketlm.load(path, dtype=torch.float32)[0])
         torch.testing.assert_close(ours, logits(plain(path)))
         torch.testing.assert_close(ours, logits(plain(source)), rtol=0.1, atol=0.1)
@@ -126,7 +129,7 @@ def test_plan_tells_what_loads_it(saved, text_file: Path) -> None:
     options = {"calibration": str(text_file), "samples": 2, "seq_len": 32}
     plan = pocketlm.plan(saved("llama"), {"steps": [{**APART, "ratio": 0.25}]}, **options)
     assert plan.format == "pocketlm"
-    assert any("3 matrices of 24 × 24" in warning for warning in plan.warnings)
+    assert any("4 matrices of 24 × 24" in warning for warning in plan.warnings)
     with pytest.raises(UnsupportedLayer, match="vllm"):
         pocketlm.plan(saved("llama"), {"steps": [APART]}, target="vllm", **options)
 
@@ -145,19 +148,19 @@ def test_refused_afterwards(saved, compress, tmp_path: Path) -> None:
 
 def test_steps_that_cut_come_before(saved, compress, tmp_path: Path) -> None:
     compress(saved("llama"), tmp_path / "out", {"method": "depth", "blocks": 1}, APART)
-    assert len(shortcuts(tmp_path / "out")) == 2
+    assert len(shortcuts(tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize("family", ["gpt2", "olmo2", "mixtral"])
 def test_refused_where_norms_do_not_allow_it(family: str) -> None:
     outline = ModelOutline(open_model(build(family)))
     with pytest.raises(PocketLMError) as caught:
-        outline.rotate([basis(32, seed) for seed in range(3)])
+        outline.rotate([basis(32, seed) for seed in range(4)])
     assert caught.value.where
 
 
 def test_wrong_matrix_is_not_proved(monkeypatch) -> None:
-    """Q Q'ᵀ in place of its transpose: the proof must see it, in the first block that has one."""
+    """Q Q'ᵀ in place of its transpose: the proof must see it."""
     outline = ModelOutline(open_model(build("llama")))
     right = Rotation._shortcuts
 
@@ -165,5 +168,13 @@ def test_wrong_matrix_is_not_proved(monkeypatch) -> None:
         return right(self, [matrix.T for matrix in matrices])
 
     monkeypatch.setattr(Rotation, "_shortcuts", wrong)
-    with pytest.raises(UnsupportedLayer, match=r"layers\.1"):
-        outline.rotate([basis(32, seed) for seed in range(3)])
+    with pytest.raises(UnsupportedLayer, match=r"layers\.0"):
+        outline.rotate([basis(32, seed) for seed in range(4)])
+
+
+def test_scaled_residuals_are_refused_by_proof() -> None:
+    """x + 0.5 f(x): what the last linear gives is not what the block adds."""
+    outline = ModelOutline(open_model(build("granite", residual_multiplier=0.5)))
+    outline.rotate([basis(32, 0)])
+    with pytest.raises(UnsupportedLayer, match="turned stream"):
+        outline.rotate([basis(32, seed) for seed in range(4)])
