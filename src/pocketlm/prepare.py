@@ -24,12 +24,14 @@ from pocketlm.engine.grids import (
 )
 from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
+from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.models.shortcut import shortcuts_note
 from pocketlm.recipes import END_STEPS
 from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
@@ -146,7 +148,9 @@ def prepare(
         )
     after = after or After(source=name_of(source))
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts
+    )
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -166,7 +170,7 @@ def prepare(
         stage_ledgers=after.stage_ledgers,
         end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
-    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    facts = (_shortcuts_note(model), sparsity_note(grids), factors_note(grids, shapes))
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     quiet = job.needs_data or after.stages
     if not quiet and (calibration != "builtin" or samples is not None):
@@ -210,6 +214,11 @@ def prepare(
     return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
 
 
+def _shortcuts_note(model: Model) -> str | None:
+    count = len(model.shortcuts)
+    return shortcuts_note(count, hidden_width(model)) if count else None
+
+
 def _settled(
     model: Model, job: Job, grids: Grids, windows: Windows, log: EventLog
 ) -> tuple[Job, Grids]:
@@ -231,7 +240,9 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, job.target, steps, model.ends(), model.shortcuts
+    )
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 

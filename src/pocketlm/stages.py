@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pocketlm import catalog
+from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe, StepSpec
 from pocketlm.engine.compress import earlier_samples, finished_ledger
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRANSFORM = "transform"
+NOTHING = Changes({}, (), {})
 LEDGERS = "pocketlm/stages"
 
 
@@ -178,7 +180,7 @@ def plan_stages(
         smaller = reopen(model, changes)
         job = settings.job(model, source, recipe, output, settings.directory(output))
         count, seq_len = _sizes(model, transform, settings, job, None)
-        plans.append(plan_transform(model, smaller, job, changes.summary, count, seq_len))
+        plans.append(plan_transform(model, smaller, job, changes, count, seq_len))
         model = smaller
     return plans, model
 
@@ -193,7 +195,7 @@ def _sizes(
     count = settings.samples or settled or SAMPLES
     if settings.samples is None and settled is None and model.device.type == "cpu":
         while count > MIN_SAMPLES:
-            if plan_transform(model, model, job, "", count, seq_len).seconds <= CPU_SECONDS:
+            if plan_transform(model, model, job, NOTHING, count, seq_len).seconds <= CPU_SECONDS:
                 break
             count //= 2
     return count, seq_len
@@ -257,9 +259,7 @@ def reduce(
             count, seq_len = _sizes(model, transform, settings, job, settled)
             outline = ModelOutline(model)
             changes = transform.changes(outline, None)
-            plan = plan_transform(
-                model, reopen(model, changes), job, changes.summary, count, seq_len
-            )
+            plan = plan_transform(model, reopen(model, changes), job, changes, count, seq_len)
             plans.append(plan)
             refuse_impossible(plan, output, model.device)
             windows = (

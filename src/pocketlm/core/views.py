@@ -216,6 +216,10 @@ class BlockView(Protocol):
         """
         ...
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the block, by its name in the checkpoint; not to be changed in place."""
+        ...
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Replaces a parameter of the block, by its name in the checkpoint."""
         ...
@@ -251,6 +255,7 @@ class ModelView(Protocol):
     dtype: torch.dtype  # of most weights in the checkpoint
     tied: bool  # head and embedding share one tensor
     repeated: tuple[str, ...]  # tensors that repeat the one they are tied to: not written again
+    shortcuts: Mapping[str, str]  # module between two blocks' bases → the first's last linear
     vocabulary: int
     context: int  # longest position the model was made for
     device: torch.device

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pocketlm.core.errors import ConfigError, OutputBusy, nearest
+from pocketlm.core.errors import ConfigError, OutputBusy, UnsupportedLayer, nearest
 from pocketlm.core.stored import LowRankSpec, SumSpec
 from pocketlm.core.views import TensorInfo
 from pocketlm.engine.artifact import CARD, partial_path
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.formats.safetensors_header import element_bytes
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
@@ -82,6 +83,7 @@ def export(
 
     Raises:
         ConfigError: If the form or dtype is none there is, or nothing is compressed.
+        UnsupportedLayer: If its blocks have bases of their own.
         OutputBusy: If something lies at the output.
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
@@ -114,6 +116,13 @@ def _dense(
             "is dense already: nothing in it is compressed.",
             where=str(directory),
             remedy="Copy it, or give an artifact of `pocketlm compress`.",
+        )
+    if shortcuts_of(config):
+        raise UnsupportedLayer(
+            "passes the stream from one block's basis to the next: no ordinary checkpoint can say "
+            "that.",
+            where=next(iter(shortcuts_of(config))),
+            remedy="Run it by pocketlm.load, or make the model smaller with rotation: shared.",
         )
     source = DecodedSource(stored, index)
     name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

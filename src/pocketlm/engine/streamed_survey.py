@@ -20,7 +20,7 @@ from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import CalibrationError
-from pocketlm.core.transform import Findings, Outline, Visit
+from pocketlm.core.transform import Altered, Findings, Outline, Visit
 from pocketlm.core.views import BlockView
 from pocketlm.engine import gradients
 from pocketlm.engine.gradients import Report, first_windows, positions_at_once, walk_back
@@ -50,12 +50,22 @@ class BlockVisit:
         self._calls, self._store, self._device = calls, store, device
         self.done = 0
 
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch and keeps nothing; see core/transform.py."""
+        for batch, call in enumerate(self._calls):
+            before_BTD = self._store.get(batch).to(self._device)
+            yield before_BTD, self.block.forward(before_BTD, call)
+
     def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
+        self,
+        on_group: Callable[[int, Tensor], None] | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs every batch that has not been run yet; see core/transform.py."""
         for batch in range(self.done, len(self._calls)):
             before_BTD = self._store.get(batch).to(self._device)
+            if enter is not None:
+                before_BTD = enter(before_BTD)
             run = self.block.start(before_BTD, self._calls[batch])
             while (pause := run.advance()) is not None:
                 if on_group is not None:
@@ -107,14 +117,16 @@ class StreamedSurvey:
     # --- one pass forward ---
 
     @torch.no_grad()
-    def visit(self, look: Callable[[Visit], dict[str, Tensor]]) -> Findings:
+    def visit(
+        self, look: Callable[[Visit], dict[str, Tensor]], alter: Altered | None = None
+    ) -> Findings:
         """Runs the calibration text through the model, block after block."""
         total = len(self._model.block_paths)
         first = self._journal.finished_blocks(total)
         found = [self._journal.read_block(index)[0] for index in range(first)]
         if first == total:
             return found
-        calls, store = self._begin(first)
+        calls, store = self._begin(found, alter)
         for index in range(first, total):
             with self._model.block(index) as block:
                 visit = BlockVisit(block, calls, store, self._model.device)
@@ -130,8 +142,9 @@ class StreamedSurvey:
             self._report((index + 1) / total, f"looked at block {index + 1} of {total}")
         return found
 
-    def _begin(self, first: int) -> tuple[list[Any], ActivationStore]:
-        """What every batch calls blocks with, and the batches at the boundary before a block."""
+    def _begin(self, found: Findings, alter: Altered | None) -> tuple[list[Any], ActivationStore]:
+        """What every batch calls blocks with, and the batches at the boundary after those found."""
+        first = len(found)
         batches = self._batches(self._tokens_NT)
         store: ActivationStore = MemoryStore()
         recovered = False
@@ -148,7 +161,9 @@ class StreamedSurvey:
             store.advance(0)
             for index in range(first):
                 with self._model.block(index) as block:
-                    for _ in BlockVisit(block, calls, store, self._model.device).run():
+                    visit = BlockVisit(block, calls, store, self._model.device)
+                    enter = None if alter is None else alter(block, found[index])
+                    for _ in visit.run(enter=enter):
                         pass
                 store.advance(index + 1)
         return calls, store

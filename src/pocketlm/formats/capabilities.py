@@ -247,6 +247,25 @@ def check_end(
     check_layer(format_name, spec, shape, target, where)
 
 
+def check_shortcuts(target: str, where: str) -> None:
+    """Refuses matrices between blocks, which only our own format holds, where a target lacks it.
+
+    Args:
+        target: Name of the engine.
+        where: Module path of one, for the message.
+
+    Raises:
+        UnsupportedLayer: If the target does not load the format pocketlm.
+        ConfigError: If the target is unknown.
+    """
+    if "pocketlm" not in capability(target).formats:
+        raise UnsupportedLayer(
+            f"passes the stream from one block's basis to the next, which {target} cannot do.",
+            where=where,
+            remedy="Give all blocks one basis (rotation: shared), or choose --target transformers.",
+        )
+
+
 def _check_inputs(
     known: Capability,
     spec: QuantSpec,

@@ -53,6 +53,7 @@ class Model:
         side_files: Files an artifact carries over.
         load_tokenizer: Loads the tokenizer.
         quantizers: Module path, as the checkpoint spells it → how its inputs are rounded.
+        shortcuts: Module between two blocks' bases → the first's last linear (models/shortcut.py).
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Model:
         side_files: Callable[[], Mapping[str, bytes]],
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
         quantizers: Mapping[str, InputQuantizer] | None = None,
+        shortcuts: Mapping[str, str] | None = None,
     ) -> None:
-        self.quantizers = quantizers or {}
+        self.quantizers, self.shortcuts = quantizers or {}, shortcuts or {}
         self.source, self.config, self.names = source, config, names
         self.device, self.compute_dtype = device, compute_dtype
         self.skeleton = skeleton

@@ -11,6 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from pocketlm.core.errors import SecurityError, SourceError, UnsupportedModel
+from pocketlm.formats.pocketlm import only_shortcuts
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 OURS = ("compressed-tensors", "pocketlm")
@@ -45,7 +46,8 @@ def judge_config(
         config: config.json.
         where: The checkpoint, for messages.
         trust_remote_code: Whether code from the checkpoint may run.
-        allow_compressed: Whether formats that can be decoded here pass.
+        allow_compressed: Whether formats that can be decoded here pass; what only has its blocks
+            turned apart always does, as no value of it is on a grid.
 
     Raises:
         UnsupportedModel: If it is quantized already, or generates no text.
@@ -54,7 +56,7 @@ def judge_config(
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method", "an unnamed method")
-        if not (allow_compressed and method in OURS):
+        if not (allow_compressed and method in OURS) and not only_shortcuts(config):
             raise UnsupportedModel(
                 f"is already quantized by {method}.",
                 where=where,

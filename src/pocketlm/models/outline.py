@@ -29,15 +29,26 @@ class ModelOutline:
 
     Args:
         model: The original; weights are read only to prove couplings.
+
+    Raises:
+        UnsupportedModel: If its blocks have bases of their own already.
     """
 
     def __init__(self, model: Model) -> None:
+        if model.shortcuts:
+            raise UnsupportedModel(
+                "its blocks have bases of their own: it cannot be made smaller once more.",
+                where=next(iter(model.shortcuts)),
+                remedy="Give each block a basis of its own last, after other steps that make it "
+                "smaller.",
+            )
         self._model = model
         self.couplings = Couplings(model)
         self.config = self.couplings.config
         self.blocks = len(model.block_paths)
         self.block_paths = model.block_paths
         self._rotation: Rotation | None = None
+        self._proved: set[bool] = set()  # of turning blocks alike, and apart
 
     # --- depth ---
 
@@ -247,16 +258,33 @@ class ModelOutline:
         """Width of the stream between blocks."""
         return self.couplings.trials(HIDDEN)[0].units
 
-    def rotate(self, matrix_DK: Tensor) -> Changes:
+    def rotate(self, matrices: Sequence[Tensor]) -> Changes:
         """The model with its stream turned and cut; see core/transform.py.
 
         Raises:
             UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
         """
-        trial = self.couplings.trials(HIDDEN)[0]
+        trial, apart = self.couplings.trials(HIDDEN)[0], len(matrices) > 1
+        rotation = self._turning()
+        if apart not in self._proved:
+            rotation.prove(apart=apart)
+            self._proved.add(apart)
+        kept = matrices[0].shape[1]
+        config = {} if kept == trial.units else self.couplings.sizes(trial, kept)
+        changes = rotation.changes(matrices, config)
+        if config:
+            rotation.prove_embedding(changes, matrices[0])
+        return changes
+
+    def writers(self, index: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Tensors by which a block writes into the stream; see core/transform.py."""
+        return self._turning().writers(index)
+
+    def _turning(self) -> Rotation:
         if self._rotation is None:
             axes: dict[str, int] = {}
             parameters: dict[str, str] = {}
+            trial = self.couplings.trials(HIDDEN)[0]
             for name, (axis, ratio) in self.couplings.changed(trial).items():
                 binding = self._model.names.bindings[name]
                 if not binding.plain or ratio != 1:
@@ -266,13 +294,7 @@ class ModelOutline:
                     )
                 axes[binding.tensors[0]], parameters[binding.tensors[0]] = axis, name
             self._rotation = Rotation(self._model, axes, parameters)
-            self._rotation.prove()
-        kept = matrix_DK.shape[1]
-        config = {} if kept == trial.units else self.couplings.sizes(trial, kept)
-        changes = self._rotation.changes(matrix_DK, config)
-        if config:
-            self._rotation.prove_embedding(changes, matrix_DK)
-        return changes
+        return self._rotation
 
     # --- experts ---
 
