@@ -45,7 +45,8 @@ def inspect(
     """Looks at a model without compressing it: blocks, groups, folds, parameters, bytes.
 
     Args:
-        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory.
+        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory; compressed
+            ones too.
         probe: Whether folds are proved in float64 (reads one block of each kind).
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
@@ -60,7 +61,12 @@ def inspect(
     from pocketlm.models import open_model
     from pocketlm.models.inspect import inspect_model
 
-    model = open_model(source, trust_remote_code=trust_remote_code, revision=revision)
+    model = open_model(
+        source,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        allow_compressed=True,
+    )
     return inspect_model(model, probe=probe)
 
 

@@ -33,6 +33,7 @@ from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap
 from pocketlm.models.observe import Observation, observe
+from pocketlm.models.packed import PackedForm
 from pocketlm.models.run import pause_before, round_inputs
 from pocketlm.models.skeleton import Skeleton
 
@@ -53,6 +54,7 @@ class Model:
         side_files: Files an artifact carries over.
         load_tokenizer: Loads the tokenizer.
         quantizers: Module path, as the checkpoint spells it → how its inputs are rounded.
+        forms: Tensor name → how the checkpoint holds it, of every compressed weight.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class Model:
         side_files: Callable[[], Mapping[str, bytes]],
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
         quantizers: Mapping[str, InputQuantizer] | None = None,
+        forms: Mapping[str, PackedForm] | None = None,
     ) -> None:
-        self.quantizers = quantizers or {}
+        self.quantizers, self.forms = quantizers or {}, forms or {}
         self.source, self.config, self.names = source, config, names
         self.device, self.compute_dtype = device, compute_dtype
         self.skeleton = skeleton

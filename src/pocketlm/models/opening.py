@@ -27,6 +27,7 @@ from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
 from pocketlm.models.memory import MemorySource
 from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
+from pocketlm.models.packed import PackedSource
 from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -46,6 +47,7 @@ class Parts:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     where: str
     quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
+    packed: PackedSource | None = None
 
 
 def open_model(
@@ -65,7 +67,7 @@ def open_model(
         compute_dtype: What they compute in; float32 on a CPU and bfloat16 elsewhere by default.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
-        allow_compressed: Whether our own artifacts open too, decoded as they are read.
+        allow_compressed: Whether compressed models open too, decoded as they are read.
 
     Returns:
         The model.
@@ -139,6 +141,8 @@ def changed_config(model: Model, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype) -> Model:
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
+    if isinstance(parts.packed, DecodedSource):
+        parts.packed.require_biases(names.extras, parts.where)
     names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)
     return Model(
@@ -152,6 +156,7 @@ def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype
         side_files=parts.side_files,
         load_tokenizer=parts.load_tokenizer,
         quantizers=parts.quantizers,
+        forms={} if parts.packed is None else parts.packed.forms(),
     )
 
 
@@ -229,6 +234,7 @@ def _from_directory(
         load_tokenizer=lambda: load_tokenizer(directory, trust_remote_code=trust_remote_code),
         where=str(directory),
         quantizers={} if compressed is None else compressed.quantizers(),
+        packed=compressed,
     )
 
 

@@ -104,6 +104,7 @@ def _packed_model(
     hf_config.__dict__.pop("quantization_config", None)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
     names = map_names(skeleton.model, source.infos(), where)
+    source.require_biases(names.extras, where)
     names = settle_ties(skeleton.model, names, source)
     names, fused = split_experts(skeleton, names)
     for path, reason in fused.items():
