@@ -168,7 +168,7 @@ def test_a_convention_that_the_file_does_not_have_is_noticed() -> None:
     stored = format_for("gptq_v2").encode("a.weight", packed)
     index = CompressedIndex.build(section("gptq", packed.spec), stored)
     assert index is not None
-    with pytest.raises(ArtifactError, match="zero points are 9 to 9.*symmetric, which is 8"):
+    with pytest.raises(ArtifactError, match=r"zero points are 9 to 9.*symmetric, which is 8"):
         index.decode("a", stored.__getitem__)
 
 
@@ -188,7 +188,7 @@ def test_linears_with_other_grids_are_named() -> None:
     assert {name: module.spec for name, module in index.modules.items()} == specs
     with pytest.raises(ConfigError, match="one group size for all linears"):
         format_for("awq").config_section(specs, [])
-    with pytest.raises(ConfigError, match="would take 'm.0.gate_proj' for it"):
+    with pytest.raises(ConfigError, match=r"would take 'm\.0\.gate_proj' for it"):
         format_for("awq").config_section({"m.0.gate_proj": usual}, ["m.0.gate"])
 
 
