@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", help="one format")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -126,7 +127,7 @@ def main() -> None:
             source = write_model(Path(place) / f"symmetric-{symmetric}", symmetric)
             api.export(source, Path(place) / f"dense-{symmetric}", to="dense", dtype="float32")
             reference_TV = expected(Path(place) / f"dense-{symmetric}")
-            for form in forms:
+            for form in (form for form in forms if options.only in (None, form)):
                 row = {"format": form, "symmetric": symmetric, "kl": None, "error": None}
                 output = Path(place) / f"{form}-{symmetric}"
                 row["losses"] = api.export(source, output, to=form, target="vllm-cpu").notes

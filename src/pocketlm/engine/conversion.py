@@ -21,7 +21,7 @@ from pocketlm.core.permuted import Permuted
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stored import DenseSpec, SparseSpec, WeightSpec
 from pocketlm.core.tensors import Sparse, WeightTensor
-from pocketlm.formats import compressed_tensors, format_for
+from pocketlm.formats import compressed_tensors, format_for, kv_cache
 from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.formats.shards import Entry
 from pocketlm.models.packed import PackedForm, PackedSource
@@ -29,6 +29,7 @@ from pocketlm.models.stored import StoredModel
 
 CHUNK_BYTES = 16 << 20
 PACKED_FORMS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
+CACHE_NOTE = "the cache of keys and values is not rounded any more; its scales are left out."
 ORDERED = ("gptq", "gptq_v2")  # hold groups whose columns lie scattered
 
 
@@ -45,6 +46,7 @@ class Conversion:
         ignored: Module paths of the matrices that are not compressed.
         entries: Every tensor.
         notes: What is lost, known beforehand.
+        kv_cache: How engines are told to round the cache, where the format can say it.
     """
 
     form: str
@@ -55,6 +57,7 @@ class Conversion:
     ignored: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kv_cache: Mapping[str, Any] | None = None
     _quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
     _errors: dict[str, float] = field(default_factory=dict)
     _permuted: dict[str, None] = field(default_factory=dict)
@@ -69,14 +72,24 @@ class Conversion:
         for role, (shape, dtype) in parts.items():
             self.entries.append(Entry(f"{module}.{role}", dtype, shape, self._chunks(name, role)))
 
+    def drop_cache(self, model: StoredModel) -> list[str]:
+        """Keeps the cache's scheme where the format has words for it; else names its scales."""
+        if model.kv_cache is None:
+            return []
+        if self.form == compressed_tensors.NAME:
+            self.kv_cache = model.kv_cache
+            return []
+        self.notes.append(CACHE_NOTE)
+        return kv_cache.scales(model.source.infos())
+
     def section(self) -> dict[str, Any]:
         """What config.json says; complete once all is written."""
         writer = format_for(self.form)
-        if self._permuted:
-            return writer.config_section(
-                self.specs, self.ignored, self.inputs, permuted=list(self._permuted)
-            )
-        return writer.config_section(self.specs, self.ignored, self.inputs)
+        if self.form == compressed_tensors.NAME:
+            return writer.config_section(self.specs, self.ignored, self.inputs, self.kv_cache)
+        return writer.config_section(
+            self.specs, self.ignored, self.inputs, permuted=list(self._permuted)
+        )
 
     def losses(self) -> list[str]:
         """What the written weights lost against what was read, as sentences."""
@@ -156,7 +169,10 @@ def convert(model: StoredModel, form: str, target: str | None) -> Conversion:
     made = Conversion(form, target, source, _quantizers=source.quantizers())
     _settle(made, forms)
     _refuse(forms, form, target)
+    dropped = made.drop_cache(model)
     for name, info in source.infos().items():
+        if name in dropped:
+            continue
         held = forms.get(name)
         spec = None if held is None else _grid(held.spec)
         if held is not None and spec is not None:

@@ -23,7 +23,8 @@ from pocketlm.core.errors import ConfigError, OutputBusy, UnsupportedLayer, near
 from pocketlm.core.stored import LowRankSpec, SumSpec
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.engine.artifact import CARD, partial_path
-from pocketlm.engine.conversion import PACKED_FORMS, convert
+from pocketlm.engine.conversion import CACHE_NOTE, PACKED_FORMS, convert
+from pocketlm.formats import kv_cache
 from pocketlm.formats.capabilities import capability
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
 from pocketlm.models.stored import StoredModel, open_stored
@@ -164,7 +165,9 @@ def _dense(model: StoredModel, asked: Asked) -> Made:
     )
     target = DTYPES.get(name, torch.bfloat16)
     cast = set(forms) or {n for n, i in source.infos().items() if asked.dtype and _is_float(i)}
-    entries = [_entry(source, info, target, info.name in cast) for info in _infos(source)]
+    dropped = [] if model.kv_cache is None else kv_cache.scales(source.infos())
+    infos = [info for info in source.infos().values() if info.name not in dropped]
+    entries = [_entry(source, info, target, info.name in cast) for info in infos]
     return Made(
         form="dense",
         dtype=str(target).removeprefix("torch."),
@@ -227,10 +230,6 @@ def _is_float(info: TensorInfo) -> bool:
     return info.dtype.is_floating_point
 
 
-def _infos(source: TensorSource) -> list[TensorInfo]:
-    return list(source.infos().values())
-
-
 def _entry(source: TensorSource, info: TensorInfo, dtype: torch.dtype, decoded: bool) -> Entry:
     """A decoded weight in `dtype`, anything else as it is stored."""
     if not decoded:
@@ -277,6 +276,8 @@ def _dense_notes(model: StoredModel, dtype: torch.dtype) -> list[str]:
     rounded = model.packed.quantizers()
     if rounded:
         notes.append(f"the inputs of {len(rounded)} linears are not rounded any more.")
+    if model.kv_cache is not None:
+        notes.append(CACHE_NOTE)
     return notes
 
 

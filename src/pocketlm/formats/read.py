@@ -215,7 +215,7 @@ class CompressedIndex:
 def _from_compressed_tensors(
     section: Mapping[str, Any], names: set[str]
 ) -> dict[str, CompressedModule]:
-    for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+    for key in ("sparsity_config", "transform_config"):
         if section.get(key) and section[key] != {"format": "dense"}:
             raise _unread(f"'{key}' is set")
     groups = [

@@ -8,6 +8,7 @@ them. Everything else is loaded as it is stored, in the dtype the model computes
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorSource
+from pocketlm.formats import kv_cache
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
@@ -37,6 +39,7 @@ from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
+log = logging.getLogger("pocketlm.models")
 MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
 MakeEmbedding = Callable[[WeightTensor, nn.Embedding], nn.Module]
 
@@ -95,6 +98,8 @@ def _packed_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config, where = read_config(directory), str(directory)
     judge_config(config, where, trust_remote_code=trust_remote_code, allow_compressed=True)
+    if kv_cache.scheme_of(config) is not None:
+        log.warning("the file asks engines to round the cache of keys and values; it is not here")
     stored = SafetensorsSource(directory)
     index = CompressedIndex.build(config, stored.infos())
     if index is None:

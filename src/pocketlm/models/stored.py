@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.core.views import TensorSource
+from pocketlm.formats import kv_cache
 from pocketlm.models.config import read_config
 from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.opening import open_model, resolve
@@ -26,6 +27,7 @@ class StoredModel:
         packed: The same source where it gives compressed weights as they are; else None.
         config: config.json without its quantization, or what stands for it.
         side_files: Files that go with the model.
+        kv_cache: How engines are told to round the cache (`formats.kv_cache`); None: not at all.
         bytes_stored: Of all tensors, as they are stored.
     """
 
@@ -35,6 +37,7 @@ class StoredModel:
     config: Mapping[str, Any]
     side_files: Callable[[], Mapping[str, bytes]]
     bytes_stored: int
+    kv_cache: Mapping[str, Any] | None = None
 
 
 def open_stored(name: str | Path) -> StoredModel:
@@ -62,4 +65,5 @@ def open_stored(name: str | Path) -> StoredModel:
         config={key: value for key, value in config.items() if key != "quantization_config"},
         side_files=lambda: side_files(path),
         bytes_stored=sum(info.bytes_stored for info in stored.infos().values()),
+        kv_cache=kv_cache.scheme_of(config),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file, save_file
 from tests.unit.runtime.helpers import write_twins
 from tests.unit.runtime.test_load import both_logits, llama, projections
@@ -155,6 +156,33 @@ def test_rounded_inputs_stay_only_where_they_can(tmp_path: Path) -> None:
     assert len(api.export(packed, tmp_path / "ct", to="compressed-tensors").notes) == 1
     written = json.loads((tmp_path / "ct/config.json").read_text())["quantization_config"]
     assert written["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+
+
+def test_a_rounded_cache_is_carried_over_or_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed, dense = twins(tmp_path)
+    args = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True)
+    edit(packed, kv_cache_scheme=json.loads(args.model_dump_json()))
+    file = packed / "model.safetensors"
+    scales = {
+        f"model.layers.{i}.self_attn.{part}_scale": torch.tensor([0.5 + i])
+        for i in range(2)
+        for part in "kv"
+    }
+    save_file({**load_file(file), **scales}, file, metadata={"format": "pt"})
+    assert len(api.export(packed, tmp_path / "ct", to="compressed-tensors").notes) == 1
+    stored = load_file(tmp_path / "ct/model.safetensors")
+    assert all(torch.equal(stored[name], scale) for name, scale in scales.items())
+    section = json.loads((tmp_path / "ct/config.json").read_text())["quantization_config"]
+    assert QuantizationConfig.model_validate(section).kv_cache_scheme == args
+    for form, dtype in (("dense", "float32"), ("awq", None)):
+        notes = api.export(packed, tmp_path / f"as-{form}", to=form, dtype=dtype).notes
+        assert "the cache of keys and values is not rounded any more" in notes[-1]
+        assert same(tmp_path / f"as-{form}", dense)
+    _, ours, truth = both_logits(packed, dense)
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-3)
+    assert "round the cache" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,6 @@ STORED = ("a.weight_packed", "a.weight_scale", "a.weight_shape")
     [
         ({"quant_method": "exl3"}, "quantized by 'exl3'"),
         (section() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        (section() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (section(type="float"), "weights are 'float'"),
         (section(strategy="tensor"), "per 'tensor'"),
         (section() | {"format": "x", "config_groups": {"g": {"targets": []}}}, "the format is 'x'"),
