@@ -283,7 +283,7 @@ def export(
         path: An artifact, or what another tool compressed: GPTQ, AWQ, compressed-tensors, GGUF.
         output: Where the exported model goes.
         to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
-            codes: "compressed-tensors", "gptq", "gptq_v2", "awq".
+            codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx".
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
         target: The engine that is to load it, such as "vllm"; None: the format's limits only.
 

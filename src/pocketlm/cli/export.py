@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 To = Annotated[
     str,
-    typer.Option("--to", help="The form: dense, compressed-tensors, gptq, gptq_v2, awq."),
+    typer.Option("--to", help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx."),
 ]
 For = Annotated[
     str | None,

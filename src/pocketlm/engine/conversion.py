@@ -7,7 +7,6 @@ before anything is written, with the nearest one that can.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,13 @@ from pocketlm.models.packed import PackedForm, PackedSource
 from pocketlm.models.stored import StoredModel
 
 CHUNK_BYTES = 16 << 20
-PACKED_FORMS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
+PACKED_FORMS = {  # and where in config.json it says how it is quantized
+    "compressed-tensors": "quantization_config",
+    "gptq": "quantization_config",
+    "gptq_v2": "quantization_config",
+    "awq": "quantization_config",
+    "mlx": "quantization",
+}
 CACHE_NOTE = "the cache of keys and values is not rounded any more; its scales are left out."
 ORDERED = ("gptq", "gptq_v2")  # hold groups whose columns lie scattered
 
@@ -223,9 +228,8 @@ def _refuse(forms: Mapping[str, PackedForm], form: str, target: str | None) -> N
     if why is None:
         return
     others = [other for other in PACKED_FORMS if other != form]
-    able = [other for other in others if _first_refusal(forms, other, target) is None]
-    more = Counter(held.format for held in forms.values()).most_common(1)[0][0]
-    nearest = next((other for other in (more, *others) if other in able), "dense")
+    able = (other for other in others if _first_refusal(forms, other, target) is None)
+    nearest = next(able, "dense")
     raise UnsupportedLayer(why.what, where=why.where, remedy=f"--to {nearest} can hold it.")
 
 

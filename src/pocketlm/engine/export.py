@@ -191,7 +191,7 @@ def _packed(model: StoredModel, asked: Asked) -> Made:
         dtype=str(model.config.get("dtype") or model.config.get("torch_dtype") or ""),
         entries=made.entries,
         decoded=0,
-        config=lambda: {"quantization_config": made.section()},
+        config=lambda: {PACKED_FORMS[asked.form]: made.section()},
         notes=lambda: [*made.losses(), *made.notes],
     )
 

@@ -11,7 +11,8 @@ def format_for(name: str) -> Any:
     """What writes and reads a format.
 
     Args:
-        name: ``compressed-tensors``, ``pocketlm``, ``dense``, ``gptq``, ``gptq_v2`` or ``awq``.
+        name: ``compressed-tensors``, ``pocketlm``, ``dense``, ``gptq``, ``gptq_v2``,
+            ``awq`` or ``mlx``.
 
     Returns:
         A module or object with `names`, `encode`, `decode`, `config_section` and `stored_bytes`.
@@ -22,8 +23,9 @@ def format_for(name: str) -> Any:
     from pocketlm.formats import compressed_tensors, dense, pocketlm
     from pocketlm.formats.awq import AWQ
     from pocketlm.formats.gptq import GPTQ, GPTQ_V2
+    from pocketlm.formats.mlx import MLX
 
-    formats = (compressed_tensors, pocketlm, dense, GPTQ, GPTQ_V2, AWQ)
+    formats = (compressed_tensors, pocketlm, dense, GPTQ, GPTQ_V2, AWQ, MLX)
     known = {each.NAME: each for each in formats}
     if name not in known:
         raise ConfigError(f"unknown format '{name}'.", remedy=nearest(name, known))

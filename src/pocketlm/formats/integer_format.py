@@ -36,14 +36,12 @@ class IntegerFormat:
         layout: How a weight lies in the file.
         refuses: Why a grid of a weight (O, I) cannot be held; None where it can.
         section: The part of config.json, from the grids by module and the linears that are kept.
-        keys: Where in config.json it stands.
     """
 
     NAME: str
     layout: Layout
     refuses: Callable[[QuantSpec, Shape], str | None]
     section: Callable[[Mapping[str, QuantSpec], Sequence[str], Sequence[str]], dict[str, Any]]
-    keys: tuple[str, ...] = ("quantization_config",)
 
     def names(
         self, tensor_name: str, spec: QuantSpec, activations: ActivationSpec | None = None

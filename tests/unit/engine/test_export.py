@@ -118,6 +118,17 @@ def test_activation_order_of_other_tools_is_kept(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("*no*"))  # nothing half-written stays
 
 
+def test_mlx_gets_uint32_words_and_its_words_in_config(tmp_path: Path) -> None:
+    packed, _ = twins(tmp_path)
+    found = api.export(packed, tmp_path / "mlx", to="mlx")
+    assert found.notes == ["14 linears decode to the same values, bit for bit."]
+    config = json.loads((tmp_path / "mlx/config.json").read_text())
+    assert config["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
+    assert "quantization_config" not in config
+    stored = load_file(tmp_path / "mlx/model.safetensors")
+    assert stored["model.layers.1.mlp.down_proj.weight"].dtype is torch.uint32
+
+
 def test_a_bias_that_the_model_lacks_is_dropped_only_if_zero(tmp_path: Path) -> None:
     packed, dense = twins(tmp_path)
     api.export(packed, tmp_path / "gptq", to="gptq")

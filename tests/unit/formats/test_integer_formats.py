@@ -32,6 +32,15 @@ GOLDEN = {
     ("gptq", 8): ("0d00174ecbf9ccc8", "5f330e3a96e5a8c9"),
     ("gptq_v2", 8): ("0d00174ecbf9ccc8", "e19135c735421d3b"),
 }
+# of MLX's packed weight, as auto-round's packer for it writes the same codes
+GOLDEN_MLX = {
+    2: "af3479a5bfe32c24",
+    3: "12269dc8ba8c7347",
+    4: "4e39a2e441dd31e7",
+    5: "2b026c3db5731461",
+    6: "66e4d4bea828c1f2",
+    8: "816f4b3c39fcb12f",
+}
 
 
 def golden(bits: int) -> PackedInt:
@@ -199,6 +208,9 @@ def test_linears_with_other_grids_are_named() -> None:
         ("gptq", QuantSpec(bits=4, group_size=32), (48, 64), "multiples of 32"),
         ("awq", QuantSpec(bits=8, group_size=32), (64, 64), "has 4 bits, not 8"),
         ("awq", QuantSpec(bits=4, group_size=32), (60, 64), "eight outputs"),
+        ("mlx", QuantSpec(bits=7, group_size=32), (64, 64), "6, 8 bits, not 7"),
+        ("mlx", QuantSpec(bits=4, group_size=16), (64, 64), "128, not 16"),
+        ("mlx", QuantSpec(bits=4, group_size=None), (64, 64), "not whole rows"),
         ("awq", QuantSpec(bits=4, type="nf", group_size=64), (64, 64), "integers only, not NF4"),
     ],
 )
@@ -207,6 +219,33 @@ def test_what_a_format_cannot_hold_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedLayer, match=rf"^m: {form} .*{said}"):
         format_for(form).check(spec, shape, where="m")
+
+
+@pytest.mark.parametrize(("bits", "digest_of"), GOLDEN_MLX.items())
+def test_mlx_has_an_offset_for_a_zero_point(bits: int, digest_of: str) -> None:
+    packed, writer = golden(bits), format_for("mlx")
+    stored = writer.encode("a.weight", packed)
+    assert digest(stored["a.weight"].view(torch.int32)) == digest_of
+    parts = writer.parts(packed.spec, packed.shape, torch.float16)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in stored.items()}
+    assert found == {f"a.{role}": part for role, part in parts.items()}
+    again = writer.decode(stored, "a", packed.spec).dequantize()
+    torch.testing.assert_close(again, packed.dequantize(), rtol=0, atol=2**-8)
+    symmetric = PackedInt(packed.codes_OI, packed.scale_OG, None, bits)
+    stored = writer.encode("a.weight", symmetric)
+    again = writer.decode(stored, "a", symmetric.spec).dequantize()
+    assert torch.equal(again, symmetric.dequantize())
+
+
+def test_mlx_names_grids_that_differ() -> None:
+    specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(bits=6, group_size=64)}
+    specs["c"] = specs["a"]
+    assert format_for("mlx").config_section(specs, ["lm_head"]) == {
+        "bits": 4,
+        "group_size": 32,
+        "mode": "affine",
+        "b": {"bits": 6, "group_size": 64},
+    }
 
 
 def test_a_zero_point_that_engines_read_differently_is_refused() -> None:

@@ -33,6 +33,7 @@ ROLES = (
     "qzeros",
     "scales",
     "g_idx",
+    "biases",
 )
 SCALES = ("weight_scale", "scales")
 """The roles of a weight's scales."""
