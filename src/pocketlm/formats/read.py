@@ -2,8 +2,8 @@
 
 Works on the ``quantization_config`` of config.json and the names of the stored tensors alone. Reads
 what this package writes, and what other tools do: files of llm-compressor and compressed-tensors
-with the same storages, of GPTQ in both conventions, of AWQ in the version gemm. Anything else is
-refused by name.
+with the same storages, of GPTQ in both conventions, of AWQ in the version gemm, of AutoRound.
+Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pocketlm.core.errors import ArtifactError, UnsupportedModel, nearest
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stored import WeightSpec, parse_weight_spec
 from pocketlm.core.tensors import WeightTensor
-from pocketlm.formats import awq, compressed_tensors, gptq, inputs, pocketlm
+from pocketlm.formats import auto_round, awq, compressed_tensors, gptq, inputs, pocketlm
 from pocketlm.formats.compressed_config import spec_of
 from pocketlm.formats.layouts import (
     FACTORS,
@@ -37,7 +37,7 @@ from pocketlm.formats.layouts import (
 
 Scheme = tuple[WeightSpec, Layout, ActivationSpec | None]
 """A weight's form, how it is stored, and how the inputs are rounded."""
-READABLE = (compressed_tensors.NAME, pocketlm.NAME, "gptq", "awq")
+READABLE = (compressed_tensors.NAME, pocketlm.NAME, "gptq", "awq", auto_round.NAME)
 """The ``quant_method`` of what is read here."""
 BY_ROWS = (pack_quantized, plain_quantized, float_packed)
 """Layouts in which the rows of a weight lie one after the other."""
@@ -124,7 +124,7 @@ class CompressedIndex:
             return cls(method, _from_compressed_tensors(section, names))
         if method == pocketlm.NAME:
             return cls(method, _from_pocketlm(section, names))
-        if method in ("gptq", "awq"):
+        if method in ("gptq", "awq", auto_round.NAME):
             return cls(method, _from_words(method, section, names))
         raise UnsupportedModel(
             f"quantized by '{method}', which is not read here.",
@@ -249,16 +249,19 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
 def _from_words(
     method: str, section: Mapping[str, Any], names: set[str]
 ) -> dict[str, CompressedModule]:
-    """GPTQ and AWQ: what has a ``qweight`` is compressed."""
+    """GPTQ, AWQ and AutoRound: what has a ``qweight`` is compressed."""
     modules = {}
     for name in sorted(names):
         module, _, role = name.rpartition(".")
         if role != "qweight":
             continue
+        ordered = f"{module}.g_idx" in names
         if method == "gptq":
-            spec, layout = gptq.scheme_of(section, module, ordered=f"{module}.g_idx" in names)
-        else:
+            spec, layout = gptq.scheme_of(section, module, ordered=ordered)
+        elif method == "awq":
             spec, layout = awq.scheme_of(section)
+        else:
+            spec, layout = auto_round.scheme_of(section, module, ordered=ordered)
         modules[module] = _module(module, spec, layout, None, names)
     if not modules:
         raise _unpacked()

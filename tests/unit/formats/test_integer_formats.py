@@ -181,6 +181,36 @@ def test_a_convention_that_the_file_does_not_have_is_noticed() -> None:
         index.decode("a", stored.__getitem__)
 
 
+@pytest.mark.parametrize(
+    ("packing", "form"),
+    [
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round:auto_awq", "awq"),
+    ],
+)
+def test_autorounds_own_words_are_read(packing: str, form: str) -> None:
+    packed = golden(4)
+    stored = format_for(form).encode("m.0.a.weight", packed)
+    words = {
+        "quant_method": "auto-round",
+        "packing_format": packing,
+        "bits": 4,
+        "group_size": 16,
+        "sym": False,
+        "data_type": "int",
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}, r"m\.\d+\.a": {}},
+    }
+    words["extra_config"][r"m\.\d+\.a"] = {"group_size": GROUP}
+    index = CompressedIndex.build({"quantization_config": words}, stored)
+    assert index is not None
+    found = index.decode("m.0.a", stored.__getitem__)
+    assert torch.equal(found.dequantize(), packed.dequantize())
+    with pytest.raises(UnsupportedModel, match=r"mx_fp.*llm_compressor"):
+        CompressedIndex.build({"quantization_config": {**words, "data_type": "mx_fp"}}, stored)
+
+
 def test_linears_with_other_grids_are_named() -> None:
     usual, other = QuantSpec(group_size=32), QuantSpec(bits=8, group_size=64)
     specs = {f"m.0.{p}_proj": usual for p in ("o", "down", "gate", "up")}
@@ -274,5 +304,5 @@ def test_other_layouts_are_refused_by_name(form: str, words: dict[str, object], 
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModel, match="compressed-tensors, gptq, pocketlm"):
+    with pytest.raises(UnsupportedModel, match="awq, compressed-tensors, gptq, pocketlm"):
         CompressedIndex.build({"quantization_config": {"quant_method": "exl3"}}, ["a.weight"])
