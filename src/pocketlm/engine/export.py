@@ -134,7 +134,10 @@ def export(
     if target is not None:
         _require_target(form, target)
     model = open_stored(source)
-    return _write(model, output, FORMS[form](model, Asked(form, dtype, target)), on_progress)
+    try:
+        return _write(model, output, FORMS[form](model, Asked(form, dtype, target)), on_progress)
+    finally:
+        model.close()
 
 
 def _require_target(form: str, target: str) -> None:
@@ -146,7 +149,7 @@ def _require_target(form: str, target: str) -> None:
     """
     formats = capability(target).formats
     if form != "dense" and form not in formats:
-        readable = ", ".join(name for name in ("dense", *formats) if name in FORMS)
+        readable = ", ".join(dict.fromkeys(name for name in ("dense", *formats) if name in FORMS))
         raise UnsupportedLayer(
             f"{target} does not load {form}.", where="--target", remedy=f"It loads {readable}."
         )

@@ -29,6 +29,7 @@ class StoredModel:
         side_files: Files that go with the model.
         kv_cache: How engines are told to round the cache (`formats.kv_cache`); None: not at all.
         bytes_stored: Of all tensors, as they are stored.
+        close: Closes the files.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class StoredModel:
     config: Mapping[str, Any]
     side_files: Callable[[], Mapping[str, bytes]]
     bytes_stored: int
+    close: Callable[[], None]
     kv_cache: Mapping[str, Any] | None = None
 
 
@@ -55,7 +57,9 @@ def open_stored(name: str | Path) -> StoredModel:
     if path.is_file():
         view = open_model(path)
         size = path.stat().st_size
-        return StoredModel(path, view.source, None, view.config, view.side_files, size)
+        return StoredModel(
+            path, view.source, None, view.config, view.side_files, size, lambda: None
+        )
     config, stored = read_config(path), SafetensorsSource(path)
     packed = DecodedSource.wrap(stored, config)
     return StoredModel(
@@ -65,5 +69,6 @@ def open_stored(name: str | Path) -> StoredModel:
         config={key: value for key, value in config.items() if key != "quantization_config"},
         side_files=lambda: side_files(path),
         bytes_stored=sum(info.bytes_stored for info in stored.infos().values()),
+        close=stored.close,
         kv_cache=kv_cache.scheme_of(config),
     )

@@ -209,6 +209,7 @@ def test_a_rounded_cache_is_carried_over_or_told(
         (QuantSpec(bits=5, group_size=32), "gptq", "vllm", "not 5.*--to dense"),
         (W4A, "gptq", "vllm", "no kernel for asymmetric 4 bits"),
         (QuantSpec(bits=4, group_size=16), "awq", "vllm", "groups of 16"),
+        (W4, "mlx", "pocketlm", "pocketlm does not load mlx. It loads dense, compressed-tensors"),
         (W4, "gptq", "llama.cpp", "llama.cpp does not load gptq. It loads dense"),
     ],
 )
