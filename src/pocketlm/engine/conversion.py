@@ -104,7 +104,7 @@ class Conversion:
             return [f"{len(self._errors)} linears decode to the same values, bit for bit."]
         return [
             f"{changed} of {len(self._errors)} linears changed, by at most "
-            f"{self._errors[worst]:.1e} of their norm ({worst}): the format's scales are rounded."
+            f"{self._errors[worst]:.1e} of their norm ({worst}): scales or offsets are rounded."
         ]
 
     def _chunks(self, name: str, role: str):

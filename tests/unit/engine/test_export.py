@@ -16,7 +16,7 @@ from tests.unit.runtime.test_load import both_logits, llama, projections
 from pocketlm import api
 from pocketlm.core.errors import ArtifactError, ConfigError, UnsupportedLayer, UnsupportedModel
 from pocketlm.core.spec import QuantSpec
-from pocketlm.core.tensors import PackedInt
+from pocketlm.core.tensors import PackedInt, Sparse
 from pocketlm.formats import format_for
 from pocketlm.models import open_model
 from pocketlm.models.stored import open_stored
@@ -127,6 +127,28 @@ def test_mlx_gets_uint32_words_and_its_words_in_config(tmp_path: Path) -> None:
     assert "quantization_config" not in config
     stored = load_file(tmp_path / "mlx/model.safetensors")
     assert stored["model.layers.1.mlp.down_proj.weight"].dtype is torch.uint32
+
+
+def test_sparse_codes_become_whole_ones(tmp_path: Path) -> None:
+    """In our own format only kept weights are stored; elsewhere zeros are codes like others."""
+    packed, dense = twins(tmp_path)
+    file = packed / "model.safetensors"
+    stored, specs = load_file(file), {}
+    for name in [name for name in stored if name.endswith("weight_packed")]:
+        module = name.removesuffix(".weight_packed")
+        weight = format_for("compressed-tensors").decode(stored, module, W4)
+        sparse = Sparse(weight, weight.codes_OI != 0)
+        specs[module] = sparse.spec
+        stored |= format_for("pocketlm").encode(f"{module}.weight", sparse)
+    save_file(stored, file, metadata={"format": "pt"})
+    config = format_for("pocketlm").config_section(specs, [])
+    edit(packed, **config)
+    found = api.export(packed, tmp_path / "gptq", to="gptq", target="vllm")
+    assert found.notes == [
+        "14 linears decode to the same values, bit for bit.",
+        "14 sparse linears hold their zeros like other values.",
+    ]
+    assert same(tmp_path / "gptq", dense)
 
 
 def test_a_bias_that_the_model_lacks_is_dropped_only_if_zero(tmp_path: Path) -> None:
