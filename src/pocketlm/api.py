@@ -45,7 +45,8 @@ def inspect(
     """Looks at a model without compressing it: blocks, groups, folds, parameters, bytes.
 
     Args:
-        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory.
+        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory; compressed
+            ones too.
         probe: Whether folds are proved in float64 (reads one block of each kind).
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
@@ -60,7 +61,12 @@ def inspect(
     from pocketlm.models import open_model
     from pocketlm.models.inspect import inspect_model
 
-    model = open_model(source, trust_remote_code=trust_remote_code, revision=revision)
+    model = open_model(
+        source,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        allow_compressed=True,
+    )
     return inspect_model(model, probe=probe)
 
 
@@ -269,24 +275,28 @@ def export(
     *,
     to: str = "dense",
     dtype: str | None = None,
+    target: str | None = None,
 ) -> Export:
-    """Writes an artifact in another form.
+    """Writes a compressed model in another form.
 
     Args:
-        path: The artifact.
+        path: An artifact, or what another tool compressed: GPTQ, AWQ, compressed-tensors, GGUF.
         output: Where the exported model goes.
-        to: The form: "dense", an ordinary checkpoint with every weight decoded.
+        to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
+            codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx".
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
+        target: The engine that is to load it, such as "vllm"; None: the format's limits only.
 
     Returns:
-        What was made: bytes and multiplications before and after.
+        What was made: bytes and multiplications before and after, and what was lost.
 
     Raises:
-        PocketLMError: If there is no such form, or the artifact cannot be read.
+        PocketLMError: If there is no such form, the model cannot be read, or the form or target
+            cannot take it.
     """
-    from pocketlm.engine.export import export as export_artifact
+    from pocketlm.engine.export import export as export_model
 
-    return export_artifact(Path(path), Path(output).absolute(), to, dtype)
+    return export_model(path, Path(output).absolute(), to, dtype, target)
 
 
 def report(path: str | Path) -> Path:

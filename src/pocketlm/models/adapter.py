@@ -33,6 +33,7 @@ from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap
 from pocketlm.models.observe import Observation, observe
+from pocketlm.models.packed import PackedForm
 from pocketlm.models.run import pause_before, round_inputs
 from pocketlm.models.skeleton import Skeleton
 
@@ -54,6 +55,7 @@ class Model:
         load_tokenizer: Loads the tokenizer.
         quantizers: Module path, as the checkpoint spells it → how its inputs are rounded.
         shortcuts: Module between two blocks' bases → the first's last linear (models/shortcut.py).
+        forms: Tensor name → how the checkpoint holds it, of every compressed weight.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Model:
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
         quantizers: Mapping[str, InputQuantizer] | None = None,
         shortcuts: Mapping[str, str] | None = None,
+        forms: Mapping[str, PackedForm] | None = None,
     ) -> None:
         self.quantizers, self.shortcuts = quantizers or {}, shortcuts or {}
+        self.forms = forms or {}
         self.source, self.config, self.names = source, config, names
         self.device, self.compute_dtype = device, compute_dtype
         self.skeleton = skeleton

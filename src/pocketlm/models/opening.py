@@ -28,6 +28,7 @@ from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
 from pocketlm.models.memory import MemorySource
 from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
+from pocketlm.models.packed import PackedSource
 from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
@@ -49,6 +50,7 @@ class Parts:
     where: str
     quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
     shortcuts: Mapping[str, str] = field(default_factory=dict)
+    packed: PackedSource | None = None
 
 
 def open_model(
@@ -68,7 +70,7 @@ def open_model(
         compute_dtype: What they compute in; float32 on a CPU and bfloat16 elsewhere by default.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
-        allow_compressed: Whether our own artifacts open too, decoded as they are read.
+        allow_compressed: Whether compressed models open too, decoded as they are read.
 
     Returns:
         The model.
@@ -144,6 +146,8 @@ def changed_config(model: Model, changes: Mapping[str, Any]) -> dict[str, Any]:
 def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype) -> Model:
     add_shortcuts(parts.skeleton.model, parts.shortcuts)
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
+    if isinstance(parts.packed, DecodedSource):
+        parts.packed.require_biases(names.extras, parts.where)
     names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)
     connect_shortcuts(parts.skeleton.model)
@@ -159,6 +163,7 @@ def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype
         load_tokenizer=parts.load_tokenizer,
         quantizers=parts.quantizers,
         shortcuts=parts.shortcuts,
+        forms={} if parts.packed is None else parts.packed.forms(),
     )
 
 
@@ -237,6 +242,7 @@ def _from_directory(
         where=str(directory),
         quantizers={} if compressed is None else compressed.quantizers(),
         shortcuts=shortcuts_of(config),
+        packed=compressed,
     )
 
 

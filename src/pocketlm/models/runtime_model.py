@@ -8,6 +8,7 @@ them. Everything else is loaded as it is stored, in the dtype the model computes
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorSource
+from pocketlm.formats import kv_cache
 from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.config import judge_config, read_config, transformers_config
@@ -39,6 +41,7 @@ from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
+log = logging.getLogger("pocketlm.models")
 MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
 MakeEmbedding = Callable[[WeightTensor, nn.Embedding], nn.Module]
 
@@ -97,6 +100,8 @@ def _packed_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config, where = read_config(directory), str(directory)
     judge_config(config, where, trust_remote_code=trust_remote_code, allow_compressed=True)
+    if kv_cache.scheme_of(config) is not None:
+        log.warning("the file asks engines to round the cache of keys and values; it is not here")
     stored = SafetensorsSource(directory)
     index = CompressedIndex.build(config, stored.infos())
     if index is None:
@@ -107,6 +112,7 @@ def _packed_model(
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
     add_shortcuts(skeleton.model, shortcuts_of(config))
     names = map_names(skeleton.model, source.infos(), where)
+    source.require_biases(names.extras, where)
     names = settle_ties(skeleton.model, names, source)
     names, fused = split_experts(skeleton, names)
     for path, reason in fused.items():
