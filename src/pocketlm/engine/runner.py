@@ -32,10 +32,12 @@ from pocketlm.engine.gradients import keep_gradients, read_gradients
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Action, Entry, Ledger
+from pocketlm.engine.machine import activation_device
 from pocketlm.engine.memory import held_runs
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
 from pocketlm.engine.progress import Progress
+from pocketlm.engine.writing import BlockWriter
 from pocketlm.formats import format_for
 from pocketlm.formats.inputs import decode as decode_inputs
 
@@ -105,8 +107,9 @@ class Runner:
         self._progress.stage(
             "compress", f"compressing {total - first} blocks", left * self._plan.stages["compress"]
         )
-        for index in range(first, total):
-            self._compress(index, first, total)
+        with BlockWriter(self._journal, self._model.device) as writer:
+            for index in range(first, total):
+                self._compress(index, first, total, writer)
         self._compress_ends()
         compressed = time.monotonic()
         self._progress.stage("assemble", "assembling the artifact")
@@ -155,7 +158,9 @@ class Runner:
         assert self._windows is not None
         tokens = self._windows.tokens_NT.numel()
         if boundary_bytes(self._model, self._job, tokens) <= self._job.activation_bytes:
-            return MemoryStore(keep_inputs=name == "originals"), False
+            needed = boundary_bytes(self._model, self._job, tokens)
+            place = activation_device(self._model.device, needed)
+            return MemoryStore(keep_inputs=name == "originals", device=place), False
         disk = DiskStore(self._journal.directory / name)
         return disk, first > 0 and disk.recover(first, batches)
 
@@ -205,12 +210,13 @@ class Runner:
 
     # --- blocks ---
 
-    def _compress(self, index: int, first: int, total: int) -> None:
+    def _compress(self, index: int, first: int, total: int, writer: BlockWriter) -> None:
         before = time.monotonic()
         path = self._model.block_paths[index]
         text = f"compressing block {index + 1} of {total}"
         self._log.emit("block_started", text, where=path, block=index)
         with self._model.block(index) as block:
+            self._model.prefetch(index + 1)
             compressed = compress_block(
                 block,
                 self._job.steps,
@@ -223,14 +229,15 @@ class Runner:
                 gradients=self._gradients(index),
                 report=self._inside(index, first, total),
             )
-            tensors: dict[str, Tensor] = dict(compressed.folded)
+            # Copies: the block's own memory serves the next one while this is being written.
+            tensors = {name: value.clone() for name, value in compressed.folded.items()}
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
             for result in compressed.linears:
                 weight = self._stored(result)
                 encoded = self._format.encode(result.view.tensor_name, weight, result.quantizer)
                 tensors.update(encoded)
                 entries[result.view.tensor_name] = self._account(result, weight, list(encoded))
-        self._journal.write_block(index, tensors, entries)
+        writer.write(index, tensors, entries)
         for store in (self._store, self._original):
             if store is not None:
                 store.advance(index + 1)
