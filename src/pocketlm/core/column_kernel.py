@@ -26,15 +26,17 @@ TO_INTEGER = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
 
 
 @triton.jit
-def _divided(x, y):
+def divided(x, y):
     """x / y, rounded as IEEE 754 has it; Triton's own quotient of float32 is not."""
     if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    return x / y
+        quotient = tl.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
 
 
 @triton.jit
-def _rounded(x, TO_INTEGER: tl.constexpr):
+def to_integer(x, TO_INTEGER: tl.constexpr):
     """The nearest integer, halves to even, for |x| < 2^22: adding 1.5 · 2^23 rounds it off."""
     return (x + TO_INTEGER) - TO_INTEGER
 
@@ -47,20 +49,21 @@ def _nearest(
 ):  # fmt: skip
     """The level of each value [R]: `core.levels.rounder`, number format by number format."""
     if FORMAT == 1:
-        level = tl.minimum(tl.maximum(_divided(x, scale), low - zero), high - zero)
-        return _rounded(level, TO_INTEGER)
-    if FORMAT == 2:
-        level = tl.minimum(tl.maximum(_divided(x, scale), low), high)
-        exponent = (level.to(tl.int32, bitcast=True) & 0x7F800000) - (MANTISSA << 23)
+        inside = tl.minimum(tl.maximum(divided(x, scale), low - zero), high - zero)
+        level = to_integer(inside, TO_INTEGER)
+    elif FORMAT == 2:
+        inside = tl.minimum(tl.maximum(divided(x, scale), low), high)
+        exponent = (inside.to(tl.int32, bitcast=True) & 0x7F800000) - (MANTISSA << 23)
         step = tl.maximum(exponent.to(tl.float32, bitcast=True), least_step)
         step = tl.where(exponent < 0, least_step, step)
-        return _rounded(_divided(level, step), TO_INTEGER) * step
-    usable = tl.where(tl.abs(scale) < LEAST_DIVISOR, LEAST_DIVISOR, scale)
-    scaled = x * _divided(tl.full(x.shape, 1.0, x.dtype), usable)
-    entry = tl.arange(0, ENTRIES)
-    bound = tl.load(bounds + entry)
-    place = tl.sum((scaled[None, :] > bound[:, None]).to(tl.int32), 0)
-    return tl.load(levels + place).to(x.dtype)
+        level = to_integer(divided(inside, step), TO_INTEGER) * step
+    else:
+        usable = tl.where(tl.abs(scale) < LEAST_DIVISOR, LEAST_DIVISOR, scale)
+        scaled = x * divided(tl.full(x.shape, 1.0, x.dtype), usable)
+        bound = tl.load(bounds + tl.arange(0, ENTRIES))
+        place = tl.sum((scaled[None, :] > bound[:, None]).to(tl.int32), 0)
+        level = tl.load(levels + place).to(x.dtype)
+    return level
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def _walk(
         if HAS_CURRENT:
             change_R = tl.load(current + at_R, mask=live_R, other=0.0) - value_R
         else:
-            change_R = _divided(x_R - value_R, tl.zeros((R,), x_R.dtype) + tl.load(line + i))
+            change_R = divided(x_R - value_R, tl.zeros((R,), x_R.dtype) + tl.load(line + i))
         tl.store(change + at_R, change_R, mask=live_R)
         later_C = tl.load(line + column_C, mask=(column_C > i) & live_C, other=0.0)
         tile_CR -= later_C[:, None] * change_R[None, :]

@@ -121,11 +121,11 @@ def product(left: Tensor, right: Tensor, *, terms: Literal[1, 3] = 3) -> Tensor:
     arXiv:1803.04014, section V), at a third of the time of float32. One term is a₁b₁, 2^-9.
 
     Args:
-        left: [M, K].
-        right: [K, N].
+        left: [M, K]; with one term perhaps bfloat16.
+        right: [K, N]; alike.
         terms: 3, or 1 where the result is only compared with others alike.
     """
-    if not left.is_cuda or left.dtype != torch.float32:
+    if not left.is_cuda or left.dtype == torch.float64:
         return left @ right
     left_high, right_high = left.bfloat16(), right.bfloat16()
     result = torch.mm(left_high, right_high, out_dtype=torch.float32)

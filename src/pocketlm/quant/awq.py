@@ -21,10 +21,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.linalg import product
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.quant.grid import grouped, minmax_grid, round_to_grid, searched_grid, ungrouped
+from pocketlm.quant.grid import (
+    grouped,
+    kernel_serves,
+    minmax_grid,
+    multiples_tried,
+    round_to_grid,
+    searched_grid,
+    ungrouped,
+)
+
+SMALLEST, SHRINKS = 0.6, 5  # of the search for each trial's grid
 
 
 class Awq(Strict):
@@ -65,18 +76,37 @@ class Awq(Strict):
     def _error(self, linears: Sequence[LinearState], scale_I: Tensor, hessian_II: Tensor) -> float:
         total = torch.zeros((), dtype=torch.float64, device=scale_I.device)
         for state in linears:
+            if self.clip and kernel_serves(state.reference_OI, state.spec):
+                error_OI = self._left_over(state, scale_I, hessian_II.diagonal())
+                total += (product(error_OI, hessian_II, terms=1) * error_OI).sum().double()
+                continue
             scaled_OI = state.reference_OI * scale_I
             if self.clip:
                 importance_I = hessian_II.diagonal() / scale_I.square()
                 grid = searched_grid(
-                    scaled_OI, state.spec, state.scale_dtype, importance_I, smallest=0.6, steps=5
+                    scaled_OI,
+                    state.spec,
+                    state.scale_dtype,
+                    importance_I,
+                    smallest=SMALLEST,
+                    steps=SHRINKS,
                 )
             else:
                 grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
             rounded = round_to_grid(scaled_OI, grid, state.spec)
             error_OI = rounded.dequantize() / scale_I - state.reference_OI
-            total += ((error_OI @ hessian_II) * error_OI).sum().double()
+            total += (product(error_OI, hessian_II, terms=1) * error_OI).sum().double()
         return float(total)
+
+    def _left_over(self, state: LinearState, scale_I: Tensor, importance_I: Tensor) -> Tensor:
+        """Q(W diag(s)) diag(s)⁻¹ - W by one kernel, bfloat16."""
+        from pocketlm.quant.grid_kernel import left_over
+
+        multiples = list(multiples_tried(state.spec, SMALLEST, SHRINKS))
+        weight_OI = state.reference_OI.contiguous()
+        return left_over(
+            weight_OI, state.spec, state.scale_dtype, importance_I, multiples, scale_I
+        )
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A rounding and a product with the Hessian for each trial."""
