@@ -2,9 +2,9 @@
 
 Legend: B sequences, T tokens, D hidden width.
 
-In memory (the machine's or a GPU's) a batch is overwritten as soon as the block's output is there. On disk there are two
-directories, taken in turn, and the block's index is written last, with a checksum of every file: a
-kill at any instant leaves one whole boundary to go on from.
+In memory, the machine's or a GPU's, a batch is overwritten as soon as the block's output is there.
+On disk there are two directories, taken in turn, and the block's index is written last, with a
+checksum of every file: a kill at any instant leaves one whole boundary to go on from.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class MemoryStore:
         device: Whose memory: on a GPU that has room for them, nothing crosses the bus.
     """
 
-    def __init__(
-        self, keep_inputs: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, keep_inputs: bool = False, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._inputs: dict[int, Tensor] = {}
         self._outputs = {} if keep_inputs else self._inputs

@@ -8,7 +8,7 @@ Legend: R rows of a program, C columns of the block, O output rows. Tensors are 
 """
 
 # Triton's language is not Python's: its types tell a checker nothing.
-# pyright: basic, reportMissingImports=false, reportUnknownMemberType=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ TO_INTEGER = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
 
 @triton.jit
 def divided(x, y):
-    """x / y, rounded as IEEE 754 has it; Triton's own quotient of float32 is not."""
-    if x.dtype == tl.float32:
-        quotient = tl.div_rn(x, y)
-    else:
-        quotient = x / y
-    return quotient
+    """The quotient, rounded as IEEE 754 has it; Triton's own of float32 is not."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def invert_upper(upper_II: Tensor) -> None:
 
 
 def product(left: Tensor, right: Tensor, *, terms: Literal[1, 3] = 3) -> Tensor:
-    """left @ right of float32 matrices; on a GPU by its tensor cores, summed in float32.
+    """A product of float32 matrices; on a GPU by its tensor cores, summed in float32.
 
     With a₁ the bfloat16 nearest to a and a₂ that nearest to a - a₁, three terms are
     a₁b₁ + a₁b₂ + a₂b₁: an error of about 2^-17 of each product (Markidis and others,

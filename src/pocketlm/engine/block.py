@@ -318,6 +318,4 @@ def _finish(
     view.set_weight_OI(decoded_OI)
     inputs.set(view.name, on=True)
     rounding = inputs.of(view.name)
-    return Compressed(
-        view, weight, state.asked, error, state.notes, seen, rounding, state.mask_OI
-    )
+    return Compressed(view, weight, state.asked, error, state.notes, seen, rounding, state.mask_OI)

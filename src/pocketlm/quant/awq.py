@@ -104,9 +104,7 @@ class Awq(Strict):
 
         multiples = list(multiples_tried(state.spec, SMALLEST, SHRINKS))
         weight_OI = state.reference_OI.contiguous()
-        return left_over(
-            weight_OI, state.spec, state.scale_dtype, importance_I, multiples, scale_I
-        )
+        return left_over(weight_OI, state.spec, state.scale_dtype, importance_I, multiples, scale_I)
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A rounding and a product with the Hessian for each trial."""

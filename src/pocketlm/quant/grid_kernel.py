@@ -8,7 +8,7 @@ Legend: O rows, I columns, G groups of a program, N weights of a group.
 """
 
 # Triton's language is not Python's: its types tell a checker nothing.
-# pyright: basic, reportMissingImports=false, reportUnknownMemberType=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -147,9 +147,7 @@ def left_over(
         column_scale_I: s.
     """
     left_OI = torch.empty_like(weight_OI, dtype=torch.bfloat16)
-    _launch(
-        weight_OI, spec, dtype, importance_I, multiples, left_OI, None, column_scale_I, left_OI
-    )
+    _launch(weight_OI, spec, dtype, importance_I, multiples, left_OI, None, column_scale_I, left_OI)
     return left_OI
 
 

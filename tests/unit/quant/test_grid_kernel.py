@@ -10,10 +10,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 pytest.importorskip("triton")
 
-from pocketlm.core.spec import QuantSpec  # noqa: E402
-from pocketlm.quant import grid  # noqa: E402
-from pocketlm.quant.grid import multiples_tried, round_to_grid, searched_grid  # noqa: E402
-from pocketlm.quant.grid_kernel import left_over, search  # noqa: E402
+from pocketlm.core.spec import QuantSpec
+from pocketlm.quant import grid
+from pocketlm.quant.grid import multiples_tried, round_to_grid, searched_grid
+from pocketlm.quant.grid_kernel import left_over, search
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts a float off to bfloat16 where a GPU rounds it.
@@ -38,7 +38,9 @@ def test_the_kernel_is_the_search(
     monkeypatch.setattr(grid, "kernel_serves", lambda weight_OI, spec: False)
     for weigh_I in (None, importance_I):
         expected = searched_grid(weight, spec, dtype, weigh_I, steps=6)
-        scale_OG, zero_OG = search(weight, spec, dtype, weigh_I, list(multiples_tried(spec, 0.5, 6)))
+        scale_OG, zero_OG = search(
+            weight, spec, dtype, weigh_I, list(multiples_tried(spec, 0.5, 6))
+        )
         # two shrinks may be equally good but for the order of a sum
         assert float((scale_OG != expected.scale_OG).double().mean()) < 0.06
         if zero_OG is not None:
@@ -58,6 +60,4 @@ def test_what_is_left_over(symmetric: bool, monkeypatch) -> None:
     rounded_OI = round_to_grid(weight * scale_I, found, spec).dequantize()
     multiples = list(multiples_tried(spec, 0.5, 5))
     left_OI = left_over(weight, spec, torch.float16, importance_I, multiples, scale_I)
-    torch.testing.assert_close(
-        left_OI.float(), rounded_OI / scale_I - weight, rtol=1e-2, atol=1e-3
-    )
+    torch.testing.assert_close(left_OI.float(), rounded_OI / scale_I - weight, rtol=1e-2, atol=1e-3)
