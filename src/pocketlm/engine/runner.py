@@ -229,8 +229,7 @@ class Runner:
                 gradients=self._gradients(index),
                 report=self._inside(index, first, total),
             )
-            # Copies: the block's own memory serves the next one while this is being written.
-            tensors = {name: value.clone() for name, value in compressed.folded.items()}
+            tensors: dict[str, Tensor] = dict(compressed.folded)
             entries = {name: self._folded(name, value) for name, value in tensors.items()}
             for result in compressed.linears:
                 weight = self._stored(result)

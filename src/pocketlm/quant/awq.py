@@ -60,29 +60,32 @@ class Awq(Strict):
         diagonal_I = hessian.diagonal_I()
         if not bool((diagonal_I > 0).any()):
             return None
-        hessian_II = hessian.matrix_II()
         inputs_I = diagonal_I.sqrt()
         weights_I = _column_size(linears)
-        best_I, best_error = None, self._error(linears, torch.ones_like(inputs_I), hessian_II)
+        trials = [torch.ones_like(inputs_I)]
         for step in range(1, self.steps + 1):
             exponent = step / self.steps
-            for scale_I in (inputs_I**exponent, (inputs_I / weights_I) ** exponent):
-                scale_I = _centred(scale_I)
-                error = self._error(linears, scale_I, hessian_II)
-                if error < best_error:
-                    best_I, best_error = scale_I, error
-        return best_I
+            trials += [_centred(inputs_I**exponent), _centred((inputs_I / weights_I) ** exponent)]
+        weigh_II = hessian.matrix_II()
+        if weigh_II.is_cuda:
+            weigh_II = weigh_II.bfloat16()  # trials only compete with each other
+        errors = [self._error(linears, scale_I, diagonal_I, weigh_II) for scale_I in trials]
+        best = int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin())
+        return trials[best] if best else None
 
-    def _error(self, linears: Sequence[LinearState], scale_I: Tensor, hessian_II: Tensor) -> float:
+    def _error(
+        self, linears: Sequence[LinearState], scale_I: Tensor, diagonal_I: Tensor, weigh_II: Tensor
+    ) -> Tensor:
+        """The linears' squared output error, float64 []; one linear's rounding is held at a time."""
         total = torch.zeros((), dtype=torch.float64, device=scale_I.device)
         for state in linears:
             if self.clip and kernel_serves(state.reference_OI, state.spec):
-                error_OI = self._left_over(state, scale_I, hessian_II.diagonal())
-                total += (product(error_OI, hessian_II, terms=1) * error_OI).sum().double()
+                error_OI = self._left_over(state, scale_I, diagonal_I)
+                total += (product(error_OI, weigh_II, terms=1) * error_OI).sum().double()
                 continue
             scaled_OI = state.reference_OI * scale_I
             if self.clip:
-                importance_I = hessian_II.diagonal() / scale_I.square()
+                importance_I = diagonal_I / scale_I.square()
                 grid = searched_grid(
                     scaled_OI,
                     state.spec,
@@ -95,8 +98,8 @@ class Awq(Strict):
                 grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
             rounded = round_to_grid(scaled_OI, grid, state.spec)
             error_OI = rounded.dequantize() / scale_I - state.reference_OI
-            total += (product(error_OI, hessian_II, terms=1) * error_OI).sum().double()
-        return float(total)
+            total += (product(error_OI, weigh_II, terms=1) * error_OI).sum().double()
+        return total
 
     def _left_over(self, state: LinearState, scale_I: Tensor, importance_I: Tensor) -> Tensor:
         """Q(W diag(s)) diag(s)⁻¹ - W by one kernel, bfloat16."""
@@ -132,6 +135,6 @@ def _centred(scale_I: Tensor) -> Tensor:
 
     A dead input has no size; it takes the smallest live one, and at most a factor 10⁴ is spanned.
     """
-    live_I = scale_I[scale_I > 0]
-    scale_I = scale_I.clamp(min=max(float(live_I.min()), 1e-4 * float(live_I.max())))
+    least = torch.where(scale_I > 0, scale_I, torch.inf).min()
+    scale_I = torch.maximum(scale_I, torch.maximum(least, 1e-4 * scale_I.max()))
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()
