@@ -310,7 +310,13 @@ def main() -> int:
     rate = rates(device)
     rows, runs, missed = [], {}, False
     for method in arguments.methods.split(","):
-        run = compress(method, model, text, arguments, Parts(cuda))
+        try:
+            run = compress(method, model, text, arguments, Parts(cuda))
+        except (pocketlm.PocketLMError, RuntimeError) as error:
+            print(method, error, file=sys.stderr)
+            rows.append((method, *["failed"] * 7))
+            missed = True
+            continue
         later = run["blocks"][1:] or run["blocks"]
         seconds = statistics.median(block["seconds"] for block in later)
         names = dict.fromkeys(name for block in later for name in block["parts"])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -43,14 +42,25 @@ class Rounding:
 
 
 @cache
-def kernel_is_there() -> bool:
-    """Whether Triton, which PyTorch's CUDA builds bring, can be imported."""
-    return find_spec("triton") is not None
+def kernel_trouble() -> str | None:
+    """Why Triton kernels cannot run on this machine's GPU; None: they can.
+
+    One small block is tried: Triton comes with PyTorch's CUDA builds, but it needs a C compiler and
+    a driver it knows, and what it raises where they are not there is of many kinds.
+    """
+    try:
+        from pocketlm.core.column_kernel import walk
+
+        start_CO = torch.ones(16, 16, device="cuda")
+        walk(start_CO, torch.eye(16, device="cuda"), None, None, None, None, None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    return None
 
 
 def serves(columns: Tensor) -> bool:
-    """Whether the kernel takes these columns: on a GPU, in float32, with Triton there."""
-    return columns.is_cuda and columns.dtype == torch.float32 and kernel_is_there()
+    """Whether kernels take a float32 tensor: it is on a GPU that Triton can use."""
+    return columns.is_cuda and columns.dtype == torch.float32 and kernel_trouble() is None
 
 
 def feed_back(

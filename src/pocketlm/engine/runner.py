@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
+from pocketlm.core.columns import kernel_trouble
 from pocketlm.core.errors import NumericError
 from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
@@ -97,6 +98,9 @@ class Runner:
         if first:
             text = f"going on after block {first} of {total}; finished blocks are kept."
             self._log.emit("resumed", text, done=first, total=total)
+        if self._model.device.type == "cuda" and (trouble := kernel_trouble()) is not None:
+            text = f"Triton kernels do not run here: slower loops serve instead ({trouble})."
+            self._log.emit("fallback", text, data={"kind": "kernel"})
         started = time.monotonic()
         if self._job.needs_gradients and first < total:
             self._keep_gradients()

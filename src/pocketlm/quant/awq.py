@@ -76,7 +76,7 @@ class Awq(Strict):
     def _error(
         self, linears: Sequence[LinearState], scale_I: Tensor, diagonal_I: Tensor, weigh_II: Tensor
     ) -> Tensor:
-        """The linears' squared output error, float64 []; one linear's rounding is held at a time."""
+        """The linears' squared output error, float64 []; one rounded weight is held at a time."""
         total = torch.zeros((), dtype=torch.float64, device=scale_I.device)
         for state in linears:
             if self.clip and kernel_serves(state.reference_OI, state.spec):
