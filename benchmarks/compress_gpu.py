@@ -34,6 +34,7 @@ from harness import SCRATCH, environment, must, publish, run_child, table
 from synthetic import Shape, write_llama
 
 import pocketlm
+from pocketlm.core.errors import PocketLMError
 
 GIB = 2**30
 W4 = {"bits": 4, "group_size": 128}
@@ -312,7 +313,7 @@ def main() -> int:
     for method in arguments.methods.split(","):
         try:
             run = compress(method, model, text, arguments, Parts(cuda))
-        except (pocketlm.PocketLMError, RuntimeError) as error:
+        except (PocketLMError, RuntimeError) as error:
             print(method, error, file=sys.stderr)
             rows.append((method, *["failed"] * 7))
             missed = True
