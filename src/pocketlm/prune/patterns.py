@@ -36,7 +36,7 @@ def kept(
         grouped = score_OI if scope == "row" else score_OI.reshape(1, -1)
     gone = sparsity.pruned(grouped.shape[1])
     if grouped.is_cuda and sparsity.of is not None:
-        return (_rank(grouped) >= gone).view(rows, columns)
+        return (ranks(grouped) >= gone).view(rows, columns)
     mask = torch.ones_like(grouped, dtype=torch.bool)
     if gone:
         least = torch.argsort(grouped, dim=1, stable=True)[:, :gone]
@@ -44,7 +44,7 @@ def kept(
     return mask.view(rows, columns)
 
 
-def _rank(score_NM: Tensor) -> Tensor:
+def ranks(score_NM: Tensor) -> Tensor:
     """Each score's place in its group, from the least; of equal ones the earlier comes first.
 
     Comparing all pairs of a few is what a GPU does faster than sorting them.
