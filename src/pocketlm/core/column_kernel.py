@@ -20,7 +20,7 @@ from torch import Tensor
 from pocketlm.core.levels import LEAST_DIVISOR, level_ends, minifloat, table
 from pocketlm.core.spec import QuantSpec
 
-ROWS, WARPS = 32, 1  # of a program; benchmarks/compress_gpu.py --kernel tries others
+ROWS, WARPS = 16, 1  # of a program: on an H200 0.118 ms a block of 128, 32 rows 0.14, 4 warps 0.15
 PLAIN, INTEGER, MINIFLOAT, TABLE = 0, 1, 2, 3
 TO_INTEGER = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
 

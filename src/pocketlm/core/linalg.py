@@ -18,6 +18,7 @@ from pocketlm.core.errors import NumericError
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 LADDER = 4  # rungs of ten times more damping before float64 is tried
 SOLVED_SIDE = 512  # triangles up to this are inverted at once, larger ones by halves
+SPLIT_COLUMNS = 2048  # of a factor that are split into bfloat16 at once
 EXACT_SIDE = 1536  # matrices whose shorter side is at most this are decomposed exactly
 OVERSAMPLING = 32  # directions beyond the rank that a randomised decomposition looks at
 POWER_ITERATIONS = 4
@@ -88,7 +89,7 @@ def _factor(hessian_II: Tensor, damping: float) -> Tensor | None:
         return None
     upper_II = lower_II.flip(0, 1)
     del lower_II
-    if upper_II.is_cuda:
+    if upper_II.is_cuda:  # 1.6 times as fast there, and in place
         invert_upper(upper_II)
     else:
         identity_II = torch.eye(len(upper_II), dtype=upper_II.dtype)
@@ -127,15 +128,19 @@ def product(left: Tensor, right: Tensor, *, terms: Literal[1, 3] = 3) -> Tensor:
     """
     if not left.is_cuda or left.dtype == torch.float64:
         return left @ right
-    left_high, right_high = left.bfloat16(), right.bfloat16()
-    result = torch.mm(left_high, right_high, out_dtype=torch.float32)
+    left_high = left.bfloat16()
     if terms == 1:
-        return result
-    for a, b in (
-        (left_high, (right - right_high).bfloat16()),
-        ((left - left_high).bfloat16(), right_high),
-    ):
-        torch.addmm(result, a, b, out_dtype=torch.float32, out=result)
+        return torch.mm(left_high, right.bfloat16(), out_dtype=torch.float32)
+    left_low = (left - left_high).bfloat16()
+    result = left.new_empty(left.shape[0], right.shape[1])
+    for start in range(0, right.shape[1], SPLIT_COLUMNS):  # a large factor is not held thrice
+        stop = start + SPLIT_COLUMNS
+        part, into = right[:, start:stop], result[:, start:stop]
+        high = part.bfloat16()
+        low = (part - high).bfloat16()
+        into.copy_(torch.mm(left_high, high, out_dtype=torch.float32))
+        for a, b in ((left_high, low), (left_low, high)):
+            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
     return result
 
 

@@ -144,7 +144,7 @@ class Hessian(Stat):
         if key not in self._factors:
             hessian_II = self.shrunk_II(shrinkage)
             if order_I is not None:
-                hessian_II = hessian_II[order_I][:, order_I]
+                hessian_II = hessian_II[order_I[:, None], order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)
         return self._factors[key]
 

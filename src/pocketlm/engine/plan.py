@@ -23,11 +23,18 @@ from pocketlm.engine.duration import stage_seconds
 from pocketlm.engine.gradients import TOKENS
 from pocketlm.engine.grids import Grids, grid_text, linear_bits, scale_dtype_for
 from pocketlm.engine.machine import (
+    activation_device,
     available_ram_bytes,
     resident_bytes,
     total_vram_bytes,
 )
-from pocketlm.engine.memory import hidden_bytes, hidden_width, learning_bytes, run_bytes
+from pocketlm.engine.memory import (
+    hidden_bytes,
+    hidden_width,
+    learning_bytes,
+    run_bytes,
+    runs_budget,
+)
 from pocketlm.engine.options import Job
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
@@ -123,7 +130,9 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
-    host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
+    waiting = boundary_bytes(model, job, tokens) if in_memory else 0
+    there = activation_device(model.device, waiting).type == "cuda"
+    host_hidden = 0 if there else waiting
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
     gradients = 0  # on disk, in bfloat16
     if job.needs_gradients:
@@ -154,7 +163,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         tokens_per_expert=_tokens_per_expert(model.config, tokens),
         activations="memory" if in_memory else "disk",
         peak_ram_bytes=host if on_gpu else host + working,
-        peak_vram_bytes=working if on_gpu else 0,
+        peak_vram_bytes=working + (waiting if there else 0) if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
         + sizes["ends"]
         + gradients
@@ -287,7 +296,8 @@ def _working_bytes(
     if not tokens:
         return weights + widest
     each = run_bytes(list(shapes.values()), hidden_width(model), job.tokens_at_once, width)
-    inside = max(each, min(job.activation_bytes, tokens // job.tokens_at_once * each))
+    budget = runs_budget(model, job.activation_bytes)
+    inside = max(each, min(budget, tokens // job.tokens_at_once * each))
     learning = learning_bytes(model, steps, shapes, job.tokens_at_once)
     if learning and model.device.type == "cuda":  # inputs and targets stay there
         learning += min(job.activation_bytes, 2 * hidden_bytes(model, tokens))

@@ -34,7 +34,7 @@ from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Action, Entry, Ledger
 from pocketlm.engine.machine import activation_device
-from pocketlm.engine.memory import held_runs
+from pocketlm.engine.memory import held_runs, runs_budget
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
 from pocketlm.engine.progress import Progress
@@ -279,7 +279,8 @@ class Runner:
         if self._store is None:
             return None
         budget = self._job.activation_bytes
-        held = held_runs(self._model, block, self._calls_tokens(), budget)
+        inside = runs_budget(self._model, budget)
+        held = held_runs(self._model, block, self._calls_tokens(), inside)
         stores = (self._store, self._original)
         return Batches(block, self._calls, *stores, held, self._model.device, budget)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from pocketlm.core.columns import Rounding, descend
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.levels import levels_of
+from pocketlm.core.linalg import product
 from pocketlm.core.spec import QuantSpec, Strict
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
@@ -114,12 +115,14 @@ def renewed_scales(
     rows, columns = weight_OI.shape
     groups = grid.scale_OG.shape[1]
     level_OGi = levels_of(current.codes_OI, spec).to(weight_OI.dtype).view(rows, groups, -1)
-    right_OG = ((weight_OI @ hessian_II).view(rows, groups, -1) * level_OGi).sum(-1)
+    right_OG = (product(weight_OI, hessian_II).view(rows, groups, -1) * level_OGi).sum(-1)
     left_OGG = torch.empty(rows, groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
     width = columns // groups
-    for group in range(groups):
-        moved_OI = level_OGi[:, group] @ hessian_II[group * width : (group + 1) * width]
-        left_OGG[:, group] = (moved_OI.view(rows, groups, -1) * level_OGi).sum(-1)
+    for group in range(groups):  # symmetric: what is right of the diagonal is below it too
+        start = group * width
+        moved_OI = level_OGi[:, group] @ hessian_II[start : start + width, start:]
+        beside_OG = (moved_OI.view(rows, groups - group, -1) * level_OGi[:, group:]).sum(-1)
+        left_OGG[:, group, group:] = left_OGG[:, group:, group] = beside_OG
     diagonal_OG = left_OGG.diagonal(dim1=1, dim2=2)
     # A group whose codes are all zero has no say: its row of the system becomes the identity.
     diagonal_OG += RIDGE * diagonal_OG.mean(-1, keepdim=True) + (diagonal_OG == 0)
