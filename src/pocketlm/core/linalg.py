@@ -132,7 +132,7 @@ def product(left: Tensor, right: Tensor, *, terms: Literal[1, 3] = 3) -> Tensor:
     if terms == 1:
         return torch.mm(left_high, right.bfloat16(), out_dtype=torch.float32)
     left_low = (left - left_high).bfloat16()
-    result = left.new_empty(left.shape[0], right.shape[1])
+    result = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
     for start in range(0, right.shape[1], SPLIT_COLUMNS):  # a large factor is not held thrice
         stop = start + SPLIT_COLUMNS
         part, into = right[:, start:stop], result[:, start:stop]

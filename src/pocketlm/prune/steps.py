@@ -257,7 +257,7 @@ class Sparsegpt(_OnHessian):
         held = 4 * (5 * rows * columns + 5 * columns * columns)
         flops = (1.0 + 2 * self.steps) * rows * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)
-        return Cost(held, flops, calls=8 * columns, bytes_moved=moved)
+        return Cost(held, flops, calls=8 * columns, bytes_moved=moved, kernel=True)
 
 
 class SparsegptJoint(Sparsegpt):

@@ -115,7 +115,7 @@ class Awq(Strict):
         held = 4 * (4 * rows * columns + columns * columns)
         searching = 10 * 160.0 if self.clip else 20.0
         flops = trials * rows * columns * (2.0 * columns + searching)
-        return Cost(held, flops, trials * (260 if self.clip else 20))
+        return Cost(held, flops, trials * (260 if self.clip else 20), kernel=self.clip)
 
 
 def _column_size(linears: Sequence[LinearState]) -> Tensor:

@@ -72,7 +72,7 @@ class Gptq(Strict):
         held = 4 * (4 * rows * columns + 5 * columns * columns)
         flops = float(rows) * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)  # half a block, read and written
-        return Cost(held, flops, calls=9 * columns, bytes_moved=moved)
+        return Cost(held, flops, calls=9 * columns, bytes_moved=moved, kernel=True)
 
 
 def column_order(hessian: Hessian, order: str) -> Tensor | None:

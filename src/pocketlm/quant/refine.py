@@ -89,7 +89,7 @@ class Refine(Strict):
         held = 4 * (5 * rows * columns + columns * columns)
         flops = self.rounds * 8.0 * rows * columns * columns
         moved = self.rounds * 4.0 * rows * columns * (BLOCK_COLUMNS + 30)
-        return Cost(held, flops, self.rounds * 9 * columns, moved)
+        return Cost(held, flops, self.rounds * 9 * columns, moved, kernel=True)
 
 
 def renewed_scales(
