@@ -134,6 +134,8 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     there = activation_device(model.device, waiting).type == "cuda"
     host_hidden = 0 if there else waiting
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
+    if on_gpu:  # the next block is read, and the last one written, while one is in work
+        host += 2 * _largest_block(model) * element_bytes(model.dtype)
     gradients = 0  # on disk, in bfloat16
     if job.needs_gradients:
         gradients = 2 * sum(math.prod(shape) for shape in model.linear_shapes().values())
@@ -280,12 +282,7 @@ def _working_bytes(
 ) -> int:
     """Bytes of the largest block at work: weights, the widest linear's steps, runs inside it."""
     width = element_bytes(model.compute_dtype)
-    blocks: dict[str, int] = {path: 0 for path in model.block_paths}
-    for name, info in model.source.infos().items():
-        path = next((p for p in blocks if name.startswith(p + ".")), None)
-        if path is not None:
-            blocks[path] += math.prod(info.shape)
-    weights = max(blocks.values()) * width
+    weights = _largest_block(model) * width
     steps: Sequence[Step] = job.steps
     widest = max(
         9 * rows * columns
@@ -302,6 +299,16 @@ def _working_bytes(
     if learning and model.device.type == "cuda":  # inputs and targets stay there
         learning += min(job.activation_bytes, 2 * hidden_bytes(model, tokens))
     return weights + max(widest + inside, learning) + each
+
+
+def _largest_block(model: ModelView) -> int:
+    """Weights of the largest block."""
+    blocks: dict[str, int] = {path: 0 for path in model.block_paths}
+    for name, info in model.source.infos().items():
+        path = next((p for p in blocks if name.startswith(p + ".")), None)
+        if path is not None:
+            blocks[path] += math.prod(info.shape)
+    return max(blocks.values())
 
 
 def _largest_chunk(model: ModelView) -> int:

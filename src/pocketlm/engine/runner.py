@@ -2,7 +2,8 @@
 
     load block → gather statistics → compress → run on what was written → keep → free
 
-It knows no method by name. A killed run redoes at most one block.
+It knows no method by name. A killed run redoes at most one block; on a GPU two, where a block is
+written while the next one is in work.
 """
 
 from __future__ import annotations

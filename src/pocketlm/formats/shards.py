@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,10 +190,11 @@ def _write_durably(path: Path, chunks: Iterable[bytes | memoryview], bytes_neede
     digest = hashlib.sha256()
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
+        with partial.open("wb") as file, ThreadPoolExecutor(1, "pocketlm-hash") as hasher:
+            for chunk in chunks:  # neither hashing nor writing holds the interpreter
+                hashed = hasher.submit(digest.update, chunk)
                 file.write(chunk)
-                digest.update(chunk)
+                hashed.result()
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

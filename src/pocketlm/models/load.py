@@ -116,7 +116,7 @@ class Loader:
         rows = self.replaced.get(binding.tensors[0])
         ahead = self._ahead.pop(parameter, None)
         if ahead is not None and rows is None:
-            target.copy_(ahead.result(), non_blocking=True)
+            target.copy_(ahead.result().view(target.shape), non_blocking=True)
         elif rows is not None:
             target.copy_(rows(0, target.shape[0]))
         elif binding.plain and target.is_contiguous():

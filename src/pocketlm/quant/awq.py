@@ -79,35 +79,25 @@ class Awq(Strict):
         """The linears' squared output error, float64 []; one rounded weight is held at a time."""
         total = torch.zeros((), dtype=torch.float64, device=scale_I.device)
         for state in linears:
-            if self.clip and kernel_serves(state.reference_OI, state.spec):
-                error_OI = self._left_over(state, scale_I, diagonal_I)
-                total += (product(error_OI, weigh_II, terms=1) * error_OI).sum().double()
-                continue
-            scaled_OI = state.reference_OI * scale_I
-            if self.clip:
-                importance_I = diagonal_I / scale_I.square()
-                grid = searched_grid(
-                    scaled_OI,
-                    state.spec,
-                    state.scale_dtype,
-                    importance_I,
-                    smallest=SMALLEST,
-                    steps=SHRINKS,
-                )
-            else:
-                grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
-            rounded = round_to_grid(scaled_OI, grid, state.spec)
-            error_OI = rounded.dequantize() / scale_I - state.reference_OI
+            error_OI = self._left_over(state, scale_I, diagonal_I)
             total += (product(error_OI, weigh_II, terms=1) * error_OI).sum().double()
         return total
 
-    def _left_over(self, state: LinearState, scale_I: Tensor, importance_I: Tensor) -> Tensor:
-        """Q(W diag(s)) diag(s)⁻¹ - W by one kernel, bfloat16."""
-        from pocketlm.quant.grid_kernel import left_over
+    def _left_over(self, state: LinearState, scale_I: Tensor, diagonal_I: Tensor) -> Tensor:
+        """E = Q(W diag(s)) diag(s)⁻¹ - W [O, I]; by one kernel where it serves, then bfloat16."""
+        weight_OI, spec, dtype = state.reference_OI, state.spec, state.scale_dtype
+        if self.clip and kernel_serves(weight_OI, spec):
+            from pocketlm.quant.grid_kernel import left_over
 
-        multiples = list(multiples_tried(state.spec, SMALLEST, SHRINKS))
-        weight_OI = state.reference_OI.contiguous()
-        return left_over(weight_OI, state.spec, state.scale_dtype, importance_I, multiples, scale_I)
+            multiples = list(multiples_tried(spec, SMALLEST, SHRINKS))
+            return left_over(weight_OI, spec, dtype, diagonal_I, multiples, scale_I)
+        scaled_OI = weight_OI * scale_I
+        if self.clip:
+            weigh_I = diagonal_I / scale_I.square()
+            grid = searched_grid(scaled_OI, spec, dtype, weigh_I, smallest=SMALLEST, steps=SHRINKS)
+        else:
+            grid = minmax_grid(scaled_OI, spec, dtype)
+        return round_to_grid(scaled_OI, grid, spec).dequantize() / scale_I - weight_OI
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A rounding and a product with the Hessian for each trial."""

@@ -191,7 +191,7 @@ def searched_grid(
     if kernel_serves(weight_OI, spec):
         from pocketlm.quant.grid_kernel import search
 
-        return Grid(*search(weight_OI.contiguous(), spec, dtype, importance_I, multiples))
+        return Grid(*search(weight_OI, spec, dtype, importance_I, multiples))
     outer = _divisor(weight_OI, spec, shared_absmax)
     height = spec.group_rows or rows
     at_once = max(height, ROWS_AT_ONCE_BYTES // (columns * 4 * 4) // height * height)

@@ -114,7 +114,7 @@ def search(
     """The scales [O, G] and zero points of least error; see `grid.searched_grid`.
 
     Args:
-        weight_OI: Contiguous.
+        weight_OI: The weight, float32.
         spec: Integers in groups of a row.
         dtype: Of the scales.
         importance_I: A weight for each column's error.
@@ -139,14 +139,14 @@ def left_over(
     """Q(W diag(s)) diag(s)⁻¹ - W on the best grid for W diag(s), bfloat16 [O, I].
 
     Args:
-        weight_OI: W, contiguous.
+        weight_OI: W, float32.
         spec: Integers in groups of a row.
         dtype: Of the scales.
         importance_I: A weight for each column's error in W; over s² in W diag(s).
         multiples: Of the min-max range, that are tried.
         column_scale_I: s.
     """
-    left_OI = torch.empty_like(weight_OI, dtype=torch.bfloat16)
+    left_OI = weight_OI.new_empty(weight_OI.shape, dtype=torch.bfloat16)
     _launch(weight_OI, spec, dtype, importance_I, multiples, left_OI, None, column_scale_I, left_OI)
     return left_OI
 
@@ -162,12 +162,13 @@ def _launch(
     column_scale_I: Tensor | None,
     left_OI: Tensor | None,
 ) -> None:
+    weight_OI = weight_OI.contiguous()
     width = spec.group_size or weight_OI.shape[1]
     groups = weight_OI.numel() // width
     filled = triton.next_power_of_2(width)
     at_once = max(1, GROUPS * 128 // filled)
     _search[(triton.cdiv(groups, at_once),)](
-        weight_OI, weight_OI if importance_I is None else importance_I.to(weight_OI),
+        weight_OI, weight_OI if importance_I is None else importance_I.to(weight_OI).contiguous(),
         weight_OI if column_scale_I is None else column_scale_I,
         torch.tensor(list(multiples), dtype=weight_OI.dtype, device=weight_OI.device),
         scale, scale if zero is None else zero, scale if left_OI is None else left_OI,
