@@ -42,7 +42,7 @@ SAMPLES, SEQ_LEN = 128, 2048
 CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
 WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def prepare(
         output=output,
         work_dir=Path(work_dir) if work_dir else output.with_name(f"{output.name}.pocketlm-work"),
         target=target,
-        tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+        tokens_at_once=max(seq_len, BATCH_TOKENS[place.type] // seq_len * seq_len),
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,

@@ -145,7 +145,7 @@ class Settings:
             output=output,
             work_dir=work_dir,
             target=self.target,
-            tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+            tokens_at_once=max(seq_len, BATCH_TOKENS[model.device.type] // seq_len * seq_len),
             activation_bytes=self.activation_budget_bytes
             or min(4 << 30, available_ram_bytes() // 4),
             dtype=None if self.dtype is None else getattr(torch, self.dtype),

@@ -278,6 +278,10 @@ class ModelView(Protocol):
         """Loads one block; its memory is reused or freed when the context closes."""
         ...
 
+    def prefetch(self, index: int) -> None:
+        """Begins to read a block that will be asked for next, where that saves time."""
+        ...
+
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """The last block's output through the final norm: what the head reads."""
         ...

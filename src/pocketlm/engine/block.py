@@ -48,7 +48,7 @@ class Compressed:
 
     Attributes:
         view: Where it came from.
-        weight: What is written.
+        weight: What is written; where the block computes, as the mask is.
         spec: The grid that was asked for; None: values stay floats.
         error: Relative squared output error of the weight on the calibration inputs.
         notes: Of every fallback.
@@ -318,7 +318,4 @@ def _finish(
     view.set_weight_OI(decoded_OI)
     inputs.set(view.name, on=True)
     rounding = inputs.of(view.name)
-    mask_OI = None if state.mask_OI is None else state.mask_OI.cpu()
-    return Compressed(
-        view, weight.to("cpu"), state.asked, error, state.notes, seen, rounding, mask_OI
-    )
+    return Compressed(view, weight, state.asked, error, state.notes, seen, rounding, state.mask_OI)

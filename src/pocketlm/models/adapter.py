@@ -36,6 +36,7 @@ from pocketlm.models.observe import Observation, observe
 from pocketlm.models.packed import PackedForm
 from pocketlm.models.run import pause_before, round_inputs
 from pocketlm.models.skeleton import Skeleton
+from pocketlm.models.stream import SafetensorsSource
 
 PROBE_TOKENS = 8  # enough for every token-dependent path of a block
 
@@ -272,6 +273,12 @@ class Model:
             for handle in handles:
                 handle.remove()
             self._loader.empty(module)
+
+    def prefetch(self, index: int) -> None:
+        """Begins to read a block for a GPU; nothing where the CPU computes, or past the last."""
+        parallel = isinstance(self.source, SafetensorsSource)
+        if self.device.type == "cuda" and parallel and index < len(self.skeleton.blocks):
+            self._loader.prefetch(self.skeleton.blocks[index], self.skeleton.block_paths[index])
 
     def _plain_parameters(self, module: nn.Module, path: str) -> dict[str, str]:
         """Checkpoint tensor → parameter of a block, of those that are stored as they are."""

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from pocketlm.core.columns import Rounding
 from pocketlm.core.spec import Strict, matches
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
@@ -25,7 +26,7 @@ from pocketlm.prune.allocation import ALLOCATIONS, Allocation
 from pocketlm.prune.dsnot import Moments, exchange
 from pocketlm.prune.patterns import Scope, kept
 from pocketlm.prune.scores import SCORES, reached
-from pocketlm.prune.sweep import Rounding, prune_columns
+from pocketlm.prune.sweep import prune_columns
 from pocketlm.quant.gptq import ladder_notes
 from pocketlm.quant.grid import grid_of, packed, round_to_grid
 
@@ -256,7 +257,7 @@ class Sparsegpt(_OnHessian):
         held = 4 * (5 * rows * columns + 5 * columns * columns)
         flops = (1.0 + 2 * self.steps) * rows * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)
-        return Cost(held, flops, calls=8 * columns, bytes_moved=moved)
+        return Cost(held, flops, calls=8 * columns, bytes_moved=moved, kernel=True)
 
 
 class SparsegptJoint(Sparsegpt):

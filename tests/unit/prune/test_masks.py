@@ -13,7 +13,7 @@ from pocketlm.core.stored import SparsitySpec
 from pocketlm.prune.allocation import ALLOCATIONS
 from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
-from pocketlm.prune.patterns import kept
+from pocketlm.prune.patterns import kept, ranks
 from pocketlm.prune.scores import SCORES
 from pocketlm.prune.steps import Alps, Dsnot, Esparse, Gblm, Magnitude, Ria, Sparsegpt, Wanda
 
@@ -167,3 +167,10 @@ def test_overrides_rule_by_pattern() -> None:
     step = Wanda.parse({"sparsity": 0.5, "overrides": {"down_proj": 0.25}})
     assert step.sparsity_of("model.layers.0.mlp.down_proj").zeros == 0.25
     assert step.sparsity_of("model.layers.0.mlp.up_proj").zeros == 0.5
+
+
+@pytest.mark.parametrize("of", [1, 4, 8])
+def test_ranks_are_a_stable_sorts(of: int) -> None:
+    score_NM = torch.randint(0, 3, (200, of), generator=torch.Generator().manual_seed(of)).float()
+    expected_NM = torch.argsort(torch.argsort(score_NM, dim=1, stable=True), dim=1)
+    assert torch.equal(ranks(score_NM), expected_NM)
