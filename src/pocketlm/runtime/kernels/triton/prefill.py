@@ -1,0 +1,170 @@
+"""The product for many rows of activations: Hopper's wgmma, weights unpacked into its operand A.
+
+A program makes 16 W outputs for N activations. Units of weights and tiles of activations come
+through a ring in shared memory (cp.async); a warp takes its 16 rows of weights from there, unpacks
+and scales them in registers while the tensor cores still work on the step before, and they enter
+wgmma as operand A; activations are operand B as they lie. Scaled weights are rounded to the
+activations' dtype, as `dequantize()` rounds them; sums are float32.
+
+Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pocketlm.runtime.kernels.triton.unpack import unpack
+
+SUB_MUL_BF16 = gl.constexpr("{ sub.rn.bf16x2 $0, $1, $3; mul.rn.bf16x2 $0, $0, $2; }")
+SUB_MUL_FP16 = gl.constexpr("{ sub.rn.f16x2 $0, $1, $3; mul.rn.f16x2 $0, $0, $2; }")
+MUL_BF16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+MUL_FP16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
+
+@gluon.jit
+def _scaled(v, s, z, ZEROS: gl.constexpr):
+    """(v - z) s, two at a time."""
+    BF: gl.constexpr = v.dtype == gl.bfloat16
+    if ZEROS:
+        return gl.inline_asm_elementwise(
+            SUB_MUL_BF16 if BF else SUB_MUL_FP16, "=&r,r,r,r", [v, s, z],
+            dtype=v.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        MUL_BF16 if BF else MUL_FP16, "=r,r,r", [v, s], dtype=v.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _first_units(ptr, tile, tiles, units, W: gl.constexpr, C: gl.constexpr, WORDS: gl.constexpr,
+                 LAYOUT: gl.constexpr):  # fmt: skip
+    """Where the units of the first step lie, [W, 1, C, words of 16 bits]."""
+    w = gl.minimum(gl.arange(0, W)[:, None, None, None], tiles - 1 - tile * W)
+    c = gl.arange(0, C)[None, None, :, None]
+    word = gl.arange(0, WORDS)[None, None, None, :]
+    base = ptr + (tile * W).to(gl.int64) * units * WORDS
+    return base + gl.set_auto_layout((w * units + c) * WORDS + word, LAYOUT)
+
+
+@gluon.jit
+def _rows_of_group(ptr, tile, tiles, group, groups, like, W: gl.constexpr, A: gl.constexpr):
+    """A group's scales or zero points, [16 W, 1], in the dtype of `like`."""
+    row = gl.arange(0, 16 * W)
+    at = (gl.minimum(tile * W + row // 16, tiles - 1) * groups + group) * 16 + row % 16
+    value = gl.load(ptr + gl.set_auto_layout(at, gl.SliceLayout(1, A)))
+    return gl.expand_dims(value.to(gl.float32).to(like), 1)
+
+
+@gluon.jit
+def prefill_kernel(
+    x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
+    rows, outputs, units, groups, steps_a_group, x_stride, y_stride,
+    WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr,
+    W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j …."""
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
+    K: gl.constexpr = C * UNIT
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[W, 1], instr_shape=[16, N, 16]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    TILE_X: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128 if K >= 64 else 64, element_bitwidth=16, rank=2
+    )
+    LINES: gl.constexpr = K // 8 if K < 64 else 8  # lanes along a row of activations, 16 bytes each
+    LOAD_X: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LINES, LINES], [W, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    LOAD_Q: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, WORDS // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
+    )
+    LOAD_T: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, UNIT // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
+    )
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, N, K], TILE_X)
+    qs = gl.allocate_shared_memory(gl.int16, [STAGES, W, 1, C, WORDS], PLAIN)
+    ts = qs
+    if WIDTH == 3:
+        ts = gl.allocate_shared_memory(gl.int16, [STAGES, W, 1, C, UNIT], PLAIN)
+    tile = gl.program_id(0)
+    first = gl.program_id(1) * N
+    tiles, steps = gl.cdiv(outputs, 16), units // C
+
+    n = gl.arange(0, N)[:, None]
+    k = gl.arange(0, K)[None, :]
+    x_row = gl.minimum(first + n, rows - 1)
+    x_at = x_ptr + gl.set_auto_layout(x_row.to(gl.int64) * x_stride + k, LOAD_X)
+    q_at = _first_units(q_ptr, tile, tiles, units, W, C, WORDS, LOAD_Q)
+    t_at = q_at
+    if WIDTH == 3:
+        t_at = _first_units(top_ptr, tile, tiles, units, W, C, UNIT, LOAD_T)
+
+    for step in gl.static_range(STAGES - 1):
+        if step < steps:
+            async_copy.async_copy_global_to_shared(xs.index(step), x_at + step * K)
+            async_copy.async_copy_global_to_shared(qs.index(step), q_at + step * (C * WORDS))
+            if WIDTH == 3:
+                async_copy.async_copy_global_to_shared(ts.index(step), t_at + step * (C * UNIT))
+        async_copy.commit_group()
+
+    s = _rows_of_group(s_ptr, tile, tiles, 0, groups, DTYPE, W, A)
+    z = s
+    if ZEROS:
+        z = _rows_of_group(z_ptr, tile, tiles, 0, groups, DTYPE, W, A)
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    q = qs.index(0).load(LOAD_Q)
+    top = q
+    if WIDTH == 3:
+        top = ts.index(0).load(LOAD_T)
+    v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
+    v = _scaled(gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True), s, z, ZEROS)
+    group = gl.minimum(1 // steps_a_group, groups - 1)
+    s = _rows_of_group(s_ptr, tile, tiles, group, groups, DTYPE, W, A)
+    if ZEROS:
+        z = _rows_of_group(z_ptr, tile, tiles, group, groups, DTYPE, W, A)
+    acc = gl.zeros([W * 16, N], gl.float32, ACC)
+    for step in range(steps):
+        acc = warpgroup_mma(v, xs.index(step % STAGES).permute((1, 0)), acc, is_async=True)
+        # While that runs: the next step's weights, and a copy into what step - 1 has left.
+        async_copy.wait_group(STAGES - 3)
+        fence_async_shared()
+        following = (step + 1) % STAGES
+        q = qs.index(following).load(LOAD_Q)
+        top = q
+        if WIDTH == 3:
+            top = ts.index(following).load(LOAD_T)
+        ahead = step + STAGES - 1
+        if ahead < steps:
+            free = ahead % STAGES
+            async_copy.async_copy_global_to_shared(xs.index(free), x_at + ahead * K)
+            async_copy.async_copy_global_to_shared(qs.index(free), q_at + ahead * (C * WORDS))
+            if WIDTH == 3:
+                async_copy.async_copy_global_to_shared(ts.index(free), t_at + ahead * (C * UNIT))
+        async_copy.commit_group()
+        group = gl.minimum((step + 2) // steps_a_group, groups - 1)
+        next_s = _rows_of_group(s_ptr, tile, tiles, group, groups, DTYPE, W, A)
+        next_z = next_s
+        if ZEROS:
+            next_z = _rows_of_group(z_ptr, tile, tiles, group, groups, DTYPE, W, A)
+        v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
+        v = gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True)
+        v = _scaled(v, s, z, ZEROS)
+        acc, v = warpgroup_mma_wait(0, [acc, v])  # v too: it is to be made before the wait
+        s, z = next_s, next_z
+
+    output = gl.set_auto_layout(gl.arange(0, W * 16), gl.SliceLayout(1, ACC))
+    row = gl.set_auto_layout(gl.arange(0, N), gl.SliceLayout(0, ACC))
+    output = gl.expand_dims(output, 1) + tile * (W * 16)
+    row = gl.expand_dims(row, 0) + first
+    mask = (row < rows) & (output < outputs)
+    at = row.to(gl.int64) * y_stride + output
+    gl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
