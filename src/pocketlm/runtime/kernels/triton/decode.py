@@ -84,7 +84,7 @@ def decode_kernel(
     WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, EVEN: gl.constexpr,
     R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1)."""
+    """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1)."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )

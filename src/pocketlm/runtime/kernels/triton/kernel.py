@@ -1,7 +1,8 @@
 """Our Triton products as a kernel of the table: weights of 2 to 8 bits, 16-bit activations.
 
 Needs Triton's explicit layouts (Gluon, from Triton 3.6) and an NVIDIA card from compute capability
-8.0; the product for many rows needs Hopper. Without them the kernel says so and others serve.
+8.0; the tensor-core product for many rows needs Hopper. What is missing is said, and other rows of
+the table serve.
 
 Legend as in layout.py; M rows of activations, I input columns, O output rows.
 """
@@ -10,33 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.runtime.kernels.base import Grid
+from pocketlm.runtime.kernels.triton.launches import FEW_TOKENS, Launch, launch_for
 from pocketlm.runtime.kernels.triton.layout import (
+    TILE_ROWS,
     lane_bits,
     pack_groups,
     pack_planes,
     unit_columns,
 )
 
+EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
+
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """What is missing to compile the kernels here; None if nothing."""
     try:
-        from pocketlm.runtime.kernels.triton import decode, prefill  # noqa: F401
-    except ImportError as error:
+        from pocketlm.runtime.kernels.triton import decode, expand, prefill  # noqa: F401
+    except (ImportError, AttributeError) as error:
         return f"needs Triton 3.6 or later ({error})"
     return None
 
 
+@lru_cache(maxsize=16)
+def _device(index: int) -> tuple[str, bool]:
+    """A card's name, and whether it is a Hopper."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.major == 9
+
+
 class TritonWeights:
-    """Decode and prefill products from one layout."""
+    """One layout, and three products from it: few rows, many rows, very many rows."""
 
     name = "triton"
 
@@ -44,7 +55,7 @@ class TritonWeights:
         """Wants integers, bfloat16 or float16, groups by 32, an NVIDIA card from Ampere on."""
         if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
             return "takes bfloat16 and float16 activations on CUDA only"
-        if unit_columns(lane_bits(grid.bits, grid.group_size), grid.group_size) == 0:
+        if _unit(grid) == 0:
             return f"groups of {grid.group_size} are no multiple of 32"
         if torch.version.cuda is None:
             return "is built for NVIDIA cards"
@@ -53,7 +64,7 @@ class TritonWeights:
         return missing()
 
     def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Planes of codes [T, C, words], scales [T, G, 16], zero points int8 [T, G, 16]."""
+        """Planes of codes int16 [T, C, 32, words], scales [T, G, 16], zero points [T, G, 16]."""
         assert isinstance(weight, PackedInt)
         width = lane_bits(weight.bits, weight.group_size)
         unit = unit_columns(width, weight.group_size)
@@ -67,89 +78,123 @@ class TritonWeights:
         return buffers
 
     def matmul(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
-        """The product [M, O]."""
-        return decode_product(x_MI, buffers, grid)
+        """The product [M, O]: unpacked in registers."""
+        name, hopper = _device(x_MI.device.index or 0)
+        width = lane_bits(grid.bits, grid.group_size)
+        launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
+        if launch.product == "decode" and x_MI.shape[0] <= 4 * FEW_TOKENS:
+            return decode_product(x_MI, buffers, grid, launch, early=hopper)
+        if hopper:
+            return prefill_product(x_MI, buffers, grid, launch)
+        return self.matmul_tiles(x_MI, buffers, grid)
 
-    matmul_tiles = matmul
+    def matmul_tiles(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
+        """The product [M, O]: rows unpacked into a buffer, then the card's own product."""
+        y_MO = x_MI.new_empty(x_MI.shape[0], grid.rows)
+        step = max(1, EXPANDED_BYTES // (2 * TILE_ROWS * grid.columns)) * TILE_ROWS
+        for start in range(0, grid.rows, step):
+            tile_oI = expand(buffers, grid, start, min(start + step, grid.rows), x_MI.dtype)
+            torch.mm(x_MI, tile_oI.T, out=y_MO[:, start : start + step])
+        return y_MO
+
+
+def _unit(grid: Grid) -> int:
+    return unit_columns(lane_bits(grid.bits, grid.group_size), grid.group_size)
 
 
 def decode_product(
     x_MI: Tensor,
     buffers: Mapping[str, Tensor],
     grid: Grid,
+    launch: Launch,
     *,
-    row_tiles: int = 1,
-    units: int = 0,
-    warps: int = 4,
-    early: bool | None = None,
+    early: bool = False,
 ) -> Tensor:
-    """y [M, O] for few rows M; see decode.py.
+    """The product [M, O] of few rows; see decode.py.
 
     Args:
-        x_MI: Activations, their columns contiguous.
+        x_MI: Activations.
         buffers: What `TritonWeights.pack` made.
         grid: The weight's.
-        row_tiles: R, tiles of 16 outputs that a program makes.
-        units: C, units that a warp takes in a step; 0: up to 16 bytes twice, within a group.
-        warps: That share a row of the weight.
-        early: Whether a program may start before the kernel before it has ended; None: on Hopper.
+        launch: Tile sizes.
+        early: Whether a program may start before the kernel before it has ended (Hopper).
     """
     from pocketlm.runtime.kernels.triton.decode import decode_kernel
 
-    tokens = x_MI.shape[0]
-    width = lane_bits(grid.bits, grid.group_size)
-    unit = unit_columns(width, grid.group_size)
-    units = units or (2 if grid.group_size % (2 * unit) == 0 and width != 3 else 1)
-    if early is None:
-        early = torch.cuda.get_device_capability(x_MI.device) >= (9, 0)
+    x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
+    tokens, unit = x_MI.shape[0], _unit(grid)
+    launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(tokens, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
-    tiles, count = -(-grid.rows // 16), grid.columns // unit
-    options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    decode_kernel[(-(-tiles // row_tiles),)](
+    tiles, units, taken = -(-grid.rows // TILE_ROWS), grid.columns // unit, launch.units
+    decode_kernel[(-(-tiles // launch.row_tiles),)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
-        tokens, grid.columns, grid.rows, count, grid.groups, grid.group_size // (units * unit),
+        tokens, grid.columns, grid.rows, units, grid.groups, grid.group_size // (taken * unit),
         x_MI.stride(0), grid.rows,
-        WIDTH=width, UNIT=unit, ZEROS="zero" in buffers, EVEN=count % (units * warps) == 0,
-        R=row_tiles, C=units, W=warps, N=max(8, 1 << (tokens - 1).bit_length()), PDL=early,
-        num_warps=warps, **options,
+        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        EVEN=units % (taken * launch.warps) == 0, R=launch.row_tiles, C=taken, W=launch.warps,
+        N=max(8, 1 << (tokens - 1).bit_length()), PDL=early, num_warps=launch.warps,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
 
 
 def prefill_product(
-    x_MI: Tensor,
-    buffers: Mapping[str, Tensor],
-    grid: Grid,
-    *,
-    tokens: int = 64,
-    units: int = 1,
-    warps: int = 4,
-    stages: int = 4,
+    x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch: Launch
 ) -> Tensor:
-    """y [M, O] for many rows M; see prefill.py.
+    """The product [M, O] of many rows; see prefill.py.
 
     Args:
-        x_MI: Activations, their columns contiguous.
+        x_MI: Activations.
         buffers: What `TritonWeights.pack` made.
         grid: The weight's.
-        tokens: N, activations of a tile.
-        units: C, units of a step.
-        warps: 4 or 8, each with 16 rows of the weight.
-        stages: Of the ring in shared memory.
+        launch: Tile sizes.
     """
     from pocketlm.runtime.kernels.triton.prefill import prefill_kernel
 
-    width = lane_bits(grid.bits, grid.group_size)
-    unit = unit_columns(width, grid.group_size)
-    rows = x_MI.shape[0]
+    if x_MI.stride(1) != 1 or x_MI.stride(0) % 8 or x_MI.data_ptr() % 16:
+        x_MI = x_MI.clone(memory_format=torch.contiguous_format)  # it is read 16 bytes at a time
+    rows, unit = x_MI.shape[0], _unit(grid)
+    launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
-    prefill_kernel[(-(-grid.rows // (16 * warps)), -(-rows // tokens))](
+    blocks = -(-grid.rows // (TILE_ROWS * launch.warps)), -(-rows // launch.tokens)
+    prefill_kernel[blocks](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
-        rows, grid.rows, grid.columns // unit, grid.groups, grid.group_size // (units * unit),
-        x_MI.stride(0), grid.rows,
-        WIDTH=width, UNIT=unit, ZEROS="zero" in buffers, C=units, W=warps, N=tokens,
-        STAGES=stages, num_warps=warps,
+        rows, grid.rows, grid.columns // unit, grid.groups,
+        grid.group_size // (launch.units * unit), x_MI.stride(0), grid.rows,
+        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip
     return y_MO
+
+
+def expand(
+    buffers: Mapping[str, Tensor], grid: Grid, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of the weight as floats.
+
+    Args:
+        buffers: What `TritonWeights.pack` made.
+        grid: The weight's.
+        start: The first row; a multiple of 16.
+        stop: After the last row.
+        dtype: Of the values, bfloat16 or float16.
+
+    Returns:
+        The values [stop - start, I].
+    """
+    from pocketlm.runtime.kernels.triton.expand import expand_kernel
+
+    unit, warps = _unit(grid), 4
+    codes, scale = buffers["codes"], buffers["scale"]
+    rows_oI = torch.empty(stop - start, grid.columns, dtype=dtype, device=codes.device)
+    units = grid.columns // unit
+    expand_kernel[(-(-(stop - start) // TILE_ROWS), -(-units // warps))](
+        codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), rows_oI,
+        start // TILE_ROWS, stop, grid.columns, units, grid.groups, grid.group_size // unit,
+        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        C=1, W=warps, num_warps=warps,
+    )  # fmt: skip
+    return rows_oI

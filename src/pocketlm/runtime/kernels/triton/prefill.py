@@ -20,26 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pocketlm.runtime.kernels.triton.unpack import unpack
+from pocketlm.runtime.kernels.triton.unpack import scaled, unpack
 
-SUB_MUL_BF16 = gl.constexpr("{ sub.rn.bf16x2 $0, $1, $3; mul.rn.bf16x2 $0, $0, $2; }")
-SUB_MUL_FP16 = gl.constexpr("{ sub.rn.f16x2 $0, $1, $3; mul.rn.f16x2 $0, $0, $2; }")
-MUL_BF16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
-MUL_FP16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
-
-
-@gluon.jit
-def _scaled(v, s, z, ZEROS: gl.constexpr):
-    """(v - z) s, two at a time."""
-    BF: gl.constexpr = v.dtype == gl.bfloat16
-    if ZEROS:
-        return gl.inline_asm_elementwise(
-            SUB_MUL_BF16 if BF else SUB_MUL_FP16, "=&r,r,r,r", [v, s, z],
-            dtype=v.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    return gl.inline_asm_elementwise(
-        MUL_BF16 if BF else MUL_FP16, "=r,r,r", [v, s], dtype=v.dtype, is_pure=True, pack=2
-    )
+# Triton 3.9 has renamed it.
+copy_ahead = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 
 @gluon.jit
@@ -69,7 +53,7 @@ def prefill_kernel(
     WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr,
     W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j …."""
+    """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j …."""
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
     K: gl.constexpr = C * UNIT
@@ -109,10 +93,10 @@ def prefill_kernel(
 
     for step in gl.static_range(STAGES - 1):
         if step < steps:
-            async_copy.async_copy_global_to_shared(xs.index(step), x_at + step * K)
-            async_copy.async_copy_global_to_shared(qs.index(step), q_at + step * (C * WORDS))
+            copy_ahead(xs.index(step), x_at + step * K)
+            copy_ahead(qs.index(step), q_at + step * (C * WORDS))
             if WIDTH == 3:
-                async_copy.async_copy_global_to_shared(ts.index(step), t_at + step * (C * UNIT))
+                copy_ahead(ts.index(step), t_at + step * (C * UNIT))
         async_copy.commit_group()
 
     s = _rows_of_group(s_ptr, tile, tiles, 0, groups, DTYPE, W, A)
@@ -126,7 +110,7 @@ def prefill_kernel(
     if WIDTH == 3:
         top = ts.index(0).load(LOAD_T)
     v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
-    v = _scaled(gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True), s, z, ZEROS)
+    v = scaled(gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True), s, z, ZEROS)
     group = gl.minimum(1 // steps_a_group, groups - 1)
     s = _rows_of_group(s_ptr, tile, tiles, group, groups, DTYPE, W, A)
     if ZEROS:
@@ -145,10 +129,10 @@ def prefill_kernel(
         ahead = step + STAGES - 1
         if ahead < steps:
             free = ahead % STAGES
-            async_copy.async_copy_global_to_shared(xs.index(free), x_at + ahead * K)
-            async_copy.async_copy_global_to_shared(qs.index(free), q_at + ahead * (C * WORDS))
+            copy_ahead(xs.index(free), x_at + ahead * K)
+            copy_ahead(qs.index(free), q_at + ahead * (C * WORDS))
             if WIDTH == 3:
-                async_copy.async_copy_global_to_shared(ts.index(free), t_at + ahead * (C * UNIT))
+                copy_ahead(ts.index(free), t_at + ahead * (C * UNIT))
         async_copy.commit_group()
         group = gl.minimum((step + 2) // steps_a_group, groups - 1)
         next_s = _rows_of_group(s_ptr, tile, tiles, group, groups, DTYPE, W, A)
@@ -157,7 +141,7 @@ def prefill_kernel(
             next_z = _rows_of_group(z_ptr, tile, tiles, group, groups, DTYPE, W, A)
         v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
         v = gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True)
-        v = _scaled(v, s, z, ZEROS)
+        v = scaled(v, s, z, ZEROS)
         acc, v = warpgroup_mma_wait(0, [acc, v])  # v too: it is to be made before the wait
         s, z = next_s, next_z
 

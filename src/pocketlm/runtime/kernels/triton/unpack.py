@@ -86,6 +86,10 @@ BF16_4, FP16_4 = gl.constexpr(_low(BF16, 4)), gl.constexpr(_low(FP16, 4))
 BF16_8, FP16_8 = gl.constexpr(_eight(BF16)), gl.constexpr(_eight(FP16))
 BF16_3E, FP16_3E = gl.constexpr(_three(BF16, 0)), gl.constexpr(_three(FP16, 0))
 BF16_3O, FP16_3O = gl.constexpr(_three(BF16, 1)), gl.constexpr(_three(FP16, 1))
+SUB_MUL_BF16 = gl.constexpr("{ sub.rn.bf16x2 $0, $1, $3; mul.rn.bf16x2 $0, $0, $2; }")
+SUB_MUL_FP16 = gl.constexpr("{ sub.rn.f16x2 $0, $1, $3; mul.rn.f16x2 $0, $0, $2; }")
+MUL_BF16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+MUL_FP16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 REGISTERS_2, REGISTERS_3 = gl.constexpr(_registers(8, 1)), gl.constexpr(_registers(8, 2))
 REGISTERS_4, REGISTERS_8 = gl.constexpr(_registers(4, 1)), gl.constexpr(_registers(2, 1))
 
@@ -153,3 +157,17 @@ def unpack(q, top, like, WIDTH: gl.constexpr, UNIT: gl.constexpr, R: gl.constexp
         v = gl.join(_join8(a, b, c, d, e, f, g, h), _join8(i, j, k, l, m, n, o, p))
         v = gl.permute(v, [0, 1, 7, 3, 2, 5, 10, 9, 8, 4, 6])  # of W R C r l s p h k s s
     return gl.reshape(v, [W, R * 16, C * UNIT])
+
+
+@gluon.jit
+def scaled(v, s, z, ZEROS: gl.constexpr):
+    """(v - z) s, two at a time."""
+    BF: gl.constexpr = v.dtype == gl.bfloat16
+    if ZEROS:
+        return gl.inline_asm_elementwise(
+            SUB_MUL_BF16 if BF else SUB_MUL_FP16, "=&r,r,r,r", [v, s, z],
+            dtype=v.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        MUL_BF16 if BF else MUL_FP16, "=r,r,r", [v, s], dtype=v.dtype, is_pure=True, pack=2
+    )
