@@ -1,11 +1,5 @@
-"""Packed codes → 16-bit floats, a pair at a time, in registers (jitted; layout.py has the order).
-
-Exponent trick: the bits of a code, put into the mantissa of a float whose unit in the last place
-is 1, make that float 128 + u (bfloat16, 0x4300) or 1024 + u (float16, 0x6400). One ``lop3`` masks
-a pair of codes and sets both exponents; one fused multiply-add takes the constant and half the
-range off again. Every step is exact. An 8-bit code has one bit too many for bfloat16's mantissa:
-its low 7 bits and its high bit make two floats, 128 + u₇ and 128 (2 - u₈), and their difference
-is the signed code.
+"""Packed codes → 16-bit floats in the order of operand A (jitted; ptx.py has the arithmetic,
+layout.py the order).
 """
 
 from __future__ import annotations
@@ -13,85 +7,19 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-AND_OR = "0xEA"  # lop3: (a & b) | c
-NOT_AND_OR = "0xAE"  # lop3: (~a & b) | c
-BF16, FP16 = "bf16x2", "f16x2"
-MAGIC = {BF16: "0x43004300", FP16: "0x64006400"}
-ONE = {BF16: "0x3F803F80", FP16: "0x3C003C00"}
-# -(128 + half) or -(1024 + half), where half is 2^(width - 1), by width
-MINUS = {
-    BF16: {2: "0xC302C302", 3: "0xC304C304", 4: "0xC308C308"},
-    FP16: {2: "0xE402E402", 3: "0xE404E404", 4: "0xE408E408", 8: "0xE480E480"},
-}
+from pocketlm.runtime.kernels.triton import ptx
 
-
-def _open(kind: str, width: int) -> list[str]:
-    lines = ["{ .reg .b32 s, h, one, minus;", f"mov.b32 one, {ONE[kind]};"]
-    if width in MINUS[kind]:
-        lines.append(f"mov.b32 minus, {MINUS[kind][width]};")
-    return lines
-
-
-def _shift(to: str, word: str, bits: int) -> str:
-    if bits == 0:
-        return f"mov.b32 {to}, {word};"
-    return f"{'shr.u32' if bits > 0 else 'shl.b32'} {to}, {word}, {abs(bits)};"
-
-
-def _low(kind: str, bits: int) -> str:
-    """Two words of 16 bits, in register n = 16 / bits, → n pairs of floats."""
-    count, lines = 16 // bits, _open(kind, bits)
-    mask = f"0x{((1 << bits) - 1) * 0x00010001:08x}"
-    for field in range(count):
-        lines.append(_shift("s", f"${count}", bits * field))
-        lines.append(f"lop3.b32 s, s, {mask}, {MAGIC[kind]}, {AND_OR};")
-        lines.append(f"fma.rn.{kind} ${field}, s, one, minus;")
-    return " ".join([*lines, "}"])
-
-
-def _three(kind: str, parity: int) -> str:
-    """Low bits ($8), and a word of high bits ($9) whose half of number `parity` belongs to them."""
-    lines = _open(kind, 3)
-    for field in range(8):
-        lines.append(_shift("s", "$8", 2 * field))
-        lines.append(_shift("h", "$9", field + 8 * parity - 2))  # the high bit to place 2
-        lines.append(f"lop3.b32 s, s, 0x00030003, {MAGIC[kind]}, {AND_OR};")
-        lines.append(f"lop3.b32 s, h, 0x00040004, s, {AND_OR};")
-        lines.append(f"fma.rn.{kind} ${field}, s, one, minus;")
-    return " ".join([*lines, "}"])
-
-
-def _eight(kind: str) -> str:
-    """Two words of 16 bits ($2) → a pair of the low bytes, a pair of the high ones."""
-    lines = _open(kind, 8)
-    for field in range(2):
-        lines.append(_shift("s", "$2", 8 * field))
-        if kind == FP16:
-            lines.append(f"lop3.b32 s, s, 0x00ff00ff, {MAGIC[kind]}, {AND_OR};")
-            lines.append(f"fma.rn.{kind} ${field}, s, one, minus;")
-            continue
-        lines.append("mov.b32 minus, 0xBF80BF80;")  # -1
-        lines.append(f"lop3.b32 h, s, 0x00800080, {MAGIC[kind]}, {NOT_AND_OR};")
-        lines.append(f"lop3.b32 s, s, 0x007f007f, {MAGIC[kind]}, {AND_OR};")
-        lines.append(f"fma.rn.{kind} ${field}, h, minus, s;")
-    return " ".join([*lines, "}"])
-
-
-def _registers(results: int, arguments: int) -> str:
-    return ",".join(["=&r"] * results + ["r"] * arguments)
-
-
-BF16_2, FP16_2 = gl.constexpr(_low(BF16, 2)), gl.constexpr(_low(FP16, 2))
-BF16_4, FP16_4 = gl.constexpr(_low(BF16, 4)), gl.constexpr(_low(FP16, 4))
-BF16_8, FP16_8 = gl.constexpr(_eight(BF16)), gl.constexpr(_eight(FP16))
-BF16_3E, FP16_3E = gl.constexpr(_three(BF16, 0)), gl.constexpr(_three(FP16, 0))
-BF16_3O, FP16_3O = gl.constexpr(_three(BF16, 1)), gl.constexpr(_three(FP16, 1))
-SUB_MUL_BF16 = gl.constexpr("{ sub.rn.bf16x2 $0, $1, $3; mul.rn.bf16x2 $0, $0, $2; }")
-SUB_MUL_FP16 = gl.constexpr("{ sub.rn.f16x2 $0, $1, $3; mul.rn.f16x2 $0, $0, $2; }")
-MUL_BF16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
-MUL_FP16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
-REGISTERS_2, REGISTERS_3 = gl.constexpr(_registers(8, 1)), gl.constexpr(_registers(8, 2))
-REGISTERS_4, REGISTERS_8 = gl.constexpr(_registers(4, 1)), gl.constexpr(_registers(2, 1))
+BF16_2, FP16_2 = (gl.constexpr(ptx.low(kind, 2)) for kind in ptx.KINDS)
+BF16_3E, FP16_3E = (gl.constexpr(ptx.three(kind, 0)) for kind in ptx.KINDS)
+BF16_3O, FP16_3O = (gl.constexpr(ptx.three(kind, 1)) for kind in ptx.KINDS)
+BF16_4, FP16_4 = (gl.constexpr(ptx.low(kind, 4)) for kind in ptx.KINDS)
+BF16_8, FP16_8 = (gl.constexpr(ptx.eight(kind)) for kind in ptx.KINDS)
+SCALE_BF16, SCALE_FP16 = (gl.constexpr(ptx.scale(kind, False)) for kind in ptx.KINDS)
+SHIFT_SCALE_BF16, SHIFT_SCALE_FP16 = (gl.constexpr(ptx.scale(kind, True)) for kind in ptx.KINDS)
+REGISTERS_2, REGISTERS_3 = gl.constexpr(ptx.registers(8, 1)), gl.constexpr(ptx.registers(8, 2))
+REGISTERS_4, REGISTERS_8 = gl.constexpr(ptx.registers(4, 1)), gl.constexpr(ptx.registers(2, 1))
+REGISTERS_SCALE = gl.constexpr(ptx.registers(1, 2))
+REGISTERS_SHIFT_SCALE = gl.constexpr(ptx.registers(1, 3))
 
 
 @gluon.jit
@@ -165,9 +93,10 @@ def scaled(v, s, z, ZEROS: gl.constexpr):
     BF: gl.constexpr = v.dtype == gl.bfloat16
     if ZEROS:
         return gl.inline_asm_elementwise(
-            SUB_MUL_BF16 if BF else SUB_MUL_FP16, "=&r,r,r,r", [v, s, z],
+            SHIFT_SCALE_BF16 if BF else SHIFT_SCALE_FP16, REGISTERS_SHIFT_SCALE, [v, s, z],
             dtype=v.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     return gl.inline_asm_elementwise(
-        MUL_BF16 if BF else MUL_FP16, "=r,r,r", [v, s], dtype=v.dtype, is_pure=True, pack=2
-    )
+        SCALE_BF16 if BF else SCALE_FP16, REGISTERS_SCALE, [v, s],
+        dtype=v.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
