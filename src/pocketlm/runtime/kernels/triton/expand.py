@@ -29,18 +29,20 @@ def _units(q_ptr, tile, step, units, C: gl.constexpr, W: gl.constexpr, WORDS: gl
 
 
 @gluon.jit
-def _per_group(ptr, tile, step, groups, steps_a_group, like, W: gl.constexpr, A: gl.constexpr):
+def _per_group(
+    ptr, tile, step, groups, STEPS: gl.constexpr, like, W: gl.constexpr, A: gl.constexpr
+):
     w = gl.arange(0, W)[:, None]
     row = gl.arange(0, 16)[None, :]
-    group = gl.minimum((step * W + w) // steps_a_group, groups - 1)
+    group = gl.minimum((step * W + w) // STEPS, groups - 1)
     at = gl.set_auto_layout((tile * groups + group) * 16 + row, gl.SliceLayout(2, A))
     return gl.expand_dims(gl.load(ptr + at).to(gl.float32).to(like), 2)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first_tile"])
 def expand_kernel(
-    q_ptr, top_ptr, s_ptr, z_ptr, w_ptr, first_tile, outputs, columns, units, groups, steps_a_group,
-    WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr, W: gl.constexpr,
+    q_ptr, top_ptr, s_ptr, z_ptr, w_ptr, first_tile, outputs, columns, units, groups,
+    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows from 16 first_tile on; program (i, j) writes row tile i, stretch j of W K columns."""
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty
@@ -56,10 +58,10 @@ def expand_kernel(
     top = q
     if WIDTH == 3:
         top = _units(top_ptr, tile, step, units, C, W, UNIT)
-    s = _per_group(s_ptr, tile, step, groups, steps_a_group, DTYPE, W, A)
+    s = _per_group(s_ptr, tile, step, groups, STEPS, DTYPE, W, A)
     z = s
     if ZEROS:
-        z = _per_group(z_ptr, tile, step, groups, steps_a_group, DTYPE, W, A)
+        z = _per_group(z_ptr, tile, step, groups, STEPS, DTYPE, W, A)
     v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
     v = scaled(gl.convert_layout(v, A, assert_trivial=True), s, z, ZEROS)
     v = gl.convert_layout(v, STORE)

@@ -127,13 +127,16 @@ def decode_product(
     y_MO = torch.empty(tokens, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
     tiles, units, taken = -(-grid.rows // TILE_ROWS), grid.columns // unit, launch.units
+    steps, ahead = -(-units // (taken * launch.warps)), launch.ahead
+    while steps % ahead:
+        ahead //= 2
     decode_kernel[(-(-tiles // launch.row_tiles),)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
-        tokens, grid.columns, grid.rows, units, grid.groups, grid.group_size // (taken * unit),
-        x_MI.stride(0), grid.rows,
-        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
+        STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
         EVEN=units % (taken * launch.warps) == 0, R=launch.row_tiles, C=taken, W=launch.warps,
-        N=max(8, 1 << (tokens - 1).bit_length()), PDL=early, num_warps=launch.warps,
+        N=max(8, 1 << (tokens - 1).bit_length()), AHEAD=ahead, SHARED=launch.shared, PDL=early,
+        num_warps=launch.warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
@@ -150,23 +153,28 @@ def prefill_product(
         grid: The weight's.
         launch: Tile sizes.
     """
-    from pocketlm.runtime.kernels.triton.prefill import prefill_kernel
+    from pocketlm.runtime.kernels.triton.prefill import add_parts_kernel, prefill_kernel
 
     if x_MI.stride(1) != 1 or x_MI.stride(0) % 8 or x_MI.data_ptr() % 16:
         x_MI = x_MI.clone(memory_format=torch.contiguous_format)  # it is read 16 bytes at a time
-    rows, unit = x_MI.shape[0], _unit(grid)
+    rows, unit, splits = x_MI.shape[0], _unit(grid), launch.splits
     launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
+    target = y_MO
+    if splits > 1:
+        target = torch.empty(splits, *y_MO.shape, dtype=torch.float32, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
-    blocks = -(-grid.rows // (TILE_ROWS * launch.warps)), -(-rows // launch.tokens)
+    blocks = -(-grid.rows // (TILE_ROWS * launch.warps)), -(-rows // launch.tokens), splits
     prefill_kernel[blocks](
-        x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
-        rows, grid.rows, grid.columns // unit, grid.groups,
-        grid.group_size // (launch.units * unit), x_MI.stride(0), grid.rows,
-        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages,
+        x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
+        rows, grid.rows, grid.columns // unit, grid.groups, x_MI.stride(0), grid.rows,
+        STEPS=grid.group_size // (launch.units * unit), WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
         num_warps=launch.warps,
     )  # fmt: skip
+    if splits > 1:
+        count = y_MO.numel()
+        add_parts_kernel[(-(-count // 1024),)](target, y_MO, count, SPLITS=splits, num_warps=4)
     return y_MO
 
 
@@ -193,8 +201,8 @@ def expand(
     units = grid.columns // unit
     expand_kernel[(-(-(stop - start) // TILE_ROWS), -(-units // warps))](
         codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), rows_oI,
-        start // TILE_ROWS, stop, grid.columns, units, grid.groups, grid.group_size // unit,
-        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        start // TILE_ROWS, stop, grid.columns, units, grid.groups,
+        STEPS=grid.group_size // unit, WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
         C=1, W=warps, num_warps=warps,
     )  # fmt: skip
     return rows_oI

@@ -28,16 +28,22 @@ class Launch:
         units: Units that are taken in a step; fewer where groups or columns do not allow it.
         warps: Of a program.
         row_tiles: Of "decode": tiles of 16 outputs of a program.
+        ahead: Of "decode": steps whose weights are under way; a power of two.
+        shared: Of "decode": whether activations come through shared memory.
         tokens: Of "prefill": activations of a tile.
         stages: Of "prefill": length of the ring in shared memory.
+        splits: Of "prefill": parts of the columns that are summed by programs of their own.
     """
 
     product: Literal["decode", "prefill"]
     units: int = 1
     warps: int = 4
     row_tiles: int = 1
+    ahead: int = 1
+    shared: bool = False
     tokens: int = 64
     stages: int = 4
+    splits: int = 1
 
     def fit(self, group_size: int, columns: int, unit: int) -> Launch:
         """The same with so many units a step that steps make up groups, and a row if they must."""

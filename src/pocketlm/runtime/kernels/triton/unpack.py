@@ -6,8 +6,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from pocketlm.runtime.kernels.triton import ptx
+
+# Triton 3.9 has renamed it.
+copy_ahead = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 
 BF16_2, FP16_2 = (gl.constexpr(ptx.low(kind, 2)) for kind in ptx.KINDS)
 BF16_3E, FP16_3E = (gl.constexpr(ptx.three(kind, 0)) for kind in ptx.KINDS)
