@@ -12,6 +12,8 @@ dependent launch): they do not depend on it.
 Legend as in layout.py; W warps, N activations (8 NT), a step is C units for each warp.
 """
 
+# ruff: noqa: RUF005 (what is jitted knows no unpacking into a tuple)
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -97,9 +99,9 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
 def decode_kernel(
     x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
     rows, columns, outputs, units, groups, x_stride, y_stride,
-    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, EVEN: gl.constexpr,
-    R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr,
-    SHARED: gl.constexpr, PDL: gl.constexpr,
+    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
+    EVEN: gl.constexpr, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
+    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1).
 

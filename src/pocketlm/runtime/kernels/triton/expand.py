@@ -5,6 +5,7 @@ A program writes 16 rows, W stretches of K columns. Values are rounded as `dequa
 them. Legend as in layout.py.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -42,7 +43,8 @@ def _per_group(
 @gluon.jit(do_not_specialize=["first_tile"])
 def expand_kernel(
     q_ptr, top_ptr, s_ptr, z_ptr, w_ptr, first_tile, outputs, columns, units, groups,
-    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr, W: gl.constexpr,
+    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
+    C: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """Rows from 16 first_tile on; program (i, j) writes row tile i, stretch j of W K columns."""
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty

@@ -102,6 +102,13 @@ def _unit(grid: Grid) -> int:
     return unit_columns(lane_bits(grid.bits, grid.group_size), grid.group_size)
 
 
+def _readable(x_MI: Tensor) -> Tensor:
+    """The activations so that they can be read 16 bytes at a time."""
+    if x_MI.stride(1) == 1 and x_MI.stride(0) % 8 == 0 and x_MI.data_ptr() % 16 == 0:
+        return x_MI
+    return x_MI.clone(memory_format=torch.contiguous_format)
+
+
 def decode_product(
     x_MI: Tensor,
     buffers: Mapping[str, Tensor],
@@ -121,7 +128,7 @@ def decode_product(
     """
     from pocketlm.runtime.kernels.triton.decode import decode_kernel
 
-    x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
+    x_MI = _readable(x_MI) if launch.shared or x_MI.stride(1) != 1 else x_MI
     tokens, unit = x_MI.shape[0], _unit(grid)
     launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(tokens, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
@@ -133,10 +140,10 @@ def decode_product(
     decode_kernel[(-(-tiles // launch.row_tiles),)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
         tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
-        STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        EVEN=units % (taken * launch.warps) == 0, R=launch.row_tiles, C=taken, W=launch.warps,
-        N=max(8, 1 << (tokens - 1).bit_length()), AHEAD=ahead, SHARED=launch.shared, PDL=early,
-        num_warps=launch.warps,
+        STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
+        UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
+        R=launch.row_tiles, C=taken, W=launch.warps, N=max(8, 1 << (tokens - 1).bit_length()),
+        AHEAD=ahead, SHARED=launch.shared, PDL=early, num_warps=launch.warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
@@ -155,8 +162,7 @@ def prefill_product(
     """
     from pocketlm.runtime.kernels.triton.prefill import add_parts_kernel, prefill_kernel
 
-    if x_MI.stride(1) != 1 or x_MI.stride(0) % 8 or x_MI.data_ptr() % 16:
-        x_MI = x_MI.clone(memory_format=torch.contiguous_format)  # it is read 16 bytes at a time
+    x_MI = _readable(x_MI)
     rows, unit, splits = x_MI.shape[0], _unit(grid), launch.splits
     launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
@@ -168,8 +174,9 @@ def prefill_product(
     prefill_kernel[blocks](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
         rows, grid.rows, grid.columns // unit, grid.groups, x_MI.stride(0), grid.rows,
-        STEPS=grid.group_size // (launch.units * unit), WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
+        STEPS=grid.group_size // (launch.units * unit),
+        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers, C=launch.units,
+        W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
         num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
@@ -202,7 +209,7 @@ def expand(
     expand_kernel[(-(-(stop - start) // TILE_ROWS), -(-units // warps))](
         codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), rows_oI,
         start // TILE_ROWS, stop, grid.columns, units, grid.groups,
-        STEPS=grid.group_size // unit, WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        C=1, W=warps, num_warps=warps,
+        STEPS=grid.group_size // unit, WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit,
+        ZEROS="zero" in buffers, C=1, W=warps, num_warps=warps,
     )  # fmt: skip
     return rows_oI

@@ -9,6 +9,7 @@ activations' dtype, as `dequantize()` rounds them; sums are float32.
 Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -52,8 +53,8 @@ def _of_rows(shared, A: gl.constexpr, like: gl.constexpr):
 def prefill_kernel(
     x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
     rows, outputs, units, groups, x_stride, y_stride,
-    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr,
-    W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
+    C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
 

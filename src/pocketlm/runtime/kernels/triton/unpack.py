@@ -2,6 +2,7 @@
 layout.py the order).
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from triton.experimental import gluon
