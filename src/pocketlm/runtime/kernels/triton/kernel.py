@@ -175,8 +175,8 @@ def prefill_product(
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
         rows, grid.rows, grid.columns // unit, grid.groups, x_MI.stride(0), grid.rows,
         STEPS=grid.group_size // (launch.units * unit),
-        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers, C=launch.units,
-        W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
+        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
+        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
         num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
