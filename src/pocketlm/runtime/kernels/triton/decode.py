@@ -170,6 +170,8 @@ def decode_kernel(
                     sums = gl.sum(sums, 1, keep_dims=True) * 0.0625
                 part -= gl.expand_dims(z, 2) * sums
             total += part * gl.expand_dims(s, 2)
+    if SHARED:
+        async_copy.wait_group(0)  # what is still copied must not meet what the sum puts there
     y = gl.sum(total, 0)
     output = gl.set_auto_layout(
         tile * (R * 16) + gl.arange(0, R * 16)[:, None] + 0 * gl.arange(0, N)[None, :],
