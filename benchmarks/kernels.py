@@ -61,7 +61,7 @@ def random_weight(rows: int, columns: int, bits: int, symmetric: bool = True) ->
     return PackedInt(codes_OI, scale_OG, zero_OG, bits)
 
 
-def replay_ms(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
+def replay_ms(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
     """Milliseconds of one call, of calls recorded into one graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -208,16 +208,20 @@ def show(result: Mapping[str, Any]) -> str:
     return harness.table(head, map(line, result["rows"])) + "\n\n" + rates
 
 
-def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
+def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
     """Launches worth trying."""
-    few: dict[str, Any] = {"product": "decode"}
     if tokens <= 8:
-        for warps, row_tiles, units, ahead in FEW:
-            yield Launch(**few, warps=warps, row_tiles=row_tiles, units=units, ahead=ahead)
-    if 2 <= tokens <= 32:
-        for warps, row_tiles, units in SHARED:
-            if tokens <= 16 or row_tiles * units <= 4:
-                yield Launch(**few, warps=warps, row_tiles=row_tiles, units=units, shared=True)
+        for warps, row_tiles, units, ahead in FEW if bits == 4 else FEW_OTHER:
+            for release in RELEASES if bits == 4 else ("start",):
+                shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
+                yield Launch("decode", units, release=release, **shape)
+                if tokens == 1 and bits == 4:
+                    yield Launch("decode", units, release=release, x_ahead=True, **shape)
+    if 2 <= tokens <= 16:
+        for warps, row_tiles, units, ahead in SHARED:
+            for release in RELEASES if bits == 4 else ("start",):
+                shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
+                yield Launch("decode", units, shared=True, release=release, **shape)
     if tokens < 16:
         return
     for tile, units, warps, stages in MANY:
@@ -226,28 +230,30 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
         for splits in (1, 2, 4, 8):
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
-                yield Launch("prefill", units, warps, tokens=tile, stages=stages, splits=splits)
+                for release in ("start", "never") if tokens <= 64 and bits == 4 else ("start",):
+                    shape = {"tokens": tile, "stages": stages, "splits": splits}
+                    yield Launch("prefill", units, warps, release=release, **shape)
 
 
+RELEASES = ("start", "end", "never")
 # warps, row tiles, units, ahead
 FEW = (
-    *((warps, 1, 2, ahead) for warps in (4, 8) for ahead in (1, 2, 4)),
-    *((16, 1, 2, 1), (16, 1, 2, 2), (8, 1, 1, 4), (4, 1, 1, 4)),
-    *((4, 2, 2, 2), (8, 2, 2, 1), (8, 2, 2, 2)),
+    *((4, 1, 2, 1), (4, 1, 2, 2), (4, 1, 2, 4), (4, 2, 2, 2), (8, 1, 2, 1), (8, 1, 2, 2)),
+    *((8, 1, 2, 4), (8, 2, 2, 1), (16, 1, 2, 1), (16, 1, 2, 2)),
 )
-# warps, row tiles, units
-SHARED = tuple(
-    (warps, row_tiles, units)
-    for warps in (4, 8)
-    for row_tiles, units in ((1, 2), (2, 2), (2, 1), (4, 1), (4, 2))
+FEW_OTHER = ((4, 1, 1, 2), (4, 1, 1, 4), (8, 1, 1, 2), (8, 1, 4, 1), (8, 1, 4, 2), (4, 2, 1, 4))
+SHARED = (
+    *((4, 1, 2, 1), (4, 2, 2, 1), (4, 2, 2, 2), (4, 4, 2, 1), (8, 1, 2, 1), (8, 2, 2, 1)),
+    *((8, 1, 2, 2), (4, 1, 2, 2)),
 )
 # activations of a tile, units, warps, stages
 MANY = (
-    *((16, 2, 4, 4), (16, 2, 8, 4), (32, 2, 4, 4), (32, 2, 8, 4)),
-    *((64, 2, 4, 4), (64, 2, 8, 4), (64, 1, 8, 6), (128, 2, 4, 3), (128, 2, 8, 4)),
-    *((128, 1, 8, 4), (256, 2, 8, 3), (256, 1, 8, 4)),
+    *((16, 2, 4, 4), (16, 2, 8, 4), (32, 2, 4, 4), (32, 2, 8, 4), (32, 2, 16, 4)),
+    *((64, 2, 4, 4), (64, 2, 8, 4), (64, 2, 16, 4), (128, 2, 4, 3), (128, 2, 8, 4)),
+    *((128, 1, 8, 4), (128, 1, 16, 4), (128, 2, 16, 3), (256, 2, 8, 3), (256, 1, 8, 4)),
 )
-TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TUNED_TOKENS = {4: (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)}
+TUNED_TOKENS |= dict.fromkeys((2, 3, 8), (1, 8, 16, 64, 512))
 TUNED_SHAPES = {4: SHAPES, 3: SHAPES[:1], 2: SHAPES[:1], 8: SHAPES[:1]}
 
 
@@ -280,8 +286,8 @@ def tune(workers: int) -> list[dict[str, Any]]:
         (bits, launch, tokens if launch.product == "decode" else launch.tokens)
         for bits, shapes in TUNED_SHAPES.items()
         for columns, outputs in shapes
-        for tokens in TUNED_TOKENS
-        for launch in candidates(tokens, columns, outputs)
+        for tokens in TUNED_TOKENS[bits]
+        for launch in candidates(bits, tokens, columns, outputs)
     }
     ordered = sorted(cases, key=str)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -296,14 +302,15 @@ def tune(workers: int) -> list[dict[str, Any]]:
             weight = random_weight(outputs, columns, bits)
             grid = Grid.of(weight)
             copies = copies_of(TritonWeights().pack(weight.to("cpu"), BF16, DEVICE))
-            for tokens in TUNED_TOKENS:
+            for tokens in TUNED_TOKENS[bits]:
                 times = {
                     launch: product_ms(timed_product(launch), copies, grid, tokens)
-                    for launch in candidates(tokens, columns, outputs)
+                    for launch in candidates(bits, tokens, columns, outputs)
                     if (bits, launch) not in broken
                 }
                 best = min(times, key=lambda launch: times[launch])
                 print(f"{bits} bits, {columns} x {outputs}, {tokens}: {times[best]:.4f} ms {best}")
+                sys.stdout.flush()
                 row = launches.Measured(bits, outputs, columns, tokens, best, times[best] / 1e3)
                 rows.append(asdict(row))
     return rows
@@ -318,8 +325,6 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
         parts.append(f" {json.dumps(name)}: [\n{lines}\n ]")
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", "utf-8")
-    launches.measured.cache_clear()
-    launches.launch_for.cache_clear()
 
 
 def main() -> None:
@@ -336,6 +341,9 @@ def main() -> None:
         raise SystemExit("needs a CUDA device.")
     if arguments.tune:
         write(tune(arguments.workers), arguments.launches)
+        launches.FILE = arguments.launches
+        launches.measured.cache_clear()
+        launches.launch_for.cache_clear()
     environment = harness.environment() | {"device": torch.cuda.get_device_name()}
     environment["versions"]["triton"] = harness._version("triton")
     result = {"environment": environment, **measure()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pocketlm.runtime.kernels.triton.layout import (
     unit_columns,
 )
 
+RELEASES = {"never": 0, "start": 1, "end": 2}
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -75,6 +77,8 @@ class TritonWeights:
         buffers["scale"] = pack_groups(weight.scale_OG.to(device))
         if weight.zero_OG is not None:
             buffers["zero"] = pack_groups(weight.zero_OG.to(device))
+        # A product may read its weights before the kernel in front of it has ended (overlap.py).
+        torch.cuda.current_stream(device).synchronize()
         return buffers
 
     def matmul(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -137,14 +141,15 @@ def decode_product(
     steps, ahead = -(-units // (taken * launch.warps)), launch.ahead
     while steps % ahead:
         ahead //= 2
+    release = RELEASES[launch.release] if early else 0
     decode_kernel[(-(-tiles // launch.row_tiles),)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
         tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
         STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
         UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
         R=launch.row_tiles, C=taken, W=launch.warps, N=max(8, 1 << (tokens - 1).bit_length()),
-        AHEAD=ahead, SHARED=launch.shared, PDL=early, num_warps=launch.warps,
-        **({"launch_pdl": True} if early else {}),
+        AHEAD=ahead, SHARED=launch.shared, X_AHEAD=launch.x_ahead, RELEASE=release,
+        num_warps=launch.warps, **({"launch_pdl": True} if release else {}),
     )  # fmt: skip
     return y_MO
 
@@ -164,6 +169,8 @@ def prefill_product(
 
     x_MI = _readable(x_MI)
     rows, unit, splits = x_MI.shape[0], _unit(grid), launch.splits
+    release = RELEASES[launch.release]
+    early: dict[str, Any] = {"launch_pdl": True} if release else {}
     launch = launch.fit(grid.group_size, grid.columns, unit)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     target = y_MO
@@ -177,11 +184,13 @@ def prefill_product(
         STEPS=grid.group_size // (launch.units * unit),
         WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
         C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
-        num_warps=launch.warps,
+        RELEASE=release, num_warps=launch.warps, **early,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()
-        add_parts_kernel[(-(-count // 1024),)](target, y_MO, count, SPLITS=splits, num_warps=4)
+        add_parts_kernel[(-(-count // 1024),)](
+            target, y_MO, count, SPLITS=splits, RELEASE=bool(release), num_warps=4, **early
+        )
     return y_MO
 
 

@@ -30,6 +30,8 @@ class Launch:
         row_tiles: Of "decode": tiles of 16 outputs of a program.
         ahead: Of "decode": steps whose weights are under way; a power of two.
         shared: Of "decode": whether activations come through shared memory.
+        x_ahead: Of "decode": whether activations are loaded a step ahead, where not shared.
+        release: On Hopper: when the kernel behind it may start to load its weights.
         tokens: Of "prefill": activations of a tile.
         stages: Of "prefill": length of the ring in shared memory.
         splits: Of "prefill": parts of the columns that are summed by programs of their own.
@@ -41,6 +43,8 @@ class Launch:
     row_tiles: int = 1
     ahead: int = 1
     shared: bool = False
+    x_ahead: bool = False
+    release: Literal["never", "start", "end"] = "start"
     tokens: int = 64
     stages: int = 4
     splits: int = 1
