@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -212,14 +213,14 @@ def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[L
     """Launches worth trying."""
     if tokens <= 8:
         for warps, row_tiles, units, ahead in FEW if bits == 4 else FEW_OTHER:
-            for release in RELEASES if bits == 4 else ("start",):
+            for release in RELEASES if bits == 4 and tokens == 1 else ("start",):
                 shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
                 yield Launch("decode", units, release=release, **shape)
-                if tokens == 1 and bits == 4:
+                if tokens == 1 and bits == 4 and release != "end":
                     yield Launch("decode", units, release=release, x_ahead=True, **shape)
     if 2 <= tokens <= 16:
         for warps, row_tiles, units, ahead in SHARED:
-            for release in RELEASES if bits == 4 else ("start",):
+            for release in ("start", "never") if bits == 4 else ("start",):
                 shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
                 yield Launch("decode", units, shared=True, release=release, **shape)
     if tokens < 16:
@@ -230,7 +231,7 @@ def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[L
         for splits in (1, 2, 4, 8):
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
-                for release in ("start", "never") if tokens <= 64 and bits == 4 else ("start",):
+                for release in ("start", "never") if tokens <= 16 and bits == 4 else ("start",):
                     shape = {"tokens": tile, "stages": stages, "splits": splits}
                     yield Launch("prefill", units, warps, release=release, **shape)
 
@@ -280,8 +281,14 @@ def compile_launch(case: tuple[int, Launch, int]) -> str | None:
         return str(error).splitlines()[0][:200]
 
 
-def tune(workers: int) -> list[dict[str, Any]]:
-    """Tries the candidates, and gives the fastest for each case as rows of the file."""
+def tune(workers: int, seconds: float) -> list[dict[str, Any]]:
+    """Tries the candidates, and gives the fastest for each case as rows of the file.
+
+    Args:
+        workers: Processes that compile.
+        seconds: After which no further case is begun.
+    """
+    stop = time.monotonic() + seconds
     cases = {
         (bits, launch, tokens if launch.product == "decode" else launch.tokens)
         for bits, shapes in TUNED_SHAPES.items()
@@ -303,6 +310,8 @@ def tune(workers: int) -> list[dict[str, Any]]:
             grid = Grid.of(weight)
             copies = copies_of(TritonWeights().pack(weight.to("cpu"), BF16, DEVICE))
             for tokens in TUNED_TOKENS[bits]:
+                if time.monotonic() > stop:
+                    return rows
                 times = {
                     launch: product_ms(timed_product(launch), copies, grid, tokens)
                     for launch in candidates(bits, tokens, columns, outputs)
@@ -335,12 +344,13 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="write launches.json first")
     parser.add_argument("--launches", type=Path, default=launches.FILE, help="where to write them")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    parser.add_argument("--seconds", type=float, default=600, help="that tuning may take")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device.")
     if arguments.tune:
-        write(tune(arguments.workers), arguments.launches)
+        write(tune(arguments.workers, arguments.seconds), arguments.launches)
         launches.FILE = arguments.launches
         launches.measured.cache_clear()
         launches.launch_for.cache_clear()

@@ -62,15 +62,14 @@ def relative_error(y_MO, x_MI, weight):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_few_rows_equal_the_definition(bits, dtype):
-    for case in cases(6, bits, (1, 2, 3, 8, 9, 16, 17, 32)):
+    for number, case in enumerate(cases(6, bits, (1, 2, 3, 8, 9, 16, 17, 32))):
         rows, columns, group, symmetric, tokens = case
         weight = random_packed(rows, columns, group, bits, symmetric)
         grid = Grid.of(weight)
         buffers = TritonWeights().pack(weight, dtype, CUDA)
-        for strided in (False, True):
-            x_MI = activations(tokens, columns, dtype, strided)
-            y_MO = decode_product(x_MI, buffers, grid, DEFAULTS[8], early=hopper())
-            assert relative_error(y_MO, x_MI, weight) < TOLERANCE[dtype], (case, strided)
+        x_MI = activations(tokens, columns, dtype, strided=bool(number % 2))
+        y_MO = decode_product(x_MI, buffers, grid, DEFAULTS[8], early=hopper())
+        assert relative_error(y_MO, x_MI, weight) < TOLERANCE[dtype], case
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_few_rows_equal_the_definition(bits, dtype):
     ids=str,
 )
 def test_every_launch_of_few_rows(launch):
-    for bits in (3, 4, 8):
+    for bits in (3, 4):
         for symmetric in (True, False):
             weight = random_packed(200, 2048, 128, bits, symmetric)
             grid, buffers = Grid.of(weight), TritonWeights().pack(weight, torch.bfloat16, CUDA)
