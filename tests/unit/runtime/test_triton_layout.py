@@ -9,6 +9,7 @@ from tests.unit.runtime.helpers import random_packed
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.triton import ptx
 from pocketlm.runtime.kernels.triton.kernel import TritonWeights
+from pocketlm.runtime.kernels.triton.launches import DEFAULTS, Launch, launch_for, measured
 from pocketlm.runtime.kernels.triton.layout import (
     lane_bits,
     pack_groups,
@@ -163,3 +164,33 @@ def test_what_the_kernel_refuses():
     assert "on CUDA" in cpu
     assert "float16" in kernel.refuses(Grid(64, 128, 4, 32, True), torch.float32, cuda)
     assert "groups of 16" in kernel.refuses(Grid(64, 128, 4, 16, True), torch.bfloat16, cuda)
+
+
+def test_steps_are_whole_units_of_groups_and_rows():
+    few, many = Launch("decode", columns=128), Launch("prefill", columns=128)
+    assert few.units(unit=64, group_size=128, columns=4096) == 2
+    assert few.units(unit=32, group_size=128, columns=4096) == 4
+    assert few.units(unit=64, group_size=64, columns=4096) == 1
+    assert few.units(unit=128, group_size=128, columns=4096) == 1
+    assert few.units(unit=32, group_size=96, columns=4224) == 1
+    assert many.units(unit=64, group_size=576, columns=576) == 1
+    assert Launch("prefill", columns=64).units(unit=128, group_size=128, columns=4096) == 1
+
+
+def test_launches_are_those_of_the_nearest_measured_case():
+    rows = measured()["NVIDIA H200"]
+    assert measured()["NVIDIA H100 80GB HBM3"] is rows
+    for row in rows:
+        found = launch_for("NVIDIA H200", row.width, row.rows, row.columns, row.activations)
+        assert found == row.launch
+    few = next(r for r in rows if (r.width, r.rows, r.activations) == (4, 4096, 8))
+    assert launch_for("NVIDIA H200", 4, 4000, few.columns, 5) == few.launch
+    most = [row for row in rows if row.activations == max(r.activations for r in rows)]
+    assert launch_for("NVIDIA H200", 4, 14336, 4096, 10**6) in [row.launch for row in most]
+    assert launch_for("NVIDIA H200", 3, 14336, 4096, 64).product == "prefill"  # of 4 bits
+
+
+def test_an_unknown_device_gets_a_default():
+    assert launch_for("A card of 2031", 4, 4096, 4096, 1) == DEFAULTS[4]
+    assert launch_for("A card of 2031", 4, 4096, 4096, 17) == DEFAULTS[32]
+    assert launch_for("A card of 2031", 4, 4096, 4096, 10**6) == DEFAULTS[max(DEFAULTS)]

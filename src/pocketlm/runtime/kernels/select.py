@@ -53,7 +53,8 @@ class Row:
 
 
 # Where `tiles_from` is a number it was measured: Xeon (Cascade Lake, AVX-512, no bfloat16 units),
-# one thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096, groups of 64 and 128.
+# one thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096, groups of 64 and 128; on
+# CUDA an H200, weights of 14336 x 4096 and 4096 x 14336 (benchmarks/RESULTS.md).
 TABLE = (
     Row(Int4Cpu(), "cpu", (BF16,), range(2, 5), 192, "int4 product of PyTorch, float32 inside"),
     Row(
@@ -77,7 +78,7 @@ TABLE = (
         "cuda",
         (BF16, FP16),
         range(2, 9),
-        1024,
+        2048,
         "our Triton products: unpacked in registers, 5 to 7 bits in bytes",
     ),
     Row(Int4Cuda(), "cuda", (BF16,), range(2, 5), None, "int4 product of PyTorch (tinygemm)"),
@@ -153,7 +154,8 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
         if grid.bits not in row.bits:
             refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
             continue
-        reason = row.kernel.refuses(grid, dtype, device) or probe(row.kernel, dtype, device)
+        reason = row.kernel.refuses(grid, dtype, device)
+        reason = reason or probe(row.kernel, dtype, device, grid.bits)
         if reason is None:
             return Choice(row.kernel, row.tiles_from, row.reason, refused)
         refused[name] = reason
@@ -176,11 +178,19 @@ def _warn_once(message: str) -> None:
     log.warning("%s Weights are decoded tile by tile, which is slow.", message)
 
 
-_PROBE_SHAPES = {"cpu-int8": (8, 256, 256)}  # kernel → bits, columns, group; else 4, 256, 64
+_PROBE_SHAPES = {"cpu-int8": (256, 256), "triton": (1024, 128)}  # columns, group; else 256, 64
 
 
-def probe(kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device) -> str | None:
+def probe(
+    kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device, bits: int = 8
+) -> str | None:
     """Tries a kernel on a small weight against the definition.
+
+    Args:
+        kernel: The kernel.
+        dtype: Of the activations.
+        device: Where it runs.
+        bits: Of a code of the weight.
 
     Returns:
         What is wrong with it on this machine; None if nothing.
@@ -189,14 +199,14 @@ def probe(kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device)
         return None
     if isinstance(kernel, CodeKernel):
         return _probe_codes(kernel.name, dtype, str(device))
-    return _probe(kernel.name, dtype, str(device))
+    return _probe(kernel.name, bits, dtype, str(device))
 
 
-@lru_cache(maxsize=64)
-def _probe(name: str, dtype: torch.dtype, device_name: str) -> str | None:
+@lru_cache(maxsize=256)
+def _probe(name: str, bits: int, dtype: torch.dtype, device_name: str) -> str | None:
     kernel = next(row.kernel for row in TABLE if row.kernel.name == name)
     device = torch.device(device_name)
-    bits, columns, group = _PROBE_SHAPES.get(name, (4, 256, 64))
+    columns, group = _PROBE_SHAPES.get(name, (256, 64))
     rows, half = 80, 1 << (bits - 1)
     generator = torch.Generator().manual_seed(0)
     codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, generator=generator)

@@ -20,7 +20,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from pocketlm.runtime.kernels.triton.overlap import release, wait
 from pocketlm.runtime.kernels.triton.unpack import copy_ahead, unpack
 
 
@@ -102,14 +101,12 @@ def decode_kernel(
     rows, columns, outputs, units, groups, x_stride, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
     EVEN: gl.constexpr, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
-    AHEAD: gl.constexpr, SHARED: gl.constexpr, X_AHEAD: gl.constexpr, RELEASE: gl.constexpr,
+    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1).
 
     AHEAD: steps whose weights are under way; divides their number. SHARED: activations come
-    through shared memory, copied one step ahead: for more than a few of them. X_AHEAD: else they
-    are loaded one step ahead. RELEASE: when the kernel behind this one may start, if at all: 1 as
-    soon as all programs run, 2 when their sums are made.
+    through shared memory, copied one step ahead: for more than a few of them.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
@@ -128,16 +125,15 @@ def decode_kernel(
         ss += (_per_group(s_ptr, tile, tiles, i, groups, STEPS, EVEN, R, W, MMA),)
         if ZEROS:
             zs += (_per_group(z_ptr, tile, tiles, i, groups, STEPS, EVEN, R, W, MMA),)
-    if RELEASE == 1:
-        release()
-    if RELEASE > 0:
-        wait()
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     if SHARED:
         XS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
         xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2, W, N, K], XS)
         _copy_activations(xs.index(0), x_ptr, 0, rows, columns, x_stride, W, K, N)
-    elif X_AHEAD:
-        b_ahead = _activations(x_ptr, 0, rows, columns, x_stride, EVEN, W, K, N, MMA)
     ones = gl.full([W, 16, K], 1.0, x_ptr.dtype.element_ty, gl.DotOperandLayout(0, MMA, 2))
     for first in range(0, steps, AHEAD):
         for i in gl.static_range(AHEAD):
@@ -160,11 +156,6 @@ def decode_kernel(
                 )  # fmt: skip
                 async_copy.wait_group(1)
                 b = xs.index(step % 2).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
-            elif X_AHEAD:
-                b, following = b_ahead, gl.minimum(step + 1, steps - 1)
-                b_ahead = _activations(
-                    x_ptr, following, rows, columns, x_stride, EVEN, W, K, N, MMA
-                )
             else:
                 b = _activations(x_ptr, step, rows, columns, x_stride, EVEN, W, K, N, MMA)
             a = unpack(q, top, b, WIDTH, UNIT, R, C, W)
@@ -179,8 +170,6 @@ def decode_kernel(
                     sums = gl.sum(sums, 1, keep_dims=True) * 0.0625
                 part -= gl.expand_dims(z, 2) * sums
             total += part * gl.expand_dims(s, 2)
-    if RELEASE == 2:
-        release()
     if SHARED:
         async_copy.wait_group(0)  # what is still copied must not meet what the sum puts there
     y = gl.sum(total, 0)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.runtime.kernels.base import Grid
-from pocketlm.runtime.kernels.triton.launches import FEW_TOKENS, Launch, launch_for
+from pocketlm.runtime.kernels.triton.launches import Launch, launch_for
 from pocketlm.runtime.kernels.triton.layout import (
     TILE_ROWS,
     lane_bits,
@@ -27,7 +26,6 @@ from pocketlm.runtime.kernels.triton.layout import (
     unit_columns,
 )
 
-RELEASES = {"never": 0, "start": 1, "end": 2}
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -77,7 +75,7 @@ class TritonWeights:
         buffers["scale"] = pack_groups(weight.scale_OG.to(device))
         if weight.zero_OG is not None:
             buffers["zero"] = pack_groups(weight.zero_OG.to(device))
-        # A product may read its weights before the kernel in front of it has ended (overlap.py).
+        # A product may read its weights before the kernel in front of it has ended (decode.py).
         torch.cuda.current_stream(device).synchronize()
         return buffers
 
@@ -86,8 +84,8 @@ class TritonWeights:
         name, hopper = _device(x_MI.device.index or 0)
         width = lane_bits(grid.bits, grid.group_size)
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
-        if launch.product == "decode" and x_MI.shape[0] <= 4 * FEW_TOKENS:
-            return decode_product(x_MI, buffers, grid, launch, early=hopper)
+        if launch.product == "decode":
+            return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
         return self.matmul_tiles(x_MI, buffers, grid)
@@ -128,28 +126,27 @@ def decode_product(
         buffers: What `TritonWeights.pack` made.
         grid: The weight's.
         launch: Tile sizes.
-        early: Whether a program may start before the kernel before it has ended (Hopper).
+        early: Whether it starts before the kernel before it has ended; on Hopper only.
     """
     from pocketlm.runtime.kernels.triton.decode import decode_kernel
 
     x_MI = _readable(x_MI) if launch.shared or x_MI.stride(1) != 1 else x_MI
     tokens, unit = x_MI.shape[0], _unit(grid)
-    launch = launch.fit(grid.group_size, grid.columns, unit)
+    taken = launch.units(unit, grid.group_size, grid.columns)
     y_MO = torch.empty(tokens, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
-    tiles, units, taken = -(-grid.rows // TILE_ROWS), grid.columns // unit, launch.units
+    tiles, units = -(-grid.rows // TILE_ROWS), grid.columns // unit
     steps, ahead = -(-units // (taken * launch.warps)), launch.ahead
     while steps % ahead:
         ahead //= 2
-    release = RELEASES[launch.release] if early else 0
     decode_kernel[(-(-tiles // launch.row_tiles),)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
         tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
         STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
         UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
         R=launch.row_tiles, C=taken, W=launch.warps, N=max(8, 1 << (tokens - 1).bit_length()),
-        AHEAD=ahead, SHARED=launch.shared, X_AHEAD=launch.x_ahead, RELEASE=release,
-        num_warps=launch.warps, **({"launch_pdl": True} if release else {}),
+        AHEAD=ahead, SHARED=launch.shared, PDL=early, num_warps=launch.warps,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
 
@@ -169,9 +166,7 @@ def prefill_product(
 
     x_MI = _readable(x_MI)
     rows, unit, splits = x_MI.shape[0], _unit(grid), launch.splits
-    release = RELEASES[launch.release]
-    early: dict[str, Any] = {"launch_pdl": True} if release else {}
-    launch = launch.fit(grid.group_size, grid.columns, unit)
+    taken = launch.units(unit, grid.group_size, grid.columns)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     target = y_MO
     if splits > 1:
@@ -181,16 +176,14 @@ def prefill_product(
     prefill_kernel[blocks](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
         rows, grid.rows, grid.columns // unit, grid.groups, x_MI.stride(0), grid.rows,
-        STEPS=grid.group_size // (launch.units * unit),
+        STEPS=grid.group_size // (taken * unit),
         WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        C=launch.units, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
-        RELEASE=release, num_warps=launch.warps, **early,
+        C=taken, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
+        num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()
-        add_parts_kernel[(-(-count // 1024),)](
-            target, y_MO, count, SPLITS=splits, RELEASE=bool(release), num_warps=4, **early
-        )
+        add_parts_kernel[(-(-count // 1024),)](target, y_MO, count, SPLITS=splits, num_warps=4)
     return y_MO
 
 

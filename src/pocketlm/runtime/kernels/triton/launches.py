@@ -1,8 +1,9 @@
 """Which product, with which tile sizes, for how many activations: measured choices for each device.
 
-`launches.json` is written by ``benchmarks/kernels.py --tune`` and holds, for each device name,
-rows of (width of a code, shape of the weight, activations) → launch. A lookup takes the row of the
-same width with the fewest activations that are not fewer than those at hand, of the nearest shape.
+`launches.json` is written by ``benchmarks/kernels.py --tune``. It holds, for each device name, rows
+of (width of a code, shape of the weight, activations) → launch, or the name of a device whose rows
+serve as well. A lookup takes the rows with the fewest activations that are not fewer than those at
+hand, of the same width where there are any, else of 4 bits, and of these the nearest shape.
 A device that is not in the file gets `DEFAULTS`.
 """
 
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 FILE = Path(__file__).with_name("launches.json")
-FEW_TOKENS = 16  # up to which the product for few rows alone is taken where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -25,45 +26,45 @@ class Launch:
 
     Attributes:
         product: "decode" (decode.py) or "prefill" (prefill.py).
-        units: Units that are taken in a step; fewer where groups or columns do not allow it.
+        columns: That a warp ("decode") or a program ("prefill") takes in a step; fewer where
+            groups want it.
         warps: Of a program.
         row_tiles: Of "decode": tiles of 16 outputs of a program.
         ahead: Of "decode": steps whose weights are under way; a power of two.
         shared: Of "decode": whether activations come through shared memory.
-        x_ahead: Of "decode": whether activations are loaded a step ahead, where not shared.
-        release: On Hopper: when the kernel behind it may start to load its weights.
+        early: Of "decode", on Hopper: whether it starts before the kernel before it has ended.
         tokens: Of "prefill": activations of a tile.
         stages: Of "prefill": length of the ring in shared memory.
         splits: Of "prefill": parts of the columns that are summed by programs of their own.
     """
 
     product: Literal["decode", "prefill"]
-    units: int = 1
+    columns: int = 128
     warps: int = 4
     row_tiles: int = 1
     ahead: int = 1
     shared: bool = False
-    x_ahead: bool = False
-    release: Literal["never", "start", "end"] = "start"
+    early: bool = True
     tokens: int = 64
     stages: int = 4
     splits: int = 1
 
-    def fit(self, group_size: int, columns: int, unit: int) -> Launch:
-        """The same with so many units a step that steps make up groups, and a row if they must."""
-        units, whole = self.units, columns if self.product == "prefill" else group_size
-        while units > 1 and (group_size % (units * unit) or whole % (units * unit)):
-            units //= 2
-        return replace(self, units=units)
+    def units(self, unit: int, group_size: int, columns: int) -> int:
+        """How many units of `unit` columns a step takes: whole steps make up a group, and a row."""
+        count, whole = max(1, self.columns // unit), columns if self.product == "prefill" else 0
+        while count > 1 and (group_size % (count * unit) or whole % (count * unit)):
+            count //= 2
+        return count
 
 
 DEFAULTS = {  # activations → launch
-    8: Launch("decode", units=2, warps=4),
-    16: Launch("decode", units=2, warps=4),
+    4: Launch("decode", ahead=2),
+    8: Launch("decode", shared=True),
+    16: Launch("decode", row_tiles=2, shared=True),
     32: Launch("prefill", tokens=32),
     64: Launch("prefill", tokens=64),
     128: Launch("prefill", tokens=128, warps=8),
-    512: Launch("prefill", tokens=256, warps=8),
+    1024: Launch("prefill", tokens=256, warps=8, columns=64),
 }
 
 
@@ -93,11 +94,14 @@ def measured() -> dict[str, tuple[Measured, ...]]:
     """The file: device name → rows."""
     if not FILE.exists():
         return {}
-    devices = json.loads(FILE.read_text("utf-8"))
-    return {
-        name: tuple(Measured(**{**row, "launch": Launch(**row["launch"])}) for row in rows)
-        for name, rows in devices.items()
-    }
+    devices: dict[str, Any] = json.loads(FILE.read_text("utf-8"))
+    own = {name: rows for name, rows in devices.items() if not isinstance(rows, str)}
+    parsed = {name: tuple(map(_row, rows)) for name, rows in own.items()}
+    return {name: parsed[rows if isinstance(rows, str) else name] for name, rows in devices.items()}
+
+
+def _row(data: dict[str, Any]) -> Measured:
+    return Measured(**{**data, "launch": Launch(**data["launch"])})
 
 
 @lru_cache(maxsize=4096)
@@ -114,14 +118,21 @@ def launch_for(device: str, width: int, rows: int, columns: int, activations: in
     Returns:
         The measured one of the nearest case; of a device that was not measured, the default.
     """
-    known = [row for row in measured().get(device, ()) if row.width == width]
+    known = measured().get(device, ())
     if not known:
-        least = min((m for m in DEFAULTS if m >= activations), default=max(DEFAULTS))
-        return DEFAULTS[least]
-    counts = {row.activations for row in known}
-    count = min((m for m in counts if m >= activations), default=max(counts))
+        return DEFAULTS[_least(tuple(DEFAULTS), activations)]
+    enough = [row for row in known if row.activations >= activations]
+    fitting = [row for row in enough if row.width == width] or [
+        row for row in known if row.width == 4
+    ]
+    count = _least([row.activations for row in fitting], activations)
 
     def distance(row: Measured) -> float:
         return abs(math.log(row.rows / rows)) + abs(math.log(row.columns / columns))
 
-    return min((row for row in known if row.activations == count), key=distance).launch
+    return min((row for row in fitting if row.activations == count), key=distance).launch
+
+
+def _least(counts: Sequence[int], activations: int) -> int:
+    """The least count that suffices; the greatest where none does."""
+    return min((count for count in counts if count >= activations), default=max(counts))

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pocketlm.runtime.kernels.triton.overlap import release, wait
 from pocketlm.runtime.kernels.triton.unpack import copy_ahead, scaled, unpack
 
 
@@ -56,12 +55,10 @@ def prefill_kernel(
     rows, outputs, units, groups, x_stride, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
     C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    RELEASE: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
 
     With SPLITS > 1 program (i, j, k) sums the k-th part of the columns into y [SPLITS, M, O].
-    RELEASE as in decode.py.
     """
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
@@ -113,20 +110,14 @@ def prefill_kernel(
     for i in gl.static_range(STAGES - 1):
         if i < steps:
             step = start + i
+            copy_ahead(xs.index(i), x_at + step * K)
             copy_ahead(qs.index(i), q_at + step * (C * WORDS))
             copy_ahead(ss.index(i), s_at + step // STEPS * 16)
             if WIDTH == 3:
                 copy_ahead(ts.index(i), t_at + step * (C * UNIT))
             if ZEROS:
                 copy_ahead(zs.index(i), z_at + step // STEPS * 16)
-    if RELEASE == 1:
-        release()
-    if RELEASE > 0:
-        wait()
-    for i in gl.static_range(STAGES - 1):
-        if i < steps:
-            copy_ahead(xs.index(i), x_at + (start + i) * K)
-        async_copy.commit_group()  # the first of them holds all weights
+        async_copy.commit_group()
 
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
@@ -169,8 +160,6 @@ def prefill_kernel(
         v = scaled(v, s, z, ZEROS)
         acc, v = warpgroup_mma_wait(0, [acc, v])  # v too: it is to be made before the wait
 
-    if RELEASE == 2:
-        release()
     output = gl.set_auto_layout(gl.arange(0, W * 16), gl.SliceLayout(1, ACC))
     row = gl.set_auto_layout(gl.arange(0, N), gl.SliceLayout(0, ACC))
     output = gl.expand_dims(output, 1) + tile * (W * 16)
@@ -181,13 +170,10 @@ def prefill_kernel(
 
 
 @gluon.jit
-def add_parts_kernel(parts_ptr, y_ptr, count, SPLITS: gl.constexpr, RELEASE: gl.constexpr):
+def add_parts_kernel(parts_ptr, y_ptr, count, SPLITS: gl.constexpr):
     """Y = the sum of [SPLITS, …] float32 over the first axis, in order; 1024 values a program."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     at = gl.program_id(0) * 1024 + gl.set_auto_layout(gl.arange(0, 1024), LAYOUT)
-    if RELEASE:
-        release()
-        wait()
     total = gl.zeros([1024], gl.float32, LAYOUT)
     for part in gl.static_range(SPLITS):
         total += gl.load(parts_ptr + part * count.to(gl.int64) + at, mask=at < count, other=0.0)
