@@ -155,7 +155,7 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
             refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
             continue
         reason = row.kernel.refuses(grid, dtype, device)
-        reason = reason or probe(row.kernel, dtype, device, grid.bits)
+        reason = reason or probe(row.kernel, dtype, device, grid.bits, grid.symmetric)
         if reason is None:
             return Choice(row.kernel, row.tiles_from, row.reason, refused)
         refused[name] = reason
@@ -182,7 +182,11 @@ _PROBE_SHAPES = {"cpu-int8": (256, 256), "triton": (1024, 128)}  # columns, grou
 
 
 def probe(
-    kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device, bits: int = 8
+    kernel: Kernel | CodeKernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int = 8,
+    symmetric: bool = True,
 ) -> str | None:
     """Tries a kernel on a small weight against the definition.
 
@@ -191,6 +195,7 @@ def probe(
         dtype: Of the activations.
         device: Where it runs.
         bits: Of a code of the weight.
+        symmetric: Whether the weight has no zero points.
 
     Returns:
         What is wrong with it on this machine; None if nothing.
@@ -199,11 +204,13 @@ def probe(
         return None
     if isinstance(kernel, CodeKernel):
         return _probe_codes(kernel.name, dtype, str(device))
-    return _probe(kernel.name, bits, dtype, str(device))
+    return _probe(kernel.name, bits, symmetric, dtype, str(device))
 
 
 @lru_cache(maxsize=256)
-def _probe(name: str, bits: int, dtype: torch.dtype, device_name: str) -> str | None:
+def _probe(
+    name: str, bits: int, symmetric: bool, dtype: torch.dtype, device_name: str
+) -> str | None:
     kernel = next(row.kernel for row in TABLE if row.kernel.name == name)
     device = torch.device(device_name)
     columns, group = _PROBE_SHAPES.get(name, (256, 64))
@@ -211,12 +218,13 @@ def _probe(name: str, bits: int, dtype: torch.dtype, device_name: str) -> str | 
     generator = torch.Generator().manual_seed(0)
     codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, generator=generator)
     scale_OG = torch.randn(rows, columns // group, generator=generator).to(dtype)
-    weight = PackedInt(codes_OI, scale_OG, None, bits)
+    zero_OG = torch.randint(-half, half, scale_OG.shape, dtype=torch.int8, generator=generator)
+    weight = PackedInt(codes_OI, scale_OG, None if symmetric else zero_OG, bits)
     x_MI = torch.randn(70, columns, generator=generator).to(device, dtype)
     grid = Grid.of(weight)
     try:
         buffers = kernel.pack(weight, dtype, device)
-        found = [kernel.matmul(x_MI[:3], buffers, grid), kernel.matmul(x_MI, buffers, grid)]
+        found = [kernel.matmul(x_MI[:few], buffers, grid) for few in (3, 12, 70)]
         found.append(kernel.matmul_tiles(x_MI, buffers, grid))
     except Exception as error:  # compilers raise what they like
         return f"fails here: {(str(error) or type(error).__name__).splitlines()[0]}"

@@ -6,14 +6,14 @@ cost what one does. The codes enter as whole numbers; a group's sum is float32 a
 zero points z are taken off as z Σ x, a product with ones. At the end the warps' sums are added in
 a fixed order. There is no second launch and no atomic: the same inputs give the same bits.
 
-Weights are read one step ahead, the first before the kernel that made x has ended (programmatic
+Weights are read some steps ahead, the first before the kernel that made x has ended (programmatic
 dependent launch): they do not depend on it.
 
-Legend as in layout.py; W warps, N activations (8 NT), a step is C units for each warp.
+Legend as in layout.py; W warps, N activations, a step is C units for each warp.
 """
 
 # ruff: noqa: RUF005 (what is jitted knows no unpacking into a tuple)
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -106,7 +106,8 @@ def decode_kernel(
     """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1).
 
     AHEAD: steps whose weights are under way; divides their number. SHARED: activations come
-    through shared memory, copied one step ahead: for more than a few of them.
+    through shared memory, copied one step ahead: for more than a few of them. PDL: the kernel
+    behind this one may start as soon as all programs run, and this one did so itself.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]

@@ -5,7 +5,7 @@ A program writes 16 rows, W stretches of K columns. Values are rounded as `dequa
 them. Legend as in layout.py.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -7,6 +7,8 @@ the table serve.
 Legend as in layout.py; M rows of activations, I input columns, O output rows.
 """
 
+# A jitted function is launched by its index.
+# pyright: reportIndexIssue=false
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ activations' dtype, as `dequantize()` rounds them; sums are float32.
 Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -2,7 +2,7 @@
 layout.py the order).
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from triton.experimental import gluon
