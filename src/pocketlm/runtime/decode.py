@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Tokens:
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host_B = tokens_B
+            self._host_B = tokens_B.clone()
 
     def read(self) -> list[int]:
         """Waits for them, not for what was started later."""
@@ -175,7 +176,7 @@ class Decoder:
         if graph is None:
             logits_BV = self._eager_step()
             self.tokens_B.copy_(self.sampling.draw(logits_BV, self.generator))
-            return Tokens(self.tokens_B.clone() if self.device.type == "cpu" else self.tokens_B)
+            return Tokens(self.tokens_B)
         if self._slot_at != self.length:
             self._slot_1.fill_(self.length)
         graph.replay()
@@ -240,7 +241,6 @@ class Decoder:
                 found = self._captured(seen)
             except RuntimeError as error:
                 self._graphs_on = False
-                self._cache.slot = None
                 torch.cuda.synchronize()
                 self._note(f"no CUDA graph: {str(error).splitlines()[0]}")
                 return None
@@ -250,27 +250,36 @@ class Decoder:
     def _captured(self, seen: int) -> torch.cuda.CUDAGraph:
         self._try_lean()
         before_B, state = self.tokens_B.clone(), self.generator.get_state()
-        self._slot_1.fill_(self.length)
-        self._cache.slot, self._cache.seen = self._slot_1, seen
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.sampling.draw(self._logits_at_slot(seen), self.generator)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self.generator.set_state(state)
-        with torch.cuda.graph(graph):
-            self.tokens_B.copy_(self.sampling.draw(self._logits_at_slot(seen), self.generator))
-            self._slot_1.add_(1)
-        self._cache.slot = None
+        with self._at_slot(seen):
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self.sampling.draw(self._logits_at_slot(), self.generator)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            self.generator.set_state(state)
+            with torch.cuda.graph(graph):
+                self.tokens_B.copy_(self.sampling.draw(self._logits_at_slot(), self.generator))
+                self._slot_1.add_(1)
         self.tokens_B.copy_(before_B)
         self._slot_at = -1
         return graph
 
-    def _logits_at_slot(self, seen: int) -> Tensor:
+    @contextmanager
+    def _at_slot(self, seen: int) -> Generator[None]:
+        """Steps within write where `_slot_1` says, and attention reads `seen` positions."""
+        self._slot_1.fill_(self.length)
+        self._cache.slot, self._cache.seen = self._slot_1, seen
+        try:
+            yield
+        finally:
+            self._cache.slot = None
+
+    def _logits_at_slot(self) -> Tensor:
         """Logits [B, V] with every place on the device: what a graph can hold."""
+        seen = self._cache.seen
         if self._lean is not None:
             return self._lean.at_slot(self.tokens_B, self._slot_1, seen, self._pads())
         inputs: dict[str, Any] = {}
