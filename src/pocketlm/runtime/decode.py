@@ -109,6 +109,13 @@ class Decoder:
         """Whether a step can be under way while its predecessor's tokens are read."""
         return self.device.type == "cuda"
 
+    @property
+    def loop(self) -> str:
+        """How steps run, in words."""
+        forward = "transformers' forward" if self._lean is None else "lean forward"
+        cache = "a dynamic cache" if self._static_refused is not None else "a static cache"
+        return f"{forward} over {cache}" + (", replayed as a CUDA graph" if self._graphs_on else "")
+
     def restart(self, sampling: Sampling, seed: int) -> None:
         """Another way of choosing from here on; what the cache holds stays."""
         self.sampling = sampling
