@@ -6,6 +6,7 @@ its files, which say how many bits a weight really takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,20 @@ def model_shape(source: str | Path, *, trust_remote_code: bool = False) -> Model
     else:
         view = open_model(path, trust_remote_code=trust_remote_code)
         model, dtype = view.skeleton.model, view.dtype
-    return _shape(model, Path(source).name, dtype, stored)
+    return shape_of(model, Path(source).name, dtype, stored)
 
 
-def _shape(
-    model: PreTrainedModel, name: str, dtype: torch.dtype, stored: dict[str, float]
+def shape_of(
+    model: PreTrainedModel, name: str, dtype: torch.dtype, stored: Mapping[str, float]
 ) -> ModelShape:
+    """The shape of a model in memory, its parameters perhaps on the meta device.
+
+    Args:
+        model: Not compressed.
+        name: To call it by.
+        dtype: Of its weights.
+        stored: Module path → bytes that it takes compressed.
+    """
     config: PretrainedConfig = model.config.get_text_config(decoder=True)
     skeleton = find_blocks(model)
     kinds: dict[tuple[Any, ...], list[float | None]] = {}

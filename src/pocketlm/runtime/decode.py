@@ -224,17 +224,35 @@ class Decoder:
             return
         lean, reason = lean_step(self.model, self._cache)
         if lean is not None:
-            truth_BV = self._forward(self.tokens_B[:, None]).float()
-            self.length -= 1
-            ours_BV = lean.at(self.tokens_B, self.length, self._pads()).float()
-            error = float((ours_BV - truth_BV).norm() / truth_BV.norm())
-            if not error < TOLERANCE[self.model.dtype]:
-                reason = f"the lean step's logits are off by {error:.1e}"
+            reason = self._distrust(lean)
+            if reason is not None and lean.kernels is not None:
+                self._note(f"attention without kernels of our own: {reason}.")
+                lean.kernels = None
+                reason = self._distrust(lean)
         if reason is not None:
             self._lean_on = False
             self._note(f"steps run through transformers' forward: {reason}.")
             return
         self._lean = lean
+
+    def _distrust(self, lean: LeanStep) -> str | None:
+        """Why a lean step may not stand in: it fails, or its logits differ; None where it may."""
+        truth_BV = self._forward(self.tokens_B[:, None]).float()
+        self.length -= 1
+        try:
+            if self._graphs_on:
+                with self._at_slot(self._cache.capacity):
+                    ours_BV = lean.at_slot(
+                        self.tokens_B, self._slot_1, self._cache.capacity, self._pad_B
+                    )
+            else:
+                ours_BV = lean.at(self.tokens_B, self.length, self._pads())
+        except Exception as error:  # compilers raise of every kind
+            return f"it fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
+        error = float((ours_BV.float() - truth_BV).norm() / truth_BV.norm())
+        if not error < TOLERANCE[self.model.dtype]:
+            return f"its logits are off by {error:.1e}"
+        return None
 
     def _pads(self) -> Tensor | None:
         return self._pad_B if self._padded else None
@@ -288,7 +306,7 @@ class Decoder:
         """Logits [B, V] with every place on the device: what a graph can hold."""
         seen = self._cache.seen
         if self._lean is not None:
-            return self._lean.at_slot(self.tokens_B, self._slot_1, seen, self._pads())
+            return self._lean.at_slot(self.tokens_B, self._slot_1, seen, self._pad_B)
         inputs: dict[str, Any] = {}
         position_B1 = self._slot_1.expand(self.rows, 1)
         if self._padded:

@@ -3,7 +3,8 @@
 transformers' forward spends hundreds of microseconds a block on Python and on small operations; at
 one token that is more than the products take. Here a block is: norm, one product for queries, keys
 and values, rotation, attention over the static cache, product, norm, one product for gate and up,
-product. On CUDA what lies between products is fused by torch.compile, once for all blocks.
+product. On CUDA what lies between products is fused by torch.compile, once for all blocks, and
+attention is decode_kernels.py.
 A step is trusted only after its logits were compared with those of the model's own forward.
 
 Legend: B rows, H heads of queries, K heads of keys, G = H / K, D head width, N positions seen,
@@ -121,6 +122,7 @@ class LeanStep:
         self.cos_ND, self.sin_ND = parts.angles(cache.capacity, like)
         self.heads = (parts.heads, parts.kv_heads, parts.head_dim)
         self.fused = _fused() if like.is_cuda else _EAGER
+        self.kernels = _kernels(self.heads[2], self.cos_ND) if like.is_cuda else None
 
     def at(self, ids_B: Tensor, length: int, pad_B: Tensor | None) -> Tensor:
         """Logits [B, V] of ids at position `length`, known to the host."""
@@ -130,7 +132,8 @@ class LeanStep:
             place_B = length - pad_B
             cos_B1D, sin_B1D = self.cos_ND[place_B][:, None], self.sin_ND[place_B][:, None]
 
-        def attend(block: _LeanBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
             block.keys[:, :, length : length + 1] = k
             block.values[:, :, length : length + 1] = v
             first = 0 if block.window is None else max(0, length + 1 - block.window)
@@ -141,19 +144,20 @@ class LeanStep:
             seen = slice(first, length + 1)
             return self._attention(q, block.keys[:, :, seen], block.values[:, :, seen], mask)
 
-        return self._run(ids_B, cos_B1D, sin_B1D, attend)
+        return self._run(ids_B, attend)
 
-    def at_slot(self, ids_B: Tensor, slot_1: Tensor, seen: int, pad_B: Tensor | None) -> Tensor:
+    def at_slot(self, ids_B: Tensor, slot_1: Tensor, seen: int, pad_B: Tensor) -> Tensor:
         """The same at a place that only the device knows; attention reads `seen` positions."""
-        place_B = slot_1 if pad_B is None else slot_1 - pad_B
+        if self.kernels is not None:
+            return self._run(ids_B, self._by_kernels(slot_1, pad_B))
+        place_B = slot_1 - pad_B
         cos_B1D, sin_B1D = self.cos_ND[place_B][:, None], self.sin_ND[place_B][:, None]
         columns_N = torch.arange(seen, device=ids_B.device)
-        valid_BN = (columns_N <= slot_1)[None]
-        if pad_B is not None:
-            valid_BN = valid_BN & (columns_N >= pad_B[:, None])
+        valid_BN = (columns_N <= slot_1) & (columns_N >= pad_B[:, None])
         masks: dict[int | None, Tensor] = {}
 
-        def attend(block: _LeanBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
             block.keys.index_copy_(2, slot_1, k)
             block.values.index_copy_(2, slot_1, v)
             if block.window not in masks:
@@ -164,14 +168,33 @@ class LeanStep:
             mask = masks[block.window]
             return self._attention(q, block.keys[:, :, :seen], block.values[:, :, :seen], mask)
 
-        return self._run(ids_B, cos_B1D, sin_B1D, attend)
+        return self._run(ids_B, attend)
+
+    def _by_kernels(self, slot_1: Tensor, pad_B: Tensor) -> Callable[[_LeanBlock, Tensor], Tensor]:
+        kernels = self.kernels
+
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q_BHD = kernels.rotate_and_store(
+                qkv_BX, (self.cos_ND, self.sin_ND), block.head_norms, block.head_epsilon,
+                self.heads, block.keys, block.values, slot_1, pad_B,
+            )  # fmt: skip
+            return kernels.attend(
+                q_BHD, block.keys, block.values, slot_1, pad_B, self.parts.scale, block.window
+            )
+
+        return attend
+
+    def _split(
+        self, block: _LeanBlock, qkv_BX: Tensor, cos_B1D: Tensor, sin_B1D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.fused.split_heads(
+            qkv_BX, cos_B1D, sin_B1D, block.head_norms, block.head_epsilon, self.heads
+        )
 
     def _run(
         self,
         ids_B: Tensor,
-        cos_B1D: Tensor,
-        sin_B1D: Tensor,
-        attend: Callable[[_LeanBlock, Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[[_LeanBlock, Tensor], Tensor],
     ) -> Tensor:
         parts, fused = self.parts, self.fused
         x_BC = parts.embedding(ids_B)
@@ -179,10 +202,7 @@ class LeanStep:
         h_BC = fused.normed(x_BC, first.weight, first.epsilon)
         norms = [block.attention_norm for block in parts.blocks[1:]] + [parts.norm]
         for block, after in zip(self.blocks, norms, strict=True):
-            q, k, v = fused.split_heads(
-                block.qkv(h_BC), cos_B1D, sin_B1D, block.head_norms, block.head_epsilon, self.heads
-            )
-            y_BC = block.parts.output(attend(block, q, k, v))
+            y_BC = block.parts.output(attend(block, block.qkv(h_BC)))
             norm = block.parts.mlp_norm
             x_BC, h_BC = fused.added_norm(x_BC, y_BC, norm.weight, norm.epsilon)
             y_BC = block.parts.down(fused.gated(block.gate_up(h_BC), parts.activation))
@@ -204,6 +224,16 @@ class _Functions:
 
 
 _EAGER = _Functions(lambda function: function)
+
+
+def _kernels(head_dim: int, cos_ND: Tensor) -> Any:
+    """The module of Triton kernels, where they take such heads."""
+    try:
+        from pocketlm.runtime import decode_kernels
+    except ImportError:  # no Triton
+        return None
+    refused = decode_kernels.refuses(head_dim, cos_ND.shape[-1], cos_ND.dtype)
+    return decode_kernels if refused is None else None
 
 
 @functools.lru_cache(maxsize=1)
