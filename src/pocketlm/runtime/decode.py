@@ -3,8 +3,8 @@
 Keys and values lie in a static cache that keeps every position. On CUDA a step (forward, choice of
 the tokens, moving on) is captured once for each number of positions that attention reads (256,
 512, …) and replayed; tokens feed the next step without passing the host. On a CPU the same step
-runs eagerly. The forward is the model's own, or the lean one of runtime/lean.py where the model's
-blocks are of the plain kind. What cannot be done so falls back, and the logger says why, once.
+runs eagerly. The forward is the model's own, or a lean one (runtime/lean.py, in C on a CPU
+with few rows: runtime/native) where the model's blocks are of the plain kind. What cannot be done so falls back, and the logger says why, once.
 
 Legend: B rows, T tokens, N capacity of the cache, V vocabulary.
 """
@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pocketlm.runtime.lean import TOLERANCE, LeanStep, lean_step
+from pocketlm.runtime.lean import TOLERANCE, LeanStep, lean_steps
 from pocketlm.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from pocketlm.runtime.native.step import NativeStep
 
 log = logging.getLogger("pocketlm.runtime")
 
@@ -100,7 +102,7 @@ class Decoder:
         self._pad_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._padded = False
         self._graphs: dict[tuple[int, bool, Sampling], torch.cuda.CUDAGraph] = {}
-        self._lean: LeanStep | None = None
+        self._lean: LeanStep | NativeStep | None = None
         self._cache: Any = None
         self.length = 0
 
@@ -112,7 +114,7 @@ class Decoder:
     @property
     def loop(self) -> str:
         """How steps run, in words."""
-        forward = "transformers' forward" if self._lean is None else "lean forward"
+        forward = "transformers' forward" if self._lean is None else self._lean.name
         cache = "a dynamic cache" if self._static_refused is not None else "a static cache"
         return f"{forward} over {cache}" + (", replayed as a CUDA graph" if self._graphs_on else "")
 
@@ -222,25 +224,27 @@ class Decoder:
         """Makes the lean step, and trusts it where it agrees with the model's own forward."""
         if not self._lean_on or self._lean is not None:
             return
-        lean, reason = lean_step(self.model, self._cache)
-        if lean is not None:
+        for lean in lean_steps(self.model, self._cache, self.rows):
+            if isinstance(lean, str):
+                self._note(lean)
+                continue
             reason = self._distrust(lean)
             if reason is not None and lean.kernels is not None:
                 self._note(f"attention without kernels of our own: {reason}.")
                 lean.kernels = None
                 reason = self._distrust(lean)
-        if reason is not None:
-            self._lean_on = False
-            self._note(f"steps run through transformers' forward: {reason}.")
-            return
-        self._lean = lean
+            if reason is None:
+                self._lean = lean
+                return
+            self._note(f"{lean.name} is not used: {reason}.")
+        self._lean_on = False
 
-    def _distrust(self, lean: LeanStep) -> str | None:
+    def _distrust(self, lean: LeanStep | NativeStep) -> str | None:
         """Why a lean step may not stand in: it fails, or its logits differ; None where it may."""
         truth_BV = self._forward(self.tokens_B[:, None]).float()
         self.length -= 1
         try:
-            if self._graphs_on:
+            if self._graphs_on and isinstance(lean, LeanStep):
                 with self._at_slot(self._cache.capacity):
                     ours_BV = lean.at_slot(
                         self.tokens_B, self._slot_1, self._cache.capacity, self._pad_B
@@ -305,7 +309,7 @@ class Decoder:
     def _logits_at_slot(self) -> Tensor:
         """Logits [B, V] with every place on the device: what a graph can hold."""
         seen = self._cache.seen
-        if self._lean is not None:
+        if isinstance(self._lean, LeanStep):
             return self._lean.at_slot(self.tokens_B, self._slot_1, seen, self._pad_B)
         inputs: dict[str, Any] = {}
         position_B1 = self._slot_1.expand(self.rows, 1)

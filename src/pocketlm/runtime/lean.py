@@ -14,7 +14,7 @@ C hidden width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pocketlm.models.decoder_parts import Block, Parts
     from pocketlm.models.static_cache import StaticCache
+    from pocketlm.runtime.native.step import NativeStep
 
 # Of logits, relative: a step that means something else is off by far more.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -111,6 +112,8 @@ class LeanStep:
         parts: Of the model.
         cache: Whose tensors are read and written.
     """
+
+    name = "the lean step"
 
     def __init__(self, parts: Parts, cache: StaticCache) -> None:
         self.parts = parts
@@ -245,13 +248,19 @@ def _fused() -> _Functions:
     return _Functions(functools.partial(torch.compile, dynamic=False))
 
 
-def lean_step(
-    model: PreTrainedModel, cache: StaticCache
-) -> tuple[LeanStep | None, str | None]:
-    """The step for a model whose prompt the cache holds, or why there is none."""
+def lean_steps(
+    model: PreTrainedModel, cache: StaticCache, rows: int
+) -> Iterator[LeanStep | NativeStep | str]:
+    """Steps to try, the fastest first; between them, why one is not there."""
     from pocketlm.models.decoder_parts import decoder_parts
 
     parts = decoder_parts(model)
     if isinstance(parts, str):
-        return None, parts
-    return LeanStep(parts, cache), None
+        yield f"steps run through transformers' forward: {parts}."
+        return
+    if model.device.type == "cpu":
+        from pocketlm.runtime.native.step import native_step
+
+        step = native_step(parts, cache, rows)
+        yield f"no step in C: {step}." if isinstance(step, str) else step
+    yield LeanStep(parts, cache)
