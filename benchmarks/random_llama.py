@@ -46,7 +46,7 @@ def random_llama(
     device: torch.device | str,
     *,
     bits: int | None,
-    group: int = 128,
+    group: int | None = 128,
     head_bits: int | None = None,
 ) -> Any:
     """The model in bfloat16, ready to decode.
@@ -55,7 +55,7 @@ def random_llama(
         shape: Its sizes.
         device: Where it lies.
         bits: Of the blocks' linears; None for bfloat16.
-        group: Columns that share a scale.
+        group: Columns that share a scale; None where a row does.
         head_bits: Of the head; None for bfloat16.
 
     Returns:
@@ -82,10 +82,10 @@ def random_llama(
     return model
 
 
-def _packed(rows: int, columns: int, bits: int, group: int, device: torch.device) -> PackedLinear:
+def _packed(rows: int, columns: int, bits: int, group: int | None, device: torch.device) -> PackedLinear:
     half = 1 << (bits - 1)
     codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
-    scale_OG = torch.full((rows, columns // group), STD / (0.58 * half))
+    scale_OG = torch.full((rows, columns // (group or columns)), STD / (0.58 * half))
     weight = PackedInt(codes_OI, scale_OG, None, bits)
     return PackedLinear(weight, dtype=torch.bfloat16, device=device)
 
