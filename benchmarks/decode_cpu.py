@@ -1,11 +1,11 @@
 """Does a packed smollm2-135m decode faster on a CPU than transformers' bfloat16 and llama.cpp?
 
 Batch 1, all at the same number of threads, head compressed like the rest: our 4 bits in groups of
-64 (4.5 real bits) beside Q4_0 (4.5) and transformers' `generate` in bfloat16; our 8 bits with a scale
-a row (8.0) beside Q8_0 (8.5). Each runs in a process of its own, and they take turns within one run,
-so that a busy machine is busy for all. Weights of ours are random ones of that shape, llama.cpp's
-are the demo model rounded to its types: times do not depend on values. Figures: 4 bits at least 2 ×
-transformers and at least Q4_0; 8 bits at least 2 × transformers and at least Q8_0.
+64 (4.5 real bits) beside Q4_0 (4.5) and transformers' `generate` in bfloat16; our 8 bits with a
+scale a row (8.0) beside Q8_0 (8.5). Each runs in a process of its own, and they take turns within
+one run, so that a busy machine is busy for all. Weights of ours are random ones of that shape,
+llama.cpp's are the demo model rounded to its types: times do not depend on values. Figures: 4 bits
+at least 2 × transformers and at least Q4_0; 8 bits at least 2 × transformers and at least Q8_0.
 
 llama.cpp runs through node-llama-cpp: ``npm i --ignore-scripts node-llama-cpp`` in FOLDER, then
 ``--llama-cpp FOLDER``; without it those rows are left out.

@@ -70,17 +70,16 @@ def decode_seconds(decoder: Decoder, prompt: int, new: int, runs: int) -> float:
 def measure(kind: str, arguments: argparse.Namespace, shape: ModelShape) -> list[dict[str, Any]]:
     """All batches of one kind of weights."""
     bits, head_bits = KINDS[kind]
-    device = measured(bits)
     model = random_llama(
         LlamaShape(blocks=arguments.blocks), "cuda", bits=bits, head_bits=head_bits
     )
     weight_bytes, _ = weight_bytes_per_token(model)
     head = weight_bytes_per_token_of(model.get_output_embeddings())
-    values = sum(l.count * l.rows * l.columns for l in shape.linears)
+    values = sum(one.count * one.rows * one.columns for one in shape.linears)
     context = arguments.prompt + arguments.new // 2
     rows = []
     for batch in arguments.batches:
-        decoder = Decoder(model, batch)
+        device, decoder = measured(bits, batch), Decoder(model, batch)
         seconds = decode_seconds(decoder, arguments.prompt, arguments.new, arguments.runs)
         widths = Widths(
             weights=8 * (weight_bytes - head) / values,

@@ -82,7 +82,9 @@ def random_llama(
     return model
 
 
-def _packed(rows: int, columns: int, bits: int, group: int | None, device: torch.device) -> PackedLinear:
+def _packed(
+    rows: int, columns: int, bits: int, group: int | None, device: torch.device
+) -> PackedLinear:
     half = 1 << (bits - 1)
     codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
     scale_OG = torch.full((rows, columns // (group or columns)), STD / (0.58 * half))

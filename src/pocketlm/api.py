@@ -303,9 +303,7 @@ def report(path: str | Path) -> Path:
     return render(Path(path))
 
 
-def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
-) -> Loaded:
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Loaded:
     """Loads an artifact to run from its packed weights, or an original.
 
     Args:
@@ -402,7 +400,7 @@ def roofline(
     packed = None if bits is None or bits >= 16 else max(2, min(8, int(bits)))
     found = roofline(
         shape,
-        device_of(device, weight_bits=packed),
+        device_of(device, weight_bits=packed, batch=batch),
         batch=batch,
         prompt=prompt_tokens,
         context=context,

@@ -39,8 +39,8 @@ class Device(Result):
         rates: Dense operations per second by the width of what is multiplied: ``fp32``, ``bf16``
             (fp16 too), ``fp8``, ``int8``, ``fp4``, ``int4``.
         sources: Field → where its number is from.
-        product_share: Share of the bandwidth that the product kernel reaches with one token; None
-            where it was not measured.
+        product_share: Share of the bandwidth that the product kernel reaches with the tokens of a
+            step; None where it was not measured.
         step_seconds: That one more operation adds to a step, beyond its bytes; None likewise.
     """
 
@@ -89,18 +89,19 @@ def known_devices() -> dict[str, Device]:
     return devices
 
 
-def device(name: str, *, weight_bits: int | None = None) -> Device:
+def device(name: str, *, weight_bits: int | None = None, batch: int = 1) -> Device:
     """A device by name, or, as ``auto``, the one that is here, measured.
 
     Args:
         name: Of `devices.json`, or ``auto``.
         weight_bits: Of the product kernel that is measured; None for bfloat16.
+        batch: Tokens that it multiplies at once.
 
     Raises:
         ConfigError: If it is unknown; lists the known ones.
     """
     if name == AUTO:
-        return measured(weight_bits)
+        return measured(weight_bits, batch)
     known = known_devices()
     if name not in known:
         raise ConfigError(
@@ -111,8 +112,8 @@ def device(name: str, *, weight_bits: int | None = None) -> Device:
     return known[name]
 
 
-def measured(weight_bits: int | None = None) -> Device:
-    """The device that is here."""
+def measured(weight_bits: int | None = None, batch: int = 1) -> Device:
+    """The device that is here; arguments as for `device`."""
     place = choose_device(AUTO)
     cuda = place.type == "cuda"
     memory = torch.cuda.get_device_properties(place).total_memory if cuda else available_ram_bytes()
@@ -129,7 +130,7 @@ def measured(weight_bits: int | None = None) -> Device:
             "bandwidth": "measured: copying, bytes read and written",
             "bf16": "measured: a product of square matrices, in the faster of bfloat16 and float32",
         },
-        product_share=product_bandwidth(place, weight_bits, step) / bandwidth,
+        product_share=product_bandwidth(place, weight_bits, batch, step) / bandwidth,
         step_seconds=step,
     )
 
@@ -141,16 +142,21 @@ def matmul_rate(place: torch.device) -> float:
     for dtype in (torch.bfloat16,) if place.type == "cuda" else (torch.bfloat16, torch.float32):
         a = torch.randn(side, side, device=place).to(dtype)
         b, out = a.clone(), torch.empty_like(a)
-        rates.append(2 * side**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), place))
+        rates.append(
+            2 * side**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), place)
+        )
     return max(rates)
 
 
-def product_bandwidth(place: torch.device, weight_bits: int | None, step: float) -> float:
-    """Bytes of weights per second that products with one token read, caches out of reach.
+def product_bandwidth(
+    place: torch.device, weight_bits: int | None, batch: int, step: float
+) -> float:
+    """Bytes of weights per second that products with few tokens read, caches out of reach.
 
     Args:
         place: The device.
         weight_bits: Bits of a code, groups of 128; None for bfloat16.
+        batch: Tokens.
         step: Seconds that an operation takes beyond its bytes; not counted.
     """
     from pocketlm.core.tensors import PackedInt
@@ -171,7 +177,7 @@ def product_bandwidth(place: torch.device, weight_bits: int | None, step: float)
         first = PackedLinear(weight, dtype=torch.bfloat16, device=place)
         stored = first.packed_bytes
         calls = [first, *(copy.deepcopy(first) for _ in range(_copies(stored) - 1))]
-    x = torch.randn(1, columns, device=place).to(torch.bfloat16)
+    x = torch.randn(batch, columns, device=place).to(torch.bfloat16)
 
     def all_calls() -> None:
         for call in calls:

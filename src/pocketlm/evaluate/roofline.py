@@ -165,8 +165,10 @@ def roofline(
             f"batch {batch}, prompt {prompt}, context {context}: each is at least 1.",
             where="roofline",
         )
-    weights = sum(l.count * l.experts * _weight_bytes(l, shape, widths) for l in shape.linears)
-    values = sum(l.count * l.experts * l.rows * l.columns for l in shape.linears)
+    weights = sum(
+        each.count * each.experts * _weight_bytes(each, shape, widths) for each in shape.linears
+    )
+    values = sum(each.count * each.experts * each.rows * each.columns for each in shape.linears)
     head_bytes = _weight_bytes(shape.head, shape, widths)
     cache = batch * sum(
         shape.cache_values * min(context, window or context) * widths.cache / 8
@@ -254,7 +256,9 @@ def _loads(
     """All operators of a pass over `new` tokens of each row, in order."""
     tokens, value = batch * new, widths.activations / 8
     seen_names: set[int] = set()
-    yield _Load("embedding", 1, 0.0, tokens * shape.hidden * 2.0, tokens * shape.hidden * value, 0.0, 1)
+    yield _Load(
+        "embedding", 1, 0.0, tokens * shape.hidden * 2.0, tokens * shape.hidden * value, 0.0, 1
+    )
     yield _Load(
         "norms and residuals",
         2 * shape.blocks + 1,

@@ -94,9 +94,7 @@ def model_shape(source: str | Path, *, trust_remote_code: bool = False) -> Model
     path, stored = resolve(source), dict[str, float]()
     if path.is_dir():
         config = read_config(path)
-        judge_config(
-            config, str(path), trust_remote_code=trust_remote_code, allow_compressed=True
-        )
+        judge_config(config, str(path), trust_remote_code=trust_remote_code, allow_compressed=True)
         known = transformers_config(path, trust_remote_code=trust_remote_code)
         if "quantization_config" in config:
             stored = _stored_bytes(path)
@@ -130,9 +128,7 @@ def shape_of(
             kinds.setdefault((inner, rows, columns, experts), []).append(bits)
     active = int(getattr(config, "num_experts_per_tok", None) or 1)
     linears = tuple(
-        LinearShape(
-            kind, rows, columns, len(bits), _mean(bits), experts, min(active, experts)
-        )
+        LinearShape(kind, rows, columns, len(bits), _mean(bits), experts, min(active, experts))
         for (kind, rows, columns, experts), bits in kinds.items()
     )
     head = model.get_output_embeddings()

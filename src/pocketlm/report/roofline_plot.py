@@ -47,8 +47,9 @@ def draw_plot(found: RooflineReport) -> str:
         f'<text x="{LEFT}" y="24" font-size="15">{escape(found.model)} on '
         f"{escape(found.device.title)}, batch {found.batch}, context {found.context}</text>",
         *_axes(scale),
-        f'<polyline fill="none" stroke="black" stroke-width="2" points="{scale.at(low, slope * low)} '
-        f'{scale.at(found.ridge, peak)} {scale.at(high, peak)}"/>',
+        '<polyline fill="none" stroke="black" stroke-width="2" '
+        f'points="{scale.at(low, slope * low)} {scale.at(found.ridge, peak)} '
+        f'{scale.at(high, peak)}"/>',
     ]
     for kind, name, x, y in points:
         place_x, place_y = scale.at(x, y).split(",")

@@ -47,7 +47,8 @@ class Conversation:
         Args:
             message: What the user says.
             on_text: Called with each piece of the answer.
-            **options: As `generate` takes them: max_new_tokens, temperature, top_k, top_p, seed, stop.
+            **options: As `generate` takes them: max_new_tokens, temperature, top_k, top_p, seed,
+                stop.
 
         Returns:
             The answer, which is also appended to `messages`.

@@ -3,8 +3,9 @@
 Keys and values lie in a static cache that keeps every position. On CUDA a step (forward, choice of
 the tokens, moving on) is captured once for each number of positions that attention reads (256,
 512, …) and replayed; tokens feed the next step without passing the host. On a CPU the same step
-runs eagerly. The forward is the model's own, or a lean one (runtime/lean.py, in C on a CPU
-with few rows: runtime/native) where the model's blocks are of the plain kind. What cannot be done so falls back, and the logger says why, once.
+runs eagerly. The forward is the model's own or, where its blocks are of the plain kind, a lean one
+(lean.py; with few rows on a CPU native/step.py). What cannot be done so falls back, and the logger
+says why, once.
 
 Legend: B rows, T tokens, N capacity of the cache, V vocabulary.
 """

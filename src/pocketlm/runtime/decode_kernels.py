@@ -2,9 +2,9 @@
 attention split over positions in two.
 
 At one token PyTorch's attention has one program for each head of keys, eight in a Llama-3-8B, on
-over a hundred processors; and rotation, its copies and the writes are eight launches. Positions that
-count are known on the device alone (`slot`): programs read as far as that and no further, so that
-one CUDA graph serves a cache of any filling.
+over a hundred processors; and rotation, its copies and the writes are eight launches. Positions
+that count are known on the device alone (`slot`): programs read as far as that and no further, so
+that one CUDA graph serves a cache of any filling.
 
 Attention over parts of the positions and their sum by running maxima: FlashAttention-2
 (arXiv:2307.08691), and its split over keys for decoding.
@@ -92,14 +92,14 @@ def _attend_part(
             mask=inside[:, None],
             other=0.0,
         )
-        score = tl.where(inside[None, :], tl.dot(q_GD, k_DN, input_precision="ieee") * scale, float("-inf"))
+        score = tl.where(
+            inside[None, :], tl.dot(q_GD, k_DN, input_precision="ieee") * scale, float("-inf")
+        )
         higher = tl.maximum(maximum, tl.max(score, 1))
         fade = tl.exp(maximum - higher)
         p = tl.exp(score - higher[:, None])
         weight = weight * fade + tl.sum(p, 1)
-        sum_GD = sum_GD * fade[:, None] + tl.dot(
-            p.to(v_ND.dtype), v_ND, input_precision="ieee"
-        )
+        sum_GD = sum_GD * fade[:, None] + tl.dot(p.to(v_ND.dtype), v_ND, input_precision="ieee")
         maximum = higher
     line = (pair * SPLITS + split) * G + g
     tl.store(part + line[:, None] * D + d[None, :], sum_GD, mask=g[:, None] < G)

@@ -252,9 +252,7 @@ def _push(answers: Sequence[_Answer], ids: Sequence[int]) -> bool:
     return any(answer.stopped_by == "length" for answer in answers)
 
 
-def _for_row(
-    on_text: Callable[[int, str], None] | None, row: int
-) -> Callable[[str], None] | None:
+def _for_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
     return None if on_text is None else lambda text: on_text(row, text)
 
 

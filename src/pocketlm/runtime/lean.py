@@ -35,13 +35,15 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def normed(x_BC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) · weight; the root in float32, the product in the weight's dtype."""
+    """RMS norm: x / rms(x) in float32, times the weight in the weight's dtype."""
     x32_BC = x_BC.float()
     inverse_B1 = torch.rsqrt(x32_BC.square().mean(-1, keepdim=True) + epsilon)
     return (x32_BC * inverse_B1).to(weight_C.dtype) * weight_C
 
 
-def added_norm(x_BC: Tensor, y_BC: Tensor, weight_C: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def added_norm(
+    x_BC: Tensor, y_BC: Tensor, weight_C: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """The sum, and its norm."""
     x_BC = x_BC + y_BC
     return x_BC, normed(x_BC, weight_C, epsilon)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """What `pocketlm.load` gives: a pair, ``model, tokenizer = pocketlm.load(path)``, that answers."""
+    """What `pocketlm.load` gives: ``model, tokenizer = pocketlm.load(path)``, and it answers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

@@ -18,6 +18,8 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+import torch  # brings OpenMP, whose functions the library leaves open
+
 from pocketlm.engine.machine import cache_directory
 
 FLAGS = (
@@ -31,10 +33,8 @@ SECONDS = 120  # more than a compilation of this size takes anywhere
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
     """The compiled functions, or why there are none."""
-    import torch  # noqa: F401: brings OpenMP, whose functions the library leaves open
-
-    if sys.platform != "linux":
-        return f"it is built on Linux only, not on {sys.platform}"
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():
+        return "it is built on Linux only, for a PyTorch with OpenMP"
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "there is no C compiler (cc)"
@@ -64,8 +64,6 @@ def _built(compiler: str) -> Path:
                 [compiler, *flags, "-c", code, "-o", made],
                 [compiler, "-shared", made, "-o", done, "-lm"],
             ):
-                subprocess.run(
-                    command, capture_output=True, text=True, check=True, timeout=SECONDS
-                )
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
             os.replace(done, kept)  # whole, or not at all: others may be loading it
     return kept

@@ -38,10 +38,7 @@ class _Linear(Structure):
 class _Block(Structure):
     _fields_ = (
         *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *(
-            (name, c_void_p)
-            for name in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")
-        ),
+        *((name, c_void_p) for name in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
         *((name, c_int64) for name in ("row_stride", "head_stride", "window")),
         *((name, c_float) for name in ("norm_epsilon", "mlp_epsilon", "head_epsilon", "unused")),
     )
@@ -140,6 +137,7 @@ class NativeStep:
         return logits_BV
 
     def _block(self, block: Block, keys: Any, values: Any) -> _Block:
+        self._kept += (keys, values)
         q, k, v = (self._linear(linear) for linear in block.qkv)
         gate, up = (self._linear(linear) for linear in block.gate_up)
         q_norm, k_norm = block.head_norms or (None, None)
@@ -158,6 +156,7 @@ class NativeStep:
             weight = linear.weight.data
             if type(weight) is not Tensor or weight.dtype not in KINDS or weight.stride(-1) != 1:
                 raise _NotTaken(f"a weight is {type(weight).__name__} of {weight.dtype}")
+            self._kept.append(weight)
             rows, columns = weight.shape
             return _Linear(KINDS[weight.dtype], rows, columns, 1, 1, weight.data_ptr(), None, bias)
         if not isinstance(linear, PackedLinear) or linear.quantizer is not None:
