@@ -97,7 +97,8 @@ def decoder_parts(model: PreTrainedModel) -> Parts | str:
 
 
 def _parts(model: PreTrainedModel) -> Parts:
-    base, head = model.base_model, model.get_output_embeddings()
+    base: Any = model.base_model
+    head = model.get_output_embeddings()
     if head is None or base is model:
         raise _NotPlain("it has no head of its own")
     _same_children(base, BASE)

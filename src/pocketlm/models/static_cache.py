@@ -30,13 +30,15 @@ class StaticCache(Cache):
         slot: Where a step writes, as a tensor [1] that lives on; None outside graphs. Set, the
             step sees `seen` positions whatever `length` says, and masks tell which count.
         seen: Positions that attention reads in a graph.
+        parts: The layers, by their own type.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.slot: Tensor | None = None
         self.seen = capacity
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        self.parts = [_Layer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.parts))
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Positions before the next: a number, in a graph a tensor."""
@@ -45,13 +47,15 @@ class StaticCache(Cache):
     def grow(self, capacity: int) -> None:
         """Makes room; what is held stays. Graphs that read the old tensors are worthless then."""
         self.capacity = max(capacity, self.capacity)
-        for layer in self.layers:
-            layer.grow(self.capacity, self.length)
+        for part in self.parts:
+            part.grow(self.capacity)
 
 
 class _Layer(CacheLayerMixin):
     """One layer's part; the cache knows the place."""
 
+    keys: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]: set before it is read
+    values: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     is_sliding = False  # it keeps all positions; the model's mask applies the window
 
     def __init__(self, cache: StaticCache) -> None:
@@ -86,13 +90,13 @@ class _Layer(CacheLayerMixin):
         self.values[:, :, start:stop] = value_states
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def grow(self, capacity: int, held: int) -> None:
-        """Moves the first `held` positions into larger tensors."""
+    def grow(self, capacity: int) -> None:
+        """Moves all positions into larger tensors."""
         if self.is_initialized and capacity > self.keys.shape[2]:
             for name in ("keys", "values"):
                 old = getattr(self, name)
                 new = _room(old, capacity)
-                new[:, :, :held] = old[:, :, :held]
+                new[:, :, : old.shape[2]] = old
                 setattr(self, name, new)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -205,7 +205,7 @@ class Decoder:
             inputs["attention_mask"] = (seen_N >= self._pad_B[:, None]).long()
             position_BT = seen_N[self.length :] - self._pad_B[:, None]
             inputs["position_ids"] = position_BT.clamp(min=0)
-        if self._static_refused is None:
+        if self._static_refused is None and self._cache is not None:
             self._cache.length = self.length
         out = self.model(ids_BT, use_cache=True, logits_to_keep=1, **inputs)
         if self._static_refused is not None:

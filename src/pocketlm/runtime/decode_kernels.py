@@ -12,6 +12,7 @@ Attention over parts of the positions and their sum by running maxima: FlashAtte
 Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated width, N positions.
 """
 
+# pyright: reportIndexIssue=false, reportMissingImports=false
 from __future__ import annotations
 
 import torch

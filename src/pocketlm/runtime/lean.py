@@ -120,8 +120,8 @@ class LeanStep:
     def __init__(self, parts: Parts, cache: StaticCache) -> None:
         self.parts = parts
         self.blocks = [
-            _LeanBlock(block, layer.keys, layer.values)  # type: ignore[arg-type]
-            for block, layer in zip(parts.blocks, cache.layers, strict=True)
+            _LeanBlock(block, part.keys, part.values)
+            for block, part in zip(parts.blocks, cache.parts, strict=True)
         ]
         like = parts.norm.weight
         self.cos_ND, self.sin_ND = parts.angles(cache.capacity, like)
@@ -176,7 +176,7 @@ class LeanStep:
         return self._run(ids_B, attend)
 
     def _by_kernels(self, slot_1: Tensor, pad_B: Tensor) -> Callable[[_LeanBlock, Tensor], Tensor]:
-        kernels = self.kernels
+        kernels: Any = self.kernels
 
         def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
             q_BHD = kernels.rotate_and_store(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.unit.models.families import FAMILIES, build
+from tests.unit.runtime.helpers import random_packed
 from torch import nn
 
 from pocketlm.models.static_cache import refuses_static
@@ -13,7 +14,6 @@ from pocketlm.runtime.lean import LeanStep
 from pocketlm.runtime.linear import PackedLinear
 from pocketlm.runtime.native.step import NativeStep
 from pocketlm.runtime.sampling import Sampling
-from tests.unit.runtime.helpers import random_packed
 
 NEW = 8  # the window of 5 slides
 PROMPT = [5, 9, 31, 7, 62, 11]

@@ -287,7 +287,8 @@ static void attention(const Model *m, const Block *b, const float *q, const floa
 }
 
 static inline float activated(float x, int64_t kind) {
-    if (kind == 0) return x / (1.0f + expf(-x)); /* SiLU */
+    if (kind == 0) /* SiLU; fast division makes no number of 1 / infinity */
+        return x / (1.0f + expf(x > -80.0f ? -x : 80.0f));
     const float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
     return 0.5f * x * (1.0f + tanhf(inner)); /* GELU, by tanh */
 }

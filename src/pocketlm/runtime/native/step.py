@@ -85,15 +85,14 @@ class NativeStep:
         function.restype = c_int
         self._embedding = parts.embedding
         self._kept: list[Tensor] = []  # what C points to
-        like = cache.layers[0].keys
-        assert like is not None  # a prompt has filled it
+        like = cache.parts[0].keys  # a prompt has filled it
         if like.dtype not in KINDS:
             raise _NotTaken(f"keys are {like.dtype}")
         cos_ND, sin_ND = parts.angles(cache.capacity, torch.empty(0))
         self._blocks = (_Block * len(parts.blocks))(
             *(
-                self._block(block, layer.keys, layer.values)
-                for block, layer in zip(parts.blocks, cache.layers, strict=True)
+                self._block(block, part.keys, part.values)
+                for block, part in zip(parts.blocks, cache.parts, strict=True)
             )
         )
         first = self._blocks[0]
@@ -136,7 +135,7 @@ class NativeStep:
             raise MemoryError
         return logits_BV
 
-    def _block(self, block: Block, keys: Any, values: Any) -> _Block:
+    def _block(self, block: Block, keys: Tensor, values: Tensor) -> _Block:
         self._kept += (keys, values)
         q, k, v = (self._linear(linear) for linear in block.qkv)
         gate, up = (self._linear(linear) for linear in block.gate_up)
