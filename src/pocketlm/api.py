@@ -14,6 +14,7 @@ from pocketlm.compression import (
     plan_model,
     search_model,
 )
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.recipes import build_recipe, read_recipe
 

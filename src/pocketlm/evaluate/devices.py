@@ -17,7 +17,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.errors import ConfigError
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.evaluate.hardware import copy_bandwidth, device_name, synchronize
 from pocketlm.evaluate.results import Result
@@ -107,7 +107,7 @@ def device(name: str, *, weight_bits: int | None = None, batch: int = 1) -> Devi
         raise ConfigError(
             f"unknown device '{name}'.",
             where="--device",
-            remedy=f"{nearest(name, known)} Known: auto, {', '.join(known)}.",
+            remedy=f"Known: {', '.join([AUTO, *known])}.",
         )
     return known[name]
 
