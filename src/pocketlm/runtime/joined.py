@@ -21,6 +21,7 @@ ROW_AXES: dict[str, tuple[dict[str, int], int]] = {
     "cpu-int4": ({"packed": 0, "scale_zero_GO2": 1}, block_rows()),
     "cpu-int8": ({"codes_OI": 0, "scale_O": 0}, 16),
     "cuda-int4": ({"packed": 0, "scale_zero_GO2": 1}, 8),
+    "triton": ({"codes": 0, "high_bits": 0, "scale": 0, "zero": 0}, 16),
 }
 
 
@@ -54,13 +55,14 @@ def _joined_packed(linears: Sequence[PackedLinear]) -> PackedLinear | None:
     if known is None or len(alike) > 1 or first.quantizer is not None:
         return None
     axes, piece = known
-    if any(linear.grid.rows % piece for linear in linears) or set(first._buffers) != set(axes):
+    if any(linear.grid.rows % piece for linear in linears) or not set(first._buffers) <= set(axes):
         return None
     one = copy.copy(first)
     one._buffers, one._parameters = {}, {}
     one.grid = replace(first.grid, rows=sum(linear.grid.rows for linear in linears))
     one.out_features = one.grid.rows
-    for name, axis in axes.items():
+    for name in first._buffers:
+        axis = axes[name]
         parts = [linear.get_buffer(name) for linear in linears]
         whole = torch.cat(parts, dim=axis)
         one.register_buffer(name, whole)
@@ -69,6 +71,8 @@ def _joined_packed(linears: Sequence[PackedLinear]) -> PackedLinear | None:
             for linear, part in zip(linears, whole.split(sizes), strict=True):
                 linear._buffers[name] = part
     one.bias = _joined_bias(linears)
+    if any(buffer.is_cuda for buffer in one.buffers()):
+        torch.cuda.synchronize()  # a product may read its weights before the kernel in front ends
     return one
 
 
