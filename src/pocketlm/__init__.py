@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "bench",
     "compare",
     "compress",
     "evaluate",
@@ -22,12 +23,14 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "roofline",
     "search",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from pocketlm.api import (
+        bench,
         compare,
         compress,
         evaluate,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         plan,
+        roofline,
         search,
         verify,
     )

@@ -14,24 +14,28 @@ from pocketlm.compression import (
     plan_model,
     search_model,
 )
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.recipes import build_recipe, read_recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from pocketlm.engine.events import Listener
     from pocketlm.engine.export import Export
     from pocketlm.engine.plan import Plan
+    from pocketlm.evaluate.results import SpeedReport
+    from pocketlm.evaluate.roofline import RooflineReport
     from pocketlm.evaluate.verify import VerifyReport
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
+    from pocketlm.runtime.loaded import Loaded
     from pocketlm.search.results import SearchResult
 
 __all__ = [
-    "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
-    "load", "plan", "read_recipe", "report", "search", "verify",
+    "CompressResult", "bench", "build_recipe", "compare", "compress", "evaluate", "generate",
+    "inspect", "load", "plan", "read_recipe", "report", "roofline", "search", "verify",
 ]  # fmt: skip
 
 
@@ -310,9 +314,7 @@ def report(path: str | Path) -> Path:
     return render(Path(path))
 
 
-def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Loaded:
     """Loads an artifact to run from its packed weights, or an original.
 
     Args:
@@ -321,11 +323,12 @@ def load(
         dtype: Of the activations; None lets the machine decide.
 
     Returns:
-        A transformers model and its tokenizer.
+        A transformers model and its tokenizer, as a pair that also generates.
     """
     from pocketlm.runtime.load import load as load_runtime
+    from pocketlm.runtime.loaded import Loaded
 
-    return load_runtime(path, device=device, dtype=dtype)
+    return Loaded(*load_runtime(path, device=device, dtype=dtype))
 
 
 def generate(path: str | Path, prompt: str, **options: Any) -> Any:
@@ -339,7 +342,82 @@ def generate(path: str | Path, prompt: str, **options: Any) -> Any:
     Returns:
         Text, tokens and timings.
     """
-    from pocketlm.runtime.generate import generate as generate_text
+    return load(path).generate(prompt, **options)
 
-    model, tokenizer = load(path)
-    return generate_text(model, tokenizer, prompt, **options)
+
+def bench(path: str | Path, *, device: str = "auto", **options: Any) -> SpeedReport:
+    """Measures how fast a model runs, in a process of its own.
+
+    Args:
+        path: As for `load`.
+        device: Where to run.
+        **options: As for `pocketlm.evaluate.speed.measure_here`: batch, prompt_tokens, new_tokens,
+            context, runs, dtype, threads.
+
+    Returns:
+        Tokens per second, latencies and memory, beside what the machine allows.
+    """
+    from pocketlm.evaluate.speed import measure_speed
+
+    return measure_speed(path, device=device, **options)
+
+
+def roofline(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    batch: int = 1,
+    context: int = 1024,
+    prompt_tokens: int = 512,
+    weight_bits: float | None = None,
+    head_bits: float | None = None,
+    activation_bits: int = 16,
+    cache_bits: int = 16,
+    measure: bool = False,
+    trust_remote_code: bool = False,
+) -> RooflineReport:
+    """What a device allows a model, operator by operator; reads its configuration alone.
+
+    Args:
+        source: A directory with at least config.json, or what `compress` takes.
+        device: A name of `evaluate/devices.json`, or ``auto`` to measure the one that is here.
+        batch: Rows.
+        context: Positions that a step of decoding reads.
+        prompt_tokens: Of the prefill.
+        weight_bits: Real bits of a weight of the blocks; None: as stored.
+        head_bits: Of the head; None: as stored.
+        activation_bits: Of activations.
+        cache_bits: Of keys and values.
+        measure: Whether the model runs too, to stand beside the prediction; wants ``auto``.
+        trust_remote_code: Whether code from the checkpoint may run.
+
+    Raises:
+        ConfigError: If a value is out of range, the device unknown, or not the one that is here.
+    """
+    from pocketlm.evaluate.devices import AUTO
+    from pocketlm.evaluate.devices import device as device_of
+    from pocketlm.evaluate.roofline import Widths, roofline
+    from pocketlm.models.shape import model_shape
+
+    if measure and device != AUTO:
+        raise ConfigError(
+            f"'{device}' is a data sheet, not this machine.",
+            where="--measure",
+            remedy="Leave --device out, or give auto.",
+        )
+    shape = model_shape(source, trust_remote_code=trust_remote_code)
+    widths = Widths(weight_bits, head_bits, activation_bits, cache_bits)
+    bits = weight_bits or shape.linears[0].bits
+    packed = None if bits is None or bits >= 16 else max(2, min(8, int(bits)))
+    found = roofline(
+        shape,
+        device_of(device, weight_bits=packed, batch=batch),
+        batch=batch,
+        prompt=prompt_tokens,
+        context=context,
+        widths=widths,
+    )
+    if not measure:
+        return found
+    run = bench(source, batch=batch, prompt_tokens=prompt_tokens, context=context)
+    return found.model_copy(update={"measured": run})

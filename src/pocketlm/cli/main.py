@@ -27,6 +27,8 @@ VERBS: dict[str, str] = {
     "verify": "Prove that an artifact is whole and loads as it should.",
     "eval": "Perplexity, and the divergence from the original.",
     "compare": "Evaluate several models on the same text.",
+    "bench": "How fast a model runs here, beside what the machine allows.",
+    "roofline": "What a device allows: the bound of each operator, from config.json alone.",
     "report": "The before/after table and report.html of an artifact.",
     "generate": "Answer one prompt.",
     "chat": "Talk to a model.",

@@ -145,10 +145,10 @@ class SpeedReport(Result):
         prefill_tokens_per_second: Prompt tokens over the time to the first new token.
         decode_tokens_per_second: Of the tokens after the first.
         decode_runs: Of each run, for the spread.
-        weight_bytes_per_token: Weights read to decode one token.
-        achieved_bytes_per_second: These times the decode speed.
+        weight_bytes_per_token: Weights read by one step of decoding.
+        achieved_bytes_per_second: These and the cache's, times the steps a second.
         bandwidth_bytes_per_second: Measured on this machine by copying.
-        bound_tokens_per_second: Bandwidth over weight bytes.
+        bound_tokens_per_second: What the bandwidth allows.
         peak_memory_bytes: Of the process, loading and imports included; None where unknown.
         memory_before_load_bytes: The same just before the model was loaded.
         peak_device_memory_bytes: Of the accelerator; None on a CPU.
@@ -159,6 +159,17 @@ class SpeedReport(Result):
         kernels: What multiplies packed linears, and how many of them; empty without packed ones.
         versions: Of what computed.
         notes: What a user must be told.
+        batch: Rows decoded at once; tokens per second are those of all rows.
+        context: Positions held when decoding began; None in reports of older versions, as all
+            that follows.
+        first_token_seconds: From the prompt to its first new token.
+        token_seconds_p50: Between two tokens of a row: half of the steps took less.
+        token_seconds_p99: 99 % took less.
+        cache_bytes_per_step: Keys and values that a step reads, all rows, at its mean length.
+        prefill_operations_per_second: Multiplications and additions.
+        decode_operations_per_second: The same of decoding.
+        rate_operations_per_second: Measured on this machine by a large product.
+        loop: How steps run: through which forward, in a graph or not.
     """
 
     prompt_tokens: int
@@ -181,13 +192,24 @@ class SpeedReport(Result):
     kernels: dict[str, int]
     versions: dict[str, str]
     notes: tuple[str, ...]
+    batch: int = 1
+    context: int | None = None
+    first_token_seconds: float | None = None
+    token_seconds_p50: float | None = None
+    token_seconds_p99: float | None = None
+    cache_bytes_per_step: float = 0.0
+    prefill_operations_per_second: float | None = None
+    decode_operations_per_second: float | None = None
+    rate_operations_per_second: float | None = None
+    loop: str | None = None
 
     def sentence(self) -> str:
         """The protocol in words."""
         return (
-            f"Prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones, batch 1, greedy, "
+            f"Prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones, batch "
+            f"{self.batch}, greedy, "
             f"{self.dtype} activations on {self.hardware}; median of {self.runs} runs. Decoding "
-            f"reads {self.achieved_bytes_per_second / 1e9:.1f} GB/s of weights; copying reaches "
+            f"reads {self.achieved_bytes_per_second / 1e9:.1f} GB/s; copying reaches "
             f"{self.bandwidth_bytes_per_second / 1e9:.1f} GB/s. Peak memory is that of a process "
             "that loads the model and answers."
         )
