@@ -179,6 +179,7 @@ def evaluate(
     limit: int | None = None,
     seq_len: int = 2048,
     prompt: str | None = None,
+    gates: Sequence[str] = (),
     speed: bool = True,
     device: str = "auto",
     threads: int | None = None,
@@ -194,6 +195,8 @@ def evaluate(
         limit: Windows at most.
         seq_len: Tokens of a window.
         prompt: Answered greedily by both.
+        gates: Bounds such as ``kl<0.05``; the far end of the 95 % interval decides. Their outcome
+            is in the measurement, whose `raise_for_gates` turns it into an error.
         speed: Whether tokens per second and memory are measured, each in a child process.
         device: Where to run.
         threads: CPU threads.
@@ -207,8 +210,8 @@ def evaluate(
         PocketLMError: If something cannot be read or measured.
     """
     return _measure(
-        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
-        device=device, threads=threads, trust_remote_code=trust_remote_code,
+        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, gates=gates,
+        speed=speed, device=device, threads=threads, trust_remote_code=trust_remote_code,
         on_event=on_event,
     )[0]  # fmt: skip
 

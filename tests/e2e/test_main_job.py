@@ -122,6 +122,20 @@ def test_eval_on_the_calibration_text_is_told(cli: Cli, source, tmp_path):
     assert not found["quality"]["notes"]
 
 
+def test_gates_set_the_exit_code(cli: Cli, artifact, source):
+    arguments = ("eval", artifact, "--against", source, "--no-speed", *EVAL)
+    done = cli(*arguments, "--gate", "kl<9", "--gate", "top1>0.01", "--json")
+    assert (done.code, [gate["verdict"] for gate in done.json["gates"]]) == (0, ["pass", "pass"])
+    kl = done.json["quality"]["divergence"]["kl_mean"]
+    undecided = cli(*arguments, "--gate", f"kl<{kl['value']}")
+    assert undecided.code == 5
+    failed = cli(*arguments, "--gate", f"kl<{kl['value']}", "--gate", f"kl<{kl['low'] / 2}")
+    assert failed.code == 4
+    assert "its lower end" in failed.err
+    assert "KL to" in failed.out
+    assert cli("eval", source, "--gate", "kl<1", *EVAL).code == 2
+
+
 def test_eval_of_an_original_alone(cli: Cli, source):
     found = cli("eval", source, "--no-speed", "--json", *EVAL).json
     assert found["quality"]["perplexity"] > 1

@@ -13,6 +13,7 @@ from pocketlm.cli.options import (
     Against,
     Device,
     EvalSeqLen,
+    Gates,
     Json,
     Limit,
     LogFile,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from pocketlm.report.data import ReportData
     from pocketlm.report.measure import Measurement
 
+MARKS = {"pass": "[green]✓[/green]", "fail": "[red]✗[/red]", "inconclusive": "[yellow]?[/yellow]"}
+
 
 def run(
     model: Model,
@@ -47,6 +50,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Let the model and the original answer this.")
     ] = None,
+    gate: Gates = None,
     speed: Speed = True,
     device: Device = "auto",
     threads: Threads = None,
@@ -58,6 +62,7 @@ def run(
     """Measure perplexity, speed and memory; with --against, the divergence from the original.
 
     An artifact keeps the figures: they go into its report.html.
+    Exit code with --gate: 0 all passed, 4 one failed, 5 none failed but one is inconclusive.
 
     Example: [bold]pocketlm eval out --against Qwen/Qwen3-8B[/bold]
     """
@@ -72,13 +77,14 @@ def run(
             limit=limit,
             seq_len=seq_len,
             prompt=prompt,
+            gates=gate or (),
             speed=speed,
             device=device,
             threads=threads,
             trust_remote_code=trust_remote_code,
             on_event=on_event,
         )
-    return Answer(found, lambda console: _draw(console, found))
+    return Answer(found, lambda console: _draw(console, found), found.gate_failure())
 
 
 def _draw(console: Console, found: Measurement) -> None:
@@ -94,6 +100,8 @@ def _draw(console: Console, found: Measurement) -> None:
         console.print(f"\n[bold]{escape(answer.prompt)}[/bold]")
         said = {"before": answer.original, "after": answer.compressed}
         draw.facts(console, "", {who: draw.printable(text) for who, text in said.items()})
+    for gate in found.gates:
+        console.print(f"{MARKS[gate.verdict]} {escape(gate.message)}")
     if found.report is not None:
         console.print(f"\nThe whole report: {escape(str(found.report))}")
 

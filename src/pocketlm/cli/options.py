@@ -233,6 +233,16 @@ Limit = Annotated[
 EvalSeqLen = Annotated[
     int, typer.Option("--seq-len", "--seqlen", min=2, help="Tokens of a window.")
 ]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        help="A bound such as 'kl<0.05', 'top1>=0.9', 'perplexity_ratio<1.01' or "
+        "'hellaswag_change>-0.02'; repeatable. The far end of the 95 % interval decides: exit code "
+        "4 where a gate fails, 5 where the interval holds the bound.",
+        show_default=False,
+    ),
+]
 Speed = Annotated[
     bool, typer.Option("--speed/--no-speed", help="Measure tokens/s and memory as well.")
 ]

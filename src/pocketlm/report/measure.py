@@ -13,10 +13,11 @@ from pocketlm.calibration.overlap import overlap_warning
 from pocketlm.calibration.record import read_hashes
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import Windows, eval_windows
-from pocketlm.core.errors import ConfigError
+from pocketlm.core.errors import ConfigError, GateFailed, GateUndecided, PocketLMError
 from pocketlm.engine.artifact import HASHES
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.evaluate import hidden
+from pocketlm.evaluate.gates import GateResult, judge_gates, parse_gates, raise_for_gates
 from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
@@ -42,6 +43,7 @@ class Measurement(Result):
         original_speed: Of the original.
         answers: The prompt, answered greedily by both.
         report: The page, where the model is an artifact of ours.
+        gates: Bounds that were to be kept, with their outcome.
     """
 
     model: str
@@ -51,6 +53,24 @@ class Measurement(Result):
     original_speed: SpeedReport | None
     answers: tuple[Answer, ...]
     report: Path | None
+    gates: tuple[GateResult, ...] = ()
+
+    def gate_failure(self) -> PocketLMError | None:
+        """What `raise_for_gates` would raise."""
+        try:
+            self.raise_for_gates()
+        except (GateFailed, GateUndecided) as error:
+            return error
+        return None
+
+    def raise_for_gates(self) -> None:
+        """Turns a gate that is not passed into an error.
+
+        Raises:
+            GateFailed: If one is failed.
+            GateUndecided: If none is failed, but one is inconclusive.
+        """
+        raise_for_gates(self.gates, self.model)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Settings:
     limit: int | None = None
     seq_len: int = 2048
     prompt: str | None = None
+    gates: Sequence[str] = ()
     speed: bool = True
     device: str = "cpu"
     threads: int | None = None
@@ -85,10 +106,12 @@ def measure(
         What was found of each; also kept in its metrics, page and card, if it is an artifact.
 
     Raises:
-        ConfigError: If a model has another vocabulary, or reads the text as other tokens.
+        ConfigError: If a model has another vocabulary, reads the text as other tokens, or a gate
+            cannot be judged.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    gates = parse_gates(settings.gates, (), against is not None)
     log = EventLog(None, on_event)
     qualities = _qualities(models, against, settings, log)
     original_speed = None if against is None else _speed(against, settings, log)
@@ -107,6 +130,7 @@ def measure(
             original_speed=original_speed,
             answers=answers,
             report=None,
+            gates=judge_gates(gates, quality, {}),
         )
         found.append(_keep(measurement, Path(model)))
     return found
