@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from pocketlm.evaluate.verify import VerifyReport
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
+    from pocketlm.search.bisect_source import BisectResult
     from pocketlm.search.results import SearchResult
 
 __all__ = [
-    "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
-    "load", "plan", "read_recipe", "report", "search", "verify",
+    "CompressResult", "bisect", "build_recipe", "compare", "compress", "evaluate", "generate",
+    "inspect", "load", "plan", "read_recipe", "report", "search", "verify",
 ]  # fmt: skip
 
 
@@ -249,6 +250,58 @@ def _measure(
 
     chosen = Settings(device=str(choose_device(device)), **settings)
     return measure(models, against, chosen, on_event)
+
+
+def bisect(
+    model: str | Path,
+    against: str | Path,
+    *,
+    worst: int = 5,
+    text: str | None = None,
+    limit: int = 4,
+    seq_len: int = 512,
+    target: str = "vllm",
+    device: str = "auto",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    on_event: Listener | None = None,
+) -> BisectResult:
+    """Finds the layers of an artifact whose compression costs most KL.
+
+    Args:
+        model: An artifact with compressed linears.
+        against: What it was made from.
+        worst: How many to find.
+        text: As for `evaluate`.
+        limit: Windows; all of them run as one batch.
+        seq_len: Tokens of a window.
+        target: Engine that says which linears share one grid, and so are one unit.
+        device: Where to run.
+        threads: CPU threads.
+        cache_dir: Where KLs are kept by content; None: the user's cache.
+        trust_remote_code: Whether code from a checkpoint may run.
+        on_event: Called with each event.
+
+    Returns:
+        The layers, worst first, with the bytes that keeping each would cost, and the artifact's
+        recipe with them on its ignore list.
+
+    Raises:
+        ConfigError: If nothing in it is compressed, or it has not the original's shapes.
+    """
+    import torch
+
+    from pocketlm.engine.machine import choose_device
+    from pocketlm.search.bisect_source import bisect_source
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return bisect_source(
+        model, against, worst=worst, text=text, limit=limit, seq_len=seq_len, target=target,
+        device=str(choose_device(device)), trust_remote_code=trust_remote_code,
+        directory=None if cache_dir is None else Path(cache_dir), listener=on_event,
+    )  # fmt: skip
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:

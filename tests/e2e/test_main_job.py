@@ -136,6 +136,34 @@ def test_gates_set_the_exit_code(cli: Cli, artifact, source):
     assert cli("eval", source, "--gate", "kl<1", *EVAL).code == 2
 
 
+def test_bisect_names_what_hurts_and_writes_a_recipe(cli: Cli, artifact, source, tmp_path):
+    text = ("--seq-len", "64", "--limit", "3", "--device", "cpu", "--cache-dir", tmp_path / "kls")
+    arguments = ("bisect", artifact, "--against", source, "--worst", "2", *text)
+    done = cli(*arguments, "-o", tmp_path / "better.yaml", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    evaluated = cli("eval", artifact, "--against", source, "--no-speed", "--json", *EVAL).json
+    kl = evaluated["quality"]["divergence"]["kl_mean"]["value"]
+    assert found["kl"] == pytest.approx(kl, rel=1e-3)
+    assert found["kl_all_restored"] < kl / 100
+    first, second = found["culprits"]
+    assert first["gain"] >= second["gain"] > 0
+    assert kl > first["kl_left"] > second["kl_left"]
+    assert first["bytes_kept"] > 3 * first["bytes_now"]
+    quick = cli(*arguments, "--json").json
+    assert [c["name"] for c in quick["culprits"]] == [first["name"], second["name"]]
+    assert first["name"] in cli(*arguments).out
+    output = tmp_path / "better"
+    assert cli("compress", source, "-o", output, "--recipe", tmp_path / "better.yaml",
+               *QUICK[:4], "--device", "cpu").code == 0  # fmt: skip
+    ledger = json.loads((output / "pocketlm" / "ledger.json").read_text("utf-8"))
+    for name in (*first["linears"], *second["linears"]):
+        assert ledger["tensors"][f"{name}.weight"]["action"] == "kept"
+    refused = cli("bisect", source, "--against", source, *text)
+    assert refused.code == 2
+    assert "no compressed linear" in refused.err
+
+
 def test_eval_of_an_original_alone(cli: Cli, source):
     found = cli("eval", source, "--no-speed", "--json", *EVAL).json
     assert found["quality"]["perplexity"] > 1

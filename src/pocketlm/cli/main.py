@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "verify": "Prove that an artifact is whole and loads as it should.",
     "eval": "Perplexity, and the divergence from the original.",
     "compare": "Evaluate several models on the same text.",
+    "bisect": "Which layers hurt most, and what keeping them would cost.",
     "report": "The before/after table and report.html of an artifact.",
     "generate": "Answer one prompt.",
     "chat": "Talk to a model.",

@@ -217,7 +217,20 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Where the recipe goes, a .yaml file.", show_default=False),
+]
+
 # Evaluation
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        help="Where findings are kept; default: the user's cache.",
+        rich_help_panel=_MACHINE,
+    ),
+]
 Against = Annotated[str | None, typer.Option("--against", help="The original.", show_default=False)]
 Text = Annotated[
     str | None,
