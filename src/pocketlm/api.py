@@ -181,6 +181,12 @@ def evaluate(
     seq_len: int = 2048,
     prompt: str | None = None,
     gates: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
     speed: bool = True,
     device: str = "auto",
     threads: int | None = None,
@@ -198,6 +204,12 @@ def evaluate(
         prompt: Answered greedily by both.
         gates: Bounds such as ``kl<0.05``; the far end of the 95 % interval decides. Their outcome
             is in the measurement, whose `raise_for_gates` turns it into an error.
+        tasks: Names of lm-eval's tasks, such as ``hellaswag``; needs the extra `eval`.
+        task_dir: Directory of YAML files that define them; None: lm-eval's own, from the hub.
+        task_data: Directory of the data files that those name; None: beside them.
+        items: Of each task at most.
+        margin: The loss of a task's score that is tolerated.
+        cache_dir: Where answers are kept by content; None: the user's cache.
         speed: Whether tokens per second and memory are measured, each in a child process.
         device: Where to run.
         threads: CPU threads.
@@ -212,8 +224,9 @@ def evaluate(
     """
     return _measure(
         [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, gates=gates,
-        speed=speed, device=device, threads=threads, trust_remote_code=trust_remote_code,
-        on_event=on_event,
+        tasks=tasks, task_dir=task_dir, task_data=task_data, items=items, margin=margin,
+        cache_dir=cache_dir, speed=speed, device=device, threads=threads,
+        trust_remote_code=trust_remote_code, on_event=on_event,
     )[0]  # fmt: skip
 
 
@@ -242,13 +255,31 @@ def _measure(
     against: str | Path | None,
     *,
     device: str = "auto",
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
     on_event: Listener | None = None,
     **settings: Any,
 ) -> list[Measurement]:
     from pocketlm.engine.machine import choose_device
+    from pocketlm.evaluate.tasks import TaskSettings
     from pocketlm.report.measure import Settings, measure
 
-    chosen = Settings(device=str(choose_device(device)), **settings)
+    place = str(choose_device(device))
+    asked = None
+    if tasks:
+        folders = [
+            None if path is None else Path(path) for path in (task_dir, task_data, cache_dir)
+        ]
+        asked = TaskSettings(
+            tuple(tasks), folders[0], folders[1], items, margin, folders[2], place,
+            trust_remote_code,
+        )  # fmt: skip
+    chosen = Settings(device=place, tasks=asked, trust_remote_code=trust_remote_code, **settings)
     return measure(models, against, chosen, on_event)
 
 

@@ -171,10 +171,13 @@ def test_eval_of_an_original_alone(cli: Cli, source):
     assert "perplexity" in cli("eval", source, "--no-speed", *EVAL).out
 
 
-def test_compare(cli: Cli, artifact, source):
-    done = cli("compare", source, artifact, *EVAL)
+def test_compare(cli: Cli, artifact, source, tmp_path):
+    plot = tmp_path / "pareto.svg"
+    done = cli("compare", source, artifact, artifact, *EVAL, "--plot", plot)
     assert done.code == 0, done.err
     assert "loss over the original" in done.out
+    assert "weights on disk" in done.out
+    assert plot.read_text("utf-8").count("<circle") == 2
     assert len(cli("compare", source, artifact, "--json", *EVAL).json) == 1
 
 

@@ -11,15 +11,21 @@ from rich.markup import escape
 from pocketlm.cli import draw, flags
 from pocketlm.cli.options import (
     Against,
+    CacheDir,
     Device,
     EvalSeqLen,
     Gates,
+    Items,
     Json,
     Limit,
     LogFile,
+    Margin,
     Model,
     Quiet,
     Speed,
+    TaskData,
+    TaskDir,
+    Tasks,
     Text,
     Threads,
     TrustRemoteCode,
@@ -31,6 +37,8 @@ from pocketlm.report.words import (
     interval_text,
     number_text,
     percent_text,
+    points_text,
+    share_text,
     signed_text,
 )
 
@@ -51,6 +59,12 @@ def run(
         str | None, typer.Option("--prompt", help="Let the model and the original answer this.")
     ] = None,
     gate: Gates = None,
+    tasks: Tasks = None,
+    task_dir: TaskDir = None,
+    task_data: TaskData = None,
+    items: Items = None,
+    margin: Margin = 0.01,
+    cache_dir: CacheDir = None,
     speed: Speed = True,
     device: Device = "auto",
     threads: Threads = None,
@@ -61,7 +75,7 @@ def run(
 ) -> Answer:
     """Measure perplexity, speed and memory; with --against, the divergence from the original.
 
-    An artifact keeps the figures: they go into its report.html.
+    An artifact keeps the figures: they go into its report.html. --tasks asks both the same items.
     Exit code with --gate: 0 all passed, 4 one failed, 5 none failed but one is inconclusive.
 
     Example: [bold]pocketlm eval out --against Qwen/Qwen3-8B[/bold]
@@ -78,6 +92,12 @@ def run(
             seq_len=seq_len,
             prompt=prompt,
             gates=gate or (),
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            task_dir=task_dir,
+            task_data=task_data,
+            items=items,
+            margin=margin,
+            cache_dir=cache_dir,
             speed=speed,
             device=device,
             threads=threads,
@@ -100,10 +120,38 @@ def _draw(console: Console, found: Measurement) -> None:
         console.print(f"\n[bold]{escape(answer.prompt)}[/bold]")
         said = {"before": answer.original, "after": answer.compressed}
         draw.facts(console, "", {who: draw.printable(text) for who, text in said.items()})
+    _draw_tasks(console, found)
     for gate in found.gates:
         console.print(f"{MARKS[gate.verdict]} {escape(gate.message)}")
     if found.report is not None:
         console.print(f"\nThe whole report: {escape(str(found.report))}")
+
+
+def _draw_tasks(console: Console, found: Measurement) -> None:
+    if not found.tasks:
+        return
+    rows: list[tuple[str, ...]] = []
+    for result in found.tasks:
+        pair = result.comparison
+        score = percent_text(result.score.value)
+        if pair is None:
+            rows.append((result.task, "–", score, "", share_text(result.score), "", ""))
+            continue
+        rows.append(
+            (
+                result.task,
+                percent_text(pair.original.value),
+                score,
+                points_text(pair.change.value),
+                f"{points_text(pair.change.low)} to {points_text(pair.change.high)}",
+                str(pair.flips),
+                pair.verdict,
+            )
+        )
+    columns = ("task", "before>", "after>", "change>", "95 % interval>", "flips>", "verdict")
+    draw.table(console, columns, rows)
+    for result in found.tasks:
+        console.print(result.sentence(), style="dim", markup=False)
 
 
 def _figures(found: Measurement) -> dict[str, str]:
@@ -116,6 +164,8 @@ def _figures(found: Measurement) -> dict[str, str]:
             "loss over the original": f"{signed_text(loss.value)} nats a token "
             f"({interval_text(loss, signed=True)})",
             "KL to the original": f"{number_text(kl.value)} nats ({interval_text(kl)})",
+            "KL: 99 % of tokens below, 99.9 %": f"{number_text(divergence.kl_p99.value)}, "
+            f"{number_text(divergence.kl_p99_9.value)} nats",
             "same top token": percent_text(divergence.top1_agreement.value),
         }
     if found.speed is not None:

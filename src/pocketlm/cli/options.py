@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 _RECIPE, _DATA, _MACHINE = "What to do", "Calibration", "Machine and files"
+_TASKS = "Tasks"
 
 Source = Annotated[
     str,
@@ -245,6 +246,44 @@ Limit = Annotated[
 ]
 EvalSeqLen = Annotated[
     int, typer.Option("--seq-len", "--seqlen", min=2, help="Tokens of a window.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks of lm-eval, such as hellaswag,piqa,arc_easy,gsm8k; needs pocketlm[eval].",
+        rich_help_panel=_TASKS,
+    ),
+]
+TaskDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-dir",
+        help="YAML files that define them, such as benchmarks/tasks; default: lm-eval's own, "
+        "which come from the hub.",
+        rich_help_panel=_TASKS,
+    ),
+]
+TaskData = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-data",
+        help="Directory of the data files that the YAML files name.",
+        rich_help_panel=_TASKS,
+    ),
+]
+Items = Annotated[
+    int | None,
+    typer.Option("--items", min=1, help="Of each task at most.", rich_help_panel=_TASKS),
+]
+Margin = Annotated[
+    float,
+    typer.Option(
+        "--margin",
+        min=0.0,
+        help="The loss of a task's score that is tolerated.",
+        rich_help_panel=_TASKS,
+    ),
 ]
 Gates = Annotated[
     list[str] | None,

@@ -21,8 +21,10 @@ from pocketlm.evaluate.gates import GateResult, judge_gates, parse_gates, raise_
 from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
+from pocketlm.evaluate.tasks import TaskResult, TaskSettings, figures, run_tasks
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.models.opening import resolve
 from pocketlm.report.build import LEDGER, read_ledger, write_all
 from pocketlm.report.data import FOLDER, METRICS, Answer, read_metrics
 from pocketlm.runtime.generate import generate
@@ -44,6 +46,9 @@ class Measurement(Result):
         answers: The prompt, answered greedily by both.
         report: The page, where the model is an artifact of ours.
         gates: Bounds that were to be kept, with their outcome.
+        tasks: What tasks say, beside the original on the same items.
+        weight_bytes: Of the model's weight files.
+        original_weight_bytes: Of the original's.
     """
 
     model: str
@@ -54,6 +59,9 @@ class Measurement(Result):
     answers: tuple[Answer, ...]
     report: Path | None
     gates: tuple[GateResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+    weight_bytes: int | None = None
+    original_weight_bytes: int | None = None
 
     def gate_failure(self) -> PocketLMError | None:
         """What `raise_for_gates` would raise."""
@@ -82,6 +90,7 @@ class Settings:
     seq_len: int = 2048
     prompt: str | None = None
     gates: Sequence[str] = ()
+    tasks: TaskSettings | None = None
     speed: bool = True
     device: str = "cpu"
     threads: int | None = None
@@ -111,13 +120,15 @@ def measure(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    gates = parse_gates(settings.gates, (), against is not None)
+    names = () if settings.tasks is None else settings.tasks.names
+    gates = parse_gates(settings.gates, names, against is not None)
     log = EventLog(None, on_event)
+    answered = _tasks(models, against, settings, log)
     qualities = _qualities(models, against, settings, log)
     original_speed = None if against is None else _speed(against, settings, log)
     original_said = "" if against is None else _say(against, settings, log)
     found: list[Measurement] = []
-    for model, quality in zip(models, qualities, strict=True):
+    for model, quality, tasks in zip(models, qualities, answered, strict=True):
         answers: tuple[Answer, ...] = ()
         if settings.prompt is not None:
             said = _say(model, settings, log)
@@ -130,10 +141,35 @@ def measure(
             original_speed=original_speed,
             answers=answers,
             report=None,
-            gates=judge_gates(gates, quality, {}),
+            gates=judge_gates(gates, quality, figures(tasks)),
+            tasks=tasks,
+            weight_bytes=_weight_bytes(model),
+            original_weight_bytes=None if against is None else _weight_bytes(against),
         )
         found.append(_keep(measurement, Path(model)))
     return found
+
+
+def _tasks(
+    models: Sequence[Source], against: Source | None, settings: Settings, log: EventLog
+) -> list[tuple[TaskResult, ...]]:
+    """What tasks say of each model; first, so that a task that cannot run is told at once."""
+    if settings.tasks is None:
+        return [()] * len(models)
+    began: dict[str, tuple[float, int]] = {}  # who answers → when, with how many known
+
+    def step(text: str, done: int, total: int) -> None:
+        if text not in began or done < began[text][1]:
+            began[text] = (time.monotonic(), done)
+            log.emit("stage", text, data={"stage": "evaluate"})
+        started, known = began[text]
+        each = (time.monotonic() - started) / max(1, done - known)
+        log.emit(
+            "progress", text, done=done, total=total, share=done / max(1, total),
+            seconds_left=each * (total - done),
+        )  # fmt: skip
+
+    return run_tasks(models, against, settings.tasks, step)
 
 
 def _qualities(
@@ -235,6 +271,13 @@ def _with_overlap(artifact: Path, windows: Windows) -> Windows:
     return windows if found is None else replace(windows, notes=(*windows.notes, found))
 
 
+def _weight_bytes(source: Source) -> int:
+    """Of the files that hold a model's tensors."""
+    path = resolve(source)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
 def _speed(source: Source, settings: Settings, log: EventLog) -> SpeedReport | None:
     if not settings.speed:
         return None
@@ -261,6 +304,7 @@ def _keep(found: Measurement, artifact: Path) -> Measurement:
             "speed": found.speed,
             "original_speed": found.original_speed,
             "answers": found.answers,
+            "tasks": found.tasks or read_metrics(artifact).tasks,
         }
     )
     return found.model_copy(update={"report": write_all(artifact, data)})

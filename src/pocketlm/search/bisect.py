@@ -4,8 +4,9 @@ gain(S) = KL(compressed) - KL(compressed, the units of S restored)
 
 Best first: the range of units with the largest gain is halved, the left half is measured, the right
 one taken to gain the rest until its turn comes, when it is measured too. A single unit that is
-measured and stands first is found. Finding m of N units takes about m log2(N) measurements. Ranges
-whose parts cancel each other (gains of both signs) are not looked into: gains are rarely negative.
+measured and stands first is found. Finding m of N units takes about m log2(N / m) measurements;
+where that is no less than N, each unit is measured by itself. Ranges whose parts cancel
+each other (gains of both signs) are not looked into: gains are rarely negative.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Suspect:
 
 
 def forecast(units: int, wanted: int) -> int:
-    """About how many measurements `find_worst` makes."""
+    """About how many measurements `find_worst` makes, at most one a unit."""
     wanted = min(wanted, units)
-    return wanted * (2 + math.ceil(math.log2(max(1, units / max(wanted, 1)))))
+    return min(units, wanted * (2 + math.ceil(math.log2(max(1, units / max(wanted, 1))))))
 
 
 def find_worst(
@@ -57,6 +58,14 @@ def find_worst(
         `wanted` of them, or fewer where no other gains as much as `least_gain`.
     """
     open_: list[Suspect] = [Suspect((0, units), whole_gain, True)]
+    if forecast(units, wanted) == units:  # halving would take no fewer
+        singles = [(at, at + 1) for at in range(units)]
+        parts = [singles[at : at + TOGETHER] for at in range(0, units, TOGETHER)]
+        open_ = [
+            Suspect(unit, gain, True)
+            for part in parts
+            for unit, gain in zip(part, measure(part), strict=True)
+        ]
     found: list[Suspect] = []
     while open_:
         open_.sort(key=lambda s: -s.gain)

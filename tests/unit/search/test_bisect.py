@@ -46,6 +46,7 @@ def test_the_worst_come_in_order(interaction):
 def test_all_units_can_be_asked_for():
     gains = Gains([3.0, 1.0, 2.0])
     assert [s.units[0] for s in gains.worst(9)] == [0, 2, 1]
+    assert sorted(gains.asked) == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_what_gains_too_little_is_left_alone():
