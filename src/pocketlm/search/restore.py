@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.errors import NumericError
-from pocketlm.core.views import BlockView, ModelView
+from pocketlm.core.views import BlockView
 from pocketlm.evaluate import hidden
 from pocketlm.evaluate.divergence import score_tokens
 from pocketlm.evaluate.quality import LOGIT_BYTES, LOGIT_COPIES
+from pocketlm.models.adapter import Model
 
 Restored = frozenset[str]  # module paths of linears
 
@@ -37,7 +38,7 @@ class Restorer:
 
     @torch.no_grad()
     def __init__(
-        self, model: ModelView, original: ModelView, tokens_BT: Tensor, whole: Collection[int]
+        self, model: Model, original: Model, tokens_BT: Tensor, whole: Collection[int]
     ) -> None:
         self._model, self._original, self._whole = model, original, whole
         self._next_N = tokens_BT[:, 1:].flatten().to(model.device)
@@ -45,7 +46,8 @@ class Restorer:
             self._base_ND = _positions(states.read(0, len(tokens_BT)).clone())
         _, self._their_call = original.begin(tokens_BT.to(original.device))
         hidden_BTD, self._call = model.begin(tokens_BT.to(model.device))
-        shape = (len(model.block_paths) * len(tokens_BT), *hidden_BTD.shape[1:])
+        _, length, width = hidden_BTD.shape
+        shape = (len(model.block_paths) * len(tokens_BT), length, width)
         self._batch = len(tokens_BT)
         self._inputs = hidden.HiddenStates(shape, hidden_BTD.dtype, hidden.RAM_BUDGET_BYTES)
         for index in range(len(model.block_paths)):
