@@ -95,7 +95,10 @@ def test_eval_and_report(cli: Cli, artifact, source, tmp_path):
     shutil.copytree(artifact, mine)
     done = cli("eval", mine, "--against", source, "--no-speed", "--prompt", "a", *EVAL)
     assert done.code == 0, done.err
-    for words in ("before", "after", "Weights on disk", "Perplexity", "KL to", "Same top token"):
+    for words in (
+        "before", "after", "Weights on disk", "Perplexity", "KL to", "99 % of tokens below",
+        "Same top token", "worst tokens: after",
+    ):  # fmt: skip
         assert words in done.out
     found = cli("report", mine, "--json").json
     assert Path(found["page"]).read_text("utf-8").startswith("<!doctype html>")

@@ -43,9 +43,11 @@ from pocketlm.report.words import (
 )
 
 if TYPE_CHECKING:
+    from pocketlm.evaluate.results import QualityReport
     from pocketlm.report.data import ReportData
     from pocketlm.report.measure import Measurement
 
+WORST, CONTEXT = 3, 48  # tokens shown, characters before each
 MARKS = {"pass": "[green]✓[/green]", "fail": "[red]✗[/red]", "inconclusive": "[yellow]?[/yellow]"}
 
 
@@ -116,6 +118,7 @@ def _draw(console: Console, found: Measurement) -> None:
         from pocketlm.report.data import read_metrics
 
         draw_report(console, read_metrics(found.model))
+    _draw_worst(console, found.quality)
     for answer in found.answers:
         console.print(f"\n[bold]{escape(answer.prompt)}[/bold]")
         said = {"before": answer.original, "after": answer.compressed}
@@ -125,6 +128,28 @@ def _draw(console: Console, found: Measurement) -> None:
         console.print(f"{MARKS[gate.verdict]} {escape(gate.message)}")
     if found.report is not None:
         console.print(f"\nThe whole report: {escape(str(found.report))}")
+
+
+def _draw_worst(console: Console, quality: QualityReport) -> None:
+    """The tokens of largest KL, in their context."""
+    worst = () if quality.divergence is None else quality.divergence.worst_tokens[:WORST]
+    rows = [
+        (
+            number_text(token.kl),
+            _one_line(token.context)[-CONTEXT:],
+            *map(_one_line, (token.token, token.original_choice, token.model_choice)),
+        )
+        for token in worst
+        if token.context is not None
+    ]
+    if rows:
+        columns = ("KL>", "worst tokens: after …", "came", "original's choice", "model's choice")
+        draw.table(console, columns, rows)
+
+
+def _one_line(text: str | None) -> str:
+    """A piece of text on one line, without what would steer a terminal."""
+    return draw.printable(text or "").replace("\n", "↵").replace("\t", " ")
 
 
 def _draw_tasks(console: Console, found: Measurement) -> None:

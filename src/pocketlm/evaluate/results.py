@@ -254,8 +254,8 @@ class TaskResult(Result):
         if found is None:
             return f"{said}."
         p_value = "" if found.p_value is None else f", McNemar's exact p {found.p_value:.2g}"
-        said += f"; {found.flips} answers flipped, {found.gained} for the better and {found.lost} "
-        said += f"for the worse{p_value}. {found.verdict.capitalize()} at a margin of "
+        said += f"; flipped answers: {found.flips}, for the better: {found.gained}, for the "
+        said += f"worse: {found.lost}{p_value}. {found.verdict.capitalize()} at a margin of "
         said += f"{100 * found.margin:g} point{'' if found.margin == 0.01 else 's'}"
         if found.verdict != "inconclusive":
             return f"{said}."
