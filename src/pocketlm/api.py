@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
     from pocketlm.runtime.loaded import Loaded
+    from pocketlm.search.bisect_source import BisectResult
     from pocketlm.search.results import SearchResult
 
 __all__ = [
-    "CompressResult", "bench", "build_recipe", "compare", "compress", "evaluate", "generate",
-    "inspect", "load", "plan", "read_recipe", "report", "roofline", "search", "verify",
+    "CompressResult", "bench", "bisect", "build_recipe", "compare", "compress", "evaluate",
+    "generate", "inspect", "load", "plan", "read_recipe", "report", "roofline", "search", "verify",
 ]  # fmt: skip
 
 
@@ -189,6 +190,13 @@ def evaluate(
     limit: int | None = None,
     seq_len: int = 2048,
     prompt: str | None = None,
+    gates: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
     speed: bool = True,
     device: str = "auto",
     threads: int | None = None,
@@ -204,6 +212,14 @@ def evaluate(
         limit: Windows at most.
         seq_len: Tokens of a window.
         prompt: Answered greedily by both.
+        gates: Bounds such as ``kl<0.05``; the far end of the 95 % interval decides. Their outcome
+            is in the measurement, whose `raise_for_gates` turns it into an error.
+        tasks: Names of lm-eval's tasks, such as ``hellaswag``; needs the extra `eval`.
+        task_dir: Directory of YAML files that define them; None: lm-eval's own, from the hub.
+        task_data: Directory of the data files that those name; None: beside them.
+        items: Of each task at most.
+        margin: The loss of a task's score that is tolerated.
+        cache_dir: Where answers are kept by content; None: the user's cache.
         speed: Whether tokens per second and memory are measured, each in a child process.
         device: Where to run.
         threads: CPU threads.
@@ -217,9 +233,10 @@ def evaluate(
         PocketLMError: If something cannot be read or measured.
     """
     return _measure(
-        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
-        device=device, threads=threads, trust_remote_code=trust_remote_code,
-        on_event=on_event,
+        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, gates=gates,
+        tasks=tasks, task_dir=task_dir, task_data=task_data, items=items, margin=margin,
+        cache_dir=cache_dir, speed=speed, device=device, threads=threads,
+        trust_remote_code=trust_remote_code, on_event=on_event,
     )[0]  # fmt: skip
 
 
@@ -248,14 +265,84 @@ def _measure(
     against: str | Path | None,
     *,
     device: str = "auto",
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
     on_event: Listener | None = None,
     **settings: Any,
 ) -> list[Measurement]:
     from pocketlm.engine.machine import choose_device
+    from pocketlm.evaluate.tasks import TaskSettings
     from pocketlm.report.measure import Settings, measure
 
-    chosen = Settings(device=str(choose_device(device)), **settings)
+    place = str(choose_device(device))
+    asked = None
+    if tasks:
+        folders = [
+            None if path is None else Path(path) for path in (task_dir, task_data, cache_dir)
+        ]
+        asked = TaskSettings(
+            tuple(tasks), folders[0], folders[1], items, margin, folders[2], place,
+            trust_remote_code,
+        )  # fmt: skip
+    chosen = Settings(device=place, tasks=asked, trust_remote_code=trust_remote_code, **settings)
     return measure(models, against, chosen, on_event)
+
+
+def bisect(
+    model: str | Path,
+    against: str | Path,
+    *,
+    worst: int = 5,
+    text: str | None = None,
+    limit: int = 4,
+    seq_len: int = 512,
+    target: str = "vllm",
+    device: str = "auto",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    on_event: Listener | None = None,
+) -> BisectResult:
+    """Finds the layers of an artifact whose compression costs most KL.
+
+    Args:
+        model: An artifact with compressed linears.
+        against: What it was made from.
+        worst: How many to find.
+        text: As for `evaluate`.
+        limit: Windows; all of them run as one batch.
+        seq_len: Tokens of a window.
+        target: Engine that says which linears share one grid, and so are one unit.
+        device: Where to run.
+        threads: CPU threads.
+        cache_dir: Where KLs are kept by content; None: the user's cache.
+        trust_remote_code: Whether code from a checkpoint may run.
+        on_event: Called with each event.
+
+    Returns:
+        The layers, worst first, with the bytes that keeping each would cost, and the artifact's
+        recipe with them on its ignore list.
+
+    Raises:
+        ConfigError: If nothing in it is compressed, or it has not the original's shapes.
+    """
+    import torch
+
+    from pocketlm.engine.machine import choose_device
+    from pocketlm.search.bisect_source import bisect_source
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return bisect_source(
+        model, against, worst=worst, text=text, limit=limit, seq_len=seq_len, target=target,
+        device=str(choose_device(device)), trust_remote_code=trust_remote_code,
+        directory=None if cache_dir is None else Path(cache_dir), listener=on_event,
+    )  # fmt: skip
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:

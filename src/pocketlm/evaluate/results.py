@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -213,6 +214,75 @@ class SpeedReport(Result):
             f"{self.bandwidth_bytes_per_second / 1e9:.1f} GB/s. Peak memory is that of a process "
             "that loads the model and answers."
         )
+
+
+class Comparison(Result):
+    """A model beside its original on the items of one task.
+
+    Attributes:
+        original: The original's score, with its interval.
+        change: The model's score minus the original's, with the interval of paired differences.
+        p_value: Of McNemar's exact test; None where scores are not right or wrong.
+        flips: Items that got another answer, right or wrong.
+        gained: Items with a better score than the original's.
+        lost: Items with a worse one.
+        verdict: With `margin`: see `paired.judge`.
+        margin: The loss that is tolerated.
+        more_items: About how many further items would decide an inconclusive verdict; None where
+            none would, or where it is decided.
+    """
+
+    original: Interval
+    change: Interval
+    p_value: float | None
+    flips: int
+    gained: int
+    lost: int
+    verdict: Literal["pass", "regression", "inconclusive"]
+    margin: float
+    more_items: int | None
+
+
+class TaskResult(Result):
+    """What a task says of a model.
+
+    Attributes:
+        task: Its name.
+        metric: Which of its scores; the mean is a share where answers are right or wrong.
+        items: How many were asked.
+        fewshot: Examples before each.
+        items_sha256: Of all questions and answers, in order.
+        score: The mean, with its 95 % interval.
+        comparison: With the original; None without one.
+        versions: Of the task's definition and of lm-eval.
+        compute_dtype: Of the model.
+    """
+
+    task: str
+    metric: str
+    items: int
+    fewshot: int
+    items_sha256: str
+    score: Interval
+    comparison: Comparison | None
+    versions: dict[str, str]
+    compute_dtype: str
+
+    def sentence(self) -> str:
+        """The protocol and, where there is an original, the verdict in words."""
+        said = f"{self.task}: {self.metric} of {self.items} items, {self.fewshot} examples before "
+        said += f"each (sha256 {self.items_sha256[:12]})"
+        found = self.comparison
+        if found is None:
+            return f"{said}."
+        p_value = "" if found.p_value is None else f", McNemar's exact p {found.p_value:.2g}"
+        said += f"; flipped answers: {found.flips}, for the better: {found.gained}, for the "
+        said += f"worse: {found.lost}{p_value}. {found.verdict.capitalize()} at a margin of "
+        said += f"{100 * found.margin:g} point{'' if found.margin == 0.01 else 's'}"
+        if found.verdict != "inconclusive":
+            return f"{said}."
+        more = "no number of" if found.more_items is None else f"about {found.more_items}"
+        return f"{said}: {more} more items would decide."
 
 
 def versions() -> dict[str, str]:

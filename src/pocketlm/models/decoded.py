@@ -149,6 +149,14 @@ class DecodedSource:
         for start in range(0, len(view), step):
             yield view[start : start + step]
 
+    def stored_bytes(self) -> Mapping[str, int]:
+        """Module path → bytes of the tensors that it is stored as."""
+        infos = self._stored.infos()
+        return {
+            name: sum(infos[tensor].bytes_stored for tensor in module.tensors)
+            for name, module in self._index.modules.items()
+        }
+
     def quantizers(self) -> Mapping[str, InputQuantizer]:
         """Module path → what its inputs are rounded with; empty where nothing rounds them."""
         found = {m: self._index.quantizer(m, self._stored.read) for m in self._index.modules}

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from pocketlm.cli.main import VERBS
-from pocketlm.core.errors import ConfigError, NumericError, ResourceError, SourceError
+from pocketlm.core.errors import (
+    ConfigError,
+    GateFailed,
+    GateUndecided,
+    NumericError,
+    ResourceError,
+    SourceError,
+)
 
 FOLDER = Path("src/pocketlm/cli")
 
@@ -74,6 +81,8 @@ def test_usage_errors_are_json_on_request(cli, capsys):
         (ConfigError("a.", where="b", remedy="Do c."), 2, "ConfigError"),
         (SourceError("a.", where="b", remedy="Do c."), 2, "SourceError"),
         (NumericError("a.", where="b", remedy="Do c."), 3, "NumericError"),
+        (GateFailed("a.", where="b", remedy="Do c."), 4, "GateFailed"),
+        (GateUndecided("a.", where="b", remedy="Do c."), 5, "GateUndecided"),
     ],
 )
 def test_typed_errors_keep_their_three_parts(api, cli, capsys, raised, code, kind):
