@@ -32,6 +32,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pocketlm.api import (
         bench,
+        bisect,
         compare,
         compress,
         evaluate,
