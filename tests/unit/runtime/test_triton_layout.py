@@ -15,7 +15,6 @@ from pocketlm.runtime.kernels.triton.layout import (
     pack_groups,
     pack_planes,
     unit_columns,
-    unpack_planes,
 )
 
 CASES = [
@@ -31,7 +30,25 @@ CASES = [
     (4, 48, 576, 576),
     (5, 20, 128, 64),
     (8, 33, 160, 32),
+    (4, 2100, 64, 64),  # packed in several parts
 ]
+
+
+def unpack_planes(planes, width, unit, rows):
+    """The signed codes that `pack_planes` put into order."""
+    if width != 3:
+        unsigned_OI = fields(planes[0], width, unit)
+    else:
+        unsigned_OI = fields(planes[0], 2, unit) + 4 * fields(planes[1], 1, unit)
+    return (unsigned_OI[:rows] - (1 << (width - 1))).to(torch.int8)
+
+
+def fields(plane, bits, unit):
+    tiles, units = plane.shape[:2]
+    shifts = torch.arange(16 // bits)[:, None] * bits + torch.tensor([0, 16])
+    values = (plane[..., None, None] >> shifts) & ((1 << bits) - 1)
+    ordered = values.view(tiles, units, 8, 4, unit // 16, 2, 2, 2)  # T C R L S K H P
+    return ordered.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(tiles * 16, units * unit)
 
 
 @pytest.mark.parametrize(("bits", "rows", "columns", "group"), CASES)
