@@ -90,6 +90,17 @@ def test_scales_lie_by_tile_and_group():
     assert packed[1, 2, 4] == 0
 
 
+def test_whole_tiles_of_rows_can_be_joined_after_packing():
+    upper, lower = random_packed(32, 256, 128, 3), random_packed(48, 256, 128, 3)
+    codes_OI = torch.cat([upper.codes_OI, lower.codes_OI])
+    parts = [pack_planes(weight.codes_OI, 3, 128) for weight in (upper, lower)]
+    for whole, *both in zip(pack_planes(codes_OI, 3, 128), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(both))
+    scale_OG = torch.cat([upper.scale_OG, lower.scale_OG])
+    both = [pack_groups(weight.scale_OG) for weight in (upper, lower)]
+    assert torch.equal(pack_groups(scale_OG), torch.cat(both))
+
+
 def float_pair(word, kind):
     halves = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.uint16)
     dtype = torch.bfloat16 if kind == ptx.BF16 else torch.float16
