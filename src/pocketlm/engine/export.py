@@ -26,7 +26,6 @@ from pocketlm.engine.artifact import CARD, partial_path
 from pocketlm.engine.conversion import CACHE_NOTE, PACKED_FORMS, convert
 from pocketlm.formats import kv_cache
 from pocketlm.formats.capabilities import capability
-from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
 from pocketlm.models.stored import StoredModel, open_stored
 
@@ -164,12 +163,11 @@ def _require_one_basis(model: StoredModel) -> None:
     Raises:
         UnsupportedLayer: With the first place where one passes to the next.
     """
-    shortcuts = shortcuts_of(model.config)
-    if shortcuts:
+    if model.shortcuts:
         raise UnsupportedLayer(
             "passes the stream from one block's basis to the next: no ordinary checkpoint can say "
             "that.",
-            where=next(iter(shortcuts)),
+            where=next(iter(model.shortcuts)),
             remedy="Run it by pocketlm.load, or make the model smaller with rotation: shared.",
         )
 
