@@ -26,6 +26,9 @@ ROLES = (
     "weight_global_scale",
     "weight_scale_absmax",
     "weight_scale_offset",
+    "weight_super_scale",
+    "weight_minimum",
+    "weight_super_minimum",
     "weight_mask",
     "weight_values",
 )
