@@ -273,9 +273,10 @@ def export(
     """Writes an artifact in another form.
 
     Args:
-        path: The artifact.
+        path: The artifact; for "gguf" any model, as for `compress`.
         output: Where the exported model goes.
-        to: The form: "dense", an ordinary checkpoint with every weight decoded.
+        to: The form: "dense", an ordinary checkpoint with every weight decoded; "gguf", a file for
+            llama.cpp in the types that hold the codes; "gguf:Q4_K_M", in those of a mixture.
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
 
     Returns:
@@ -284,9 +285,12 @@ def export(
     Raises:
         PocketLMError: If there is no such form, or the artifact cannot be read.
     """
+    from pocketlm.catalog import build_step
     from pocketlm.engine.export import export as export_artifact
+    from pocketlm.recipes import END_STEPS
 
-    return export_artifact(Path(path), Path(output).absolute(), to, dtype)
+    steps = [build_step(step.method, step.options) for step in END_STEPS]
+    return export_artifact(Path(path), Path(output).absolute(), to, dtype, steps=steps)
 
 
 def report(path: str | Path) -> Path:

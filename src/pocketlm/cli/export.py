@@ -14,7 +14,9 @@ from pocketlm.cli.output import Answer
 if TYPE_CHECKING:
     from pocketlm.engine.export import Export
 
-To = Annotated[str, typer.Option("--to", help="The form: dense.")]
+To = Annotated[
+    str, typer.Option("--to", help="The form: dense, gguf, or gguf:TYPE such as gguf:Q4_K_M.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of decoded weights: bfloat16, float16, float32."),
@@ -28,7 +30,11 @@ def run(
 
     dense: every weight decoded, factors multiplied: an ordinary checkpoint for any tool.
 
+    gguf: one file for llama.cpp, of an artifact or of any model: codes are kept where a type holds
+    them. gguf:Q4_K_M and its like: the types that llama-quantize would take.
+
     Example: [bold]pocketlm export out --to dense -o out-dense[/bold]
+    Example: [bold]pocketlm export out --to gguf -o model.gguf[/bold]
     """
     from pocketlm import api
 

@@ -1,5 +1,7 @@
 """Writes an artifact again in another form, tensor by tensor, and says what that costs.
 
+``gguf`` is one file for llama.cpp (`engine/export_gguf.py`).
+
 ``dense`` undoes every compression of the storage: codes are decoded, factors multiplied, zeros
 written out. What comes out is an ordinary checkpoint that any tool loads; what was lost when it was
 compressed stays lost, and what was gained in bytes and speed is given back.
@@ -10,17 +12,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pocketlm.core.errors import ConfigError, OutputBusy, nearest
+from pocketlm.core.state import LinearStep
 from pocketlm.core.stored import LowRankSpec, SumSpec
 from pocketlm.core.views import TensorInfo
 from pocketlm.engine.artifact import CARD, partial_path
+from pocketlm.engine.export_gguf import WrittenTensor, write
+from pocketlm.formats.gguf_mix import require_mix
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.formats.safetensors_header import element_bytes
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
@@ -46,6 +51,7 @@ class Export(BaseModel):
         products_before: Multiplications a token in the decoded linears, in the artifact.
         products_after: The same now.
         notes: What else changed, as sentences.
+        tensors: What became of each tensor of a GGUF file; empty for other forms.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,6 +65,7 @@ class Export(BaseModel):
     products_before: int
     products_after: int
     notes: list[str]
+    tensors: dict[str, WrittenTensor] = Field(default_factory=dict)
 
 
 def export(
@@ -67,15 +74,18 @@ def export(
     form: str = "dense",
     dtype: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    steps: Sequence[LinearStep] = (),
 ) -> Export:
     """Writes an artifact in another form; the output takes its name once it is whole.
 
     Args:
         directory: The artifact.
         output: Where the exported model goes; must not be there, or be empty.
-        form: "dense".
+        form: "dense", "gguf", or "gguf:" and a mixture of types such as Q4_K_M.
         dtype: Of decoded weights, "bfloat16", "float16" or "float32"; None: the artifact's.
         on_progress: Called with bytes written and bytes in all.
+        steps: What rounds values to a GGUF type: linear steps that need no data.
 
     Returns:
         What was made, with its price.
@@ -86,19 +96,57 @@ def export(
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
     """
-    if form not in FORMS:
+    name, _, mix = form.partition(":")
+    if name not in FORMS or (mix and name != "gguf"):
         raise ConfigError(
-            f"there is no export to '{form}'.", where="--to", remedy=nearest(form, FORMS)
+            f"there is no export to '{form}'.", where="--to", remedy=nearest(name, FORMS)
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"weights are not written in '{dtype}'.", where="--dtype", remedy=nearest(dtype, DTYPES)
         )
+    if name == "gguf":
+        return _gguf(directory, output, mix, dtype, on_progress, steps)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputBusy(
             "is not empty.", where=str(output), remedy="Give another -o; nothing is replaced."
         )
-    return FORMS[form](directory, output, dtype, on_progress)
+    return _dense(directory, output, dtype, on_progress)
+
+
+def _gguf(
+    source: Path,
+    output: Path,
+    mix: str,
+    dtype: str | None,
+    on_progress: Callable[[int, int], None] | None,
+    steps: Sequence[LinearStep],
+) -> Export:
+    asked = require_mix(mix) if mix else None
+    if output.is_dir():
+        output = output / f"{source.name.removesuffix('.gguf')}-{asked or 'held'}.gguf"
+    if output.exists():
+        raise OutputBusy(
+            "is there already.", where=str(output), remedy="Give another -o; nothing is replaced."
+        )
+    if output.suffix != ".gguf":
+        raise ConfigError(
+            "a GGUF file ends in .gguf.", where=str(output), remedy=f"Give -o {output}.gguf."
+        )
+    made = write(source, output, asked, dtype, steps, on_progress)
+    kept = sum(tensor.kept for tensor in made.tensors.values())
+    return Export(
+        output=output,
+        form=f"gguf:{asked}" if asked else "gguf",
+        dtype=dtype or "as stored",
+        decoded=len(made.tensors) - kept,
+        bytes_before=made.bytes_before,
+        bytes_after=made.bytes_after,
+        products_before=0,
+        products_after=0,
+        notes=made.notes,
+        tensors=dict(made.tensors),
+    )
 
 
 def _dense(
@@ -215,5 +263,5 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
-FORMS = {"dense": _dense}
+FORMS = ("dense", "gguf")
 """What `--to` takes; other formats join here."""
