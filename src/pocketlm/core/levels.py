@@ -11,8 +11,8 @@ levels to stored codes and back.
 - bnb_fp: FP4 of bitsandbytes, whose bit patterns are in the order of its table. Between two levels
   of a table the midpoint goes to the lower one, as in bitsandbytes.
 - iq4_nl: the 16 integers of llama.cpp's IQ4_NL, closer together around zero.
-- k: level = code - zero; the zero of a symmetric format is 2^(bits-1), that of an asymmetric one the
-  minimum over the scale, no integer.
+- k: level = code - zero; the zero of a symmetric format is 2^(bits-1), that of an asymmetric one
+  the minimum over the scale, no integer.
 """
 
 from __future__ import annotations

@@ -355,9 +355,7 @@ def _schemes() -> dict[str, QuantSpec]:
 def _k_quant(bits: int, scale: ScaleType = "k") -> QuantSpec:
     symmetric = bits in _SYMMETRIC_K
     group_size = _FLOATS["k", bits][scale]
-    return QuantSpec(
-        bits=bits, type="k", symmetric=symmetric, group_size=group_size, scale=scale
-    )
+    return QuantSpec(bits=bits, type="k", symmetric=symmetric, group_size=group_size, scale=scale)
 
 
 # llama.cpp's types that hold number formats, by its names. TQ2_0 holds the codes -1, 0, 1 and 2.
@@ -441,6 +439,8 @@ class Recipe(Strict):
             compressed where an override spells their path, or its last part, and only there.
         ignore: Patterns of linears kept as they are.
         activations: How the inputs of every compressed linear are rounded; None: not at all.
+        mix: llama.cpp's name of a mixture of types, such as ``Q4_K_M``: grids of linears, embedding
+            and head by its rules, which become overrides once the model is known; None: no mixture.
     """
 
     steps: tuple[StepSpec, ...] = Field(min_length=1)
@@ -448,6 +448,12 @@ class Recipe(Strict):
     overrides: dict[str, QuantSpec] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     activations: ActivationSpec | None = None
+    mix: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_mix(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out a mixture where there is none: files written before stay as they are."""
+        return {key: value for key, value in plain(self).items() if key != "mix" or value}
 
     @field_validator("steps", mode="before")
     @classmethod

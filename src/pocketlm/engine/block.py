@@ -89,6 +89,7 @@ def compress_block(
     *,
     activations: Mapping[str, ActivationSpec] | None = None,
     kept_dtype: torch.dtype | None = None,
+    scale_dtype: torch.dtype | None = None,
     seed: int = 0,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
 ) -> BlockResult:
@@ -102,6 +103,7 @@ def compress_block(
         device: Where statistics are gathered.
         activations: Module path → how its inputs are rounded, of the linears whose are.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
+        scale_dtype: In which plain scales are stored; None: as the weights' dtype has it.
         seed: Of block steps.
         report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
 
@@ -125,8 +127,9 @@ def compress_block(
         if one.kind == "linear":
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
-                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype, tell
-            )
+                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype,
+                scale_dtype, tell,
+            )  # fmt: skip
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
             del sweep  # the next pass starts from the block's inputs, and with free memory
@@ -134,7 +137,7 @@ def compress_block(
             assert batches is not None
             inputs.set_all()
             states = {
-                view.name: _state(view, specs, inputs, results, notes, shared)
+                view.name: _state(view, specs, inputs, results, notes, shared, scale_dtype)
                 for views in _chosen(block, specs)
                 for shared in (shared_absmax(views, specs),)
                 for view in views
@@ -178,6 +181,7 @@ def _linear_pass(
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     kept_dtype: torch.dtype | None,
+    scale_dtype: torch.dtype | None,
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
     total = sum(map(len, _chosen(block, specs)))
@@ -196,7 +200,7 @@ def _linear_pass(
         stats, seen = _gather(group, chosen[0], steps, sweep, inputs, exchange, device)
         shared = shared_absmax(chosen, specs)
         for view in chosen:
-            state = _state(view, specs, inputs, earlier, notes, shared)
+            state = _state(view, specs, inputs, earlier, notes, shared, scale_dtype)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
             state = run_steps(steps, state, stats)
@@ -256,6 +260,7 @@ def _state(
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     shared: float | None,
+    scale_dtype: torch.dtype | None,
 ) -> LinearState:
     """A linear before a pass: its original weight after folds, and what earlier passes made."""
     quantizer = inputs.of(view.name)
@@ -263,7 +268,7 @@ def _state(
         view.name,
         view.weight_OI(),
         specs[view.name],
-        scale_dtype_for(view.dtype),
+        scale_dtype or scale_dtype_for(view.dtype),
         notes=notes.get(view.name, ()),
         shared_absmax=shared,
         inputs=None if quantizer is None else quantizer.spec,

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from pocketlm.core.errors import UnsupportedModel
 from pocketlm.core.spec import QuantSpec
@@ -23,22 +22,15 @@ from pocketlm.core.state import LinearStep
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
 from pocketlm.core.views import TensorSource
 from pocketlm.engine.ends import quantized_rows
-from pocketlm.formats.gguf_blocks import FLOATS, SPECS, decode, encode
+from pocketlm.formats.gguf_blocks import FLOATS, decode, encode
 from pocketlm.formats.gguf_hold import holding_type
 from pocketlm.formats.gguf_mix import GUESSED, MIXES, tensor_type
+from pocketlm.formats.gguf_types import SPECS
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.bytes import byte_view
 from pocketlm.models.decoded import DecodedSource
-from pocketlm.models.gguf_metadata import (
-    architecture,
-    metadata,
-    rotary_tables,
-    tokens_metadata,
-    window_note,
-)
-from pocketlm.models.gguf_names import gguf_names, norm_shift, row_order
-from pocketlm.models.gguf_vocabulary import vocabulary
+from pocketlm.models.gguf_form import GgufForm
 from pocketlm.models.gguf_write import GgufEntry, write_gguf
 
 ROWS_AT_ONCE_BYTES = 64 << 20
@@ -69,7 +61,9 @@ class Account:
     @property
     def kinds(self) -> Counter[str]:
         """Type → how many tensors, of those that are no vectors."""
-        return Counter(t.type for name, t in self.tensors.items() if not name.endswith("norm.weight"))
+        return Counter(
+            t.type for name, t in self.tensors.items() if not name.endswith("norm.weight")
+        )
 
     def notes(self) -> list[str]:
         """What there is to be told."""
@@ -124,7 +118,7 @@ def write(
     Args:
         source: A model or an artifact.
         output: The file.
-        mix: A mixture of types, as `gguf_mix.MIXES` has it; None: the types that hold what is there.
+        mix: A mixture of types, as `gguf_mix.MIXES` has it; None: what holds the codes there are.
         dtype: Of values that no type holds as codes; None: the source's.
         steps: What rounds values to a type.
         on_progress: Called with bytes of tensors written and in all.
@@ -134,11 +128,9 @@ def write(
         ResourceError: If the disk is full.
     """
     model = open_model(source, allow_compressed=True)
-    config = model.skeleton.model.config
-    if not isinstance(config, PretrainedConfig):
-        raise UnsupportedModel("has no configuration of transformers.", where=str(source))
-    plan = _Plan(model.source, config, mix, dtype, steps, Account())
-    names = gguf_names(config, model.source.infos())
+    form = GgufForm.of(model)
+    plan = _Plan(model.source, form, mix, dtype, steps, Account())
+    names = form.names(model.source.infos())
     if model.quantizers:
         first = next(iter(model.quantizers))
         raise UnsupportedModel(
@@ -148,18 +140,16 @@ def write(
         )
     entries = [
         GgufEntry(name, "F32", tuple(table.shape), _just(table))
-        for name, table in rotary_tables(config).items()
+        for name, table in form.tables().items()
     ]
     entries += [plan.entry(name, spelled) for name, spelled in names.items()]
-    keys = metadata(config, _model_name(model, source), _file_type(mix, entries))
-    keys |= tokens_metadata(vocabulary(model.tokenizer(), config.vocab_size))
+    keys = form.metadata(_model_name(model, source), _file_type(mix, entries))
     size = write_gguf(output, keys, entries, on_progress)
-    notes = plan.account.notes()
-    window = window_note(config)
     before = sum(info.bytes_stored for info in model.source.infos().values())
     if isinstance(model.source, DecodedSource):
         before = model.source.bytes_stored
-    return Written(before, size, plan.account.tensors, [*notes, window] if window else notes)
+    notes = [*plan.account.notes(), *form.notes()]
+    return Written(before, size, plan.account.tensors, notes)
 
 
 def _model_name(model: Model, source: str | Path) -> str:
@@ -169,8 +159,9 @@ def _model_name(model: Model, source: str | Path) -> str:
 def _file_type(mix: str | None, entries: Sequence[GgufEntry]) -> int:
     if mix is not None:
         return MIXES[mix][1]
-    kinds = Counter(entry.kind for entry in entries if entry.name.startswith("blk.") and "norm" not in entry.name)
-    return MIXES.get(kinds.most_common(1)[0][0], ("", GUESSED))[1] if kinds else GUESSED
+    kinds = Counter(entry.kind for entry in entries if len(entry.shape) > 1)
+    most = kinds.most_common(1)[0][0] if kinds else ""
+    return MIXES.get(most, ("", GUESSED))[1]
 
 
 def _just(values: Tensor) -> Callable[[], Iterator[memoryview]]:
@@ -182,7 +173,7 @@ class _Plan:
     """How each tensor is written."""
 
     source: TensorSource
-    config: PretrainedConfig
+    form: GgufForm
     mix: str | None
     dtype: str | None
     steps: Sequence[LinearStep]
@@ -207,7 +198,7 @@ class _Plan:
     def _kind(self, name: str, spelled: str, held: str | None) -> str:
         info = self.source.infos()[name]
         if self.mix is not None:
-            return tensor_type(self.mix, spelled, info.shape, architecture(self.config))
+            return tensor_type(self.mix, spelled, info.shape, self.form.architecture)
         if len(info.shape) < 2:
             return "F32"
         if held is not None and held not in FLOATS:
@@ -216,13 +207,13 @@ class _Plan:
         return {"float32": "F32", "bfloat16": "BF16"}.get(asked, "F16")
 
     def _chunks(self, name: str, spelled: str, kind: str, *, keep: bool) -> Iterator[memoryview]:
-        order_O = row_order(self.config, spelled)
+        order_O = self.form.row_order(spelled)
         lost, whole = 0.0, 0.0
         for weight_OI, packed in self._pieces(name, kind, keep=keep, whole=order_O is not None):
             if order_O is not None:
                 weight_OI = weight_OI[order_O]
                 packed = None if packed is None else taken_rows(packed, order_O)
-            weight_OI = weight_OI + norm_shift(self.config, spelled)
+            weight_OI = weight_OI + self.form.norm_shift(spelled)
             if kind in FLOATS:
                 data = weight_OI.to(FLOATS[kind]).contiguous()
                 back_OI = data.float()

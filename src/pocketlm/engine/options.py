@@ -61,6 +61,11 @@ class Job:
         return stats or self.needs_original or self.calibrates_inputs
 
     @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """In which plain scales are stored: GGUF has float16 alone; None: by the weights' dtype."""
+        return torch.float16 if self.target == "llama.cpp" else None
+
+    @property
     def calibrates_inputs(self) -> bool:
         """Whether inputs are rounded with static scales, which are found on calibration data."""
         activations = self.recipe.activations

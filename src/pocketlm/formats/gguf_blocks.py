@@ -11,7 +11,6 @@ Legend: N blocks, n weights of a block, G groups of a block, B bytes of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +18,9 @@ from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.scales import Scale
-from pocketlm.core.spec import GGUF_TYPES, SUPER_BLOCK, QuantSpec
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
+from pocketlm.formats.gguf_types import SPECS, block_bytes, block_weights, row_bytes
 
-MXFP4 = QuantSpec(bits=4, type="float", group_size=32, scale="e8m0")
-SPECS = {**GGUF_TYPES, "TQ1_0": GGUF_TYPES["TQ2_0"], "MXFP4": MXFP4}
-NUMBERS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10,
-    "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "BF16": 30, "TQ1_0": 34,
-    "TQ2_0": 35, "MXFP4": 39,
-}  # fmt: skip
-"""ggml's number of each type written here."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 POWERS_OF_3 = (81, 27, 9, 3, 1)
 
@@ -52,34 +43,6 @@ class Blocks:
     m: Tensor | None = None
     scales: Tensor | None = None
     minima: Tensor | None = None
-
-
-def block_weights(kind: str) -> int:
-    """Weights of a block."""
-    if kind in FLOATS:
-        return 1
-    return SUPER_BLOCK if SPECS[kind].scale == "k" or kind in ("TQ1_0", "TQ2_0") else 32
-
-
-def block_bytes(kind: str) -> int:
-    """Bytes of a block."""
-    if kind in FLOATS:
-        return FLOATS[kind].itemsize
-    return {
-        "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18, "MXFP4": 17,
-        "Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "TQ1_0": 54, "TQ2_0": 66,
-    }[kind]  # fmt: skip
-
-
-def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of a row.
-
-    Raises:
-        ArtifactError: If the type's blocks do not divide it.
-    """
-    if columns % block_weights(kind):
-        raise ArtifactError(f"blocks of {kind} do not divide {columns} columns.")
-    return columns // block_weights(kind) * block_bytes(kind)
 
 
 def encode(weight: Packed, kind: str) -> Tensor:
@@ -108,7 +71,9 @@ def decode(data: Tensor, kind: str) -> Packed:
     spec, codes = SPECS[kind], blocks.codes
     if spec.type == "int":
         if kind in ("TQ1_0", "TQ2_0"):  # codes 0 to 3 stand for -1 to 2: the scale turns its sign
-            return PackedInt(1 - codes.view(rows, -1).to(torch.int8), -blocks.d.view(rows, -1), None, 2)
+            return PackedInt(
+                1 - codes.view(rows, -1).to(torch.int8), -blocks.d.view(rows, -1), None, 2
+            )
         signed = (codes.to(torch.int16) + spec.code_min).to(torch.int8)
         return PackedInt(signed.view(rows, -1), blocks.d.view(rows, -1), None, spec.bits)
     return PackedFloat(codes.view(rows, -1), _scale_of(blocks, kind, rows), spec)
@@ -313,7 +278,3 @@ def _unpack(kind: str, data: Tensor) -> Blocks:
     if kind == "Q5_K":
         codes = codes | (_split(data[:, 16:48], 1, 32) << 4)
     return Blocks(codes, halves(0), halves(2), scales, minima)
-
-
-Encoder = Callable[[Tensor], Packed]
-"""From a float32 weight [O, I] to codes and scales."""

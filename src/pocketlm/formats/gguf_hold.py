@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pocketlm.core.spec import GGUF_TYPES, SUPER_BLOCK, QuantSpec
 from pocketlm.core.stored import DenseSpec, WeightSpec
-from pocketlm.formats.gguf_blocks import MXFP4, SPECS, block_weights
+from pocketlm.formats.gguf_types import MXFP4, SPECS, block_weights
 
-_OWN = {spec: name for name, spec in GGUF_TYPES.items()} | {MXFP4: "MXFP4"}
+_OWN = (*GGUF_TYPES.items(), ("MXFP4", MXFP4))
 _FLOAT_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -28,7 +28,9 @@ def holding_type(spec: WeightSpec, columns: int) -> str | None:
         return _FLOAT_TYPES.get(spec.dtype)
     if not isinstance(spec, QuantSpec):
         return None
-    kind = _OWN.get(spec) or (_of_integers(spec, columns) if spec.type == "int" else None)
+    kind = next((name for name, own in _OWN if own == spec), None)
+    if kind is None and spec.type == "int":
+        kind = _of_integers(spec, columns)
     return kind if kind is not None and columns % block_weights(kind) == 0 else None
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from pocketlm.core.errors import ConfigError, nearest
-from pocketlm.formats.gguf_blocks import FLOATS, block_weights
+from pocketlm.formats.gguf_types import FLOATS, block_weights
 
 # Name → base type, number of the file's kind (llama_ftype).
 MIXES: dict[str, tuple[str, int]] = {

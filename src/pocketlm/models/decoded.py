@@ -128,9 +128,7 @@ class DecodedSource:
         step = max(1, bytes_at_once // (columns * 4))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield self._index.decode_rows(
-                module, start, stop, self._stored.rows, self._stored.read
-            )
+            yield self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
 
     def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
         """The tensor's raw bytes, in order."""

@@ -188,9 +188,9 @@ def _rotary(config: PretrainedConfig, arch: str) -> dict[str, Value]:
         if known.get("attention_factor") is not None or known.get("mscale") is not None:
             raise _refused("rotary scaling has an attention factor of its own")
         return keys
-    if kind == "longrope" and arch == "phi3":
-        scale = config.max_position_embeddings / float(original)
-        attention = math.sqrt(1 + math.log(scale) / math.log(float(original))) if scale > 1 else 1.0
+    if kind == "longrope" and arch == "phi3" and original is not None:
+        scale = config.max_position_embeddings / original
+        attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         keys["rope.scaling.type"] = text("longrope")
         return {**keys, "rope.scaling.attn_factor": f32(known.get("attention_factor") or attention)}
     raise _refused(f"rotary scaling '{kind}' has no key in a GGUF file of {arch}")

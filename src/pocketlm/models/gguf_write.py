@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pocketlm.core.errors import ArtifactError
-from pocketlm.formats.gguf_blocks import NUMBERS, row_bytes
+from pocketlm.formats.gguf_types import NUMBERS, row_bytes
 from pocketlm.formats.shards import require_room, write_durably
 from pocketlm.models.gguf_header import MAGIC, SCALARS, VERSIONS
 

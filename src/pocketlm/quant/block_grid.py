@@ -1,12 +1,12 @@
 """Scales and minima of llama.cpp's blocks: the ones of least weighted squared error.
 
-minimise  sum_i h_i (w_i - (s_g c_i - m_g))²  over codes c, and s_g = d a_g, m_g = e b_g with a, b small
-integers, d, e float16 of a super-block (K-quants); or s, m float16 themselves (Q4_1, Q5_1). h_i is a
-column's importance, such as the Hessian's diagonal. Three stages, each exact in what it varies:
+minimise  sum_i h_i (w_i - (s_g c_i - m_g))²  over codes c and over s_g = d a_g, m_g = e b_g, with
+a, b small integers and d, e float16 of a super-block (K-quants); or over float16 s, m (Q4_1, Q5_1).
+h_i is a column's importance, such as the Hessian's diagonal. Three stages:
 
-1. every group for itself: from several shrunken ranges, codes and the least-squares (s, m) by turns;
-2. every super-block: d and e from several divisors of its largest scale and minimum, a and b rounded;
-3. descent: (d, e) by least squares for given codes, then (a_g, b_g) over their neighbours, the codes
+1. every group for itself: from several shrunken ranges, codes and least-squares (s, m) by turns;
+2. every super-block: d, e from several divisors of its largest scale and minimum, a, b rounded;
+3. descent: (d, e) by least squares for given codes, then (a_g, b_g) over their neighbours, codes
    rounded anew each time; what does not lower the error is not taken.
 
 llama.cpp (ggml-quants.c) does stages 1 and 2 once each, with an importance of its own.
@@ -248,7 +248,9 @@ class Found:
         return _error(weight, importance, self.scale, self.minimum, codes).sum(-1)
 
 
-def round_scales(scale_OSG: Tensor, codes: Codes, divisor: int | None = None) -> tuple[Tensor, Tensor]:
+def round_scales(
+    scale_OSG: Tensor, codes: Codes, divisor: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales as integers over a float16.
 
     Args:
@@ -281,7 +283,13 @@ def _round_minima(minimum: Tensor, codes: Codes, divisor: int) -> tuple[Tensor, 
 
 
 def _super_blocks(
-    weight: Tensor, importance: Tensor, scale: Tensor, minimum: Tensor, codes: Codes, *, search: bool
+    weight: Tensor,
+    importance: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    codes: Codes,
+    *,
+    search: bool,
 ) -> Found:
     """Stage 2: integers and float16 for what stage 1 found."""
     end, best, best_error = codes.most if codes.minima else codes.least, None, None
