@@ -26,6 +26,7 @@ from pocketlm.models.gguf_header import (
     read_header,
     write_small_header,
 )
+from pocketlm.models.gguf_metadata import complete
 from pocketlm.models.gguf_rope import rope_parameters
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
@@ -96,6 +97,7 @@ class GgufFile:
         inner = self.header.metadata.get(f"{self.architecture}.expert_feed_forward_length")
         if inner and "moe_intermediate_size" in config.to_dict():  # transformers keeps its default
             config.moe_intermediate_size = parsed["moe_intermediate_size"] = inner
+        parsed.update(complete(config, self.header.metadata, self.architecture))
         self._scale_rope(config)
         return config, parsed
 

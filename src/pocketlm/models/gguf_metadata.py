@@ -28,6 +28,7 @@ ARCHITECTURES = {
 GEMMAS = ("gemma", "gemma2", "gemma3")
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # every how many-th block sees everything
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the one whose scores have a scale apart
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 WHERE = "config.json"
 REMEDY = "Keep the model in another format: pocketlm export --to dense."
 
@@ -90,7 +91,7 @@ def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, V
         **_windows(config, arch),
         **_rotary(config, arch),
     }
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+    for key in CAPS:
         cap = getattr(config, key, None)
         if cap:
             own[key] = f32(cap)
@@ -104,6 +105,43 @@ def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, V
     }
 
 
+def score_width(config: PretrainedConfig, arch: str) -> int:
+    """What llama.cpp scales Gemma's attention scores by, as a width of heads."""
+    if config.num_hidden_layers == LARGEST_GEMMA.get(arch):
+        return config.hidden_size // config.num_attention_heads
+    return head_width(config)
+
+
+def complete(config: PretrainedConfig, stated: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """Takes over what a file says and transformers' reader leaves at its defaults.
+
+    Args:
+        config: As transformers made it of the file; changed in place.
+        stated: Metadata of the file.
+        arch: llama.cpp's name of the architecture.
+
+    Returns:
+        What was changed.
+    """
+    known, changed = config.to_dict(), dict[str, Any]()
+    width = stated.get(f"{arch}.attention.key_length")
+    if width is not None and "head_dim" in known and known["head_dim"] != width:
+        changed["head_dim"] = width
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        index = known.get(role)
+        if isinstance(index, int) and index >= config.vocab_size:  # another model's
+            changed[role] = None
+    for key in CAPS:
+        if key in known and f"{arch}.{key}" in stated:
+            changed[key] = stated[f"{arch}.{key}"]
+    for key, value in changed.items():
+        setattr(config, key, value)
+    if "query_pre_attn_scalar" in known:
+        changed["query_pre_attn_scalar"] = score_width(config, arch)
+        config.query_pre_attn_scalar = changed["query_pre_attn_scalar"]
+    return changed
+
+
 def _refuse_what_differs(config: PretrainedConfig, arch: str) -> None:
     expected = "gelu_pytorch_tanh" if arch in GEMMAS else "silu"
     known = config.to_dict()
@@ -111,12 +149,9 @@ def _refuse_what_differs(config: PretrainedConfig, arch: str) -> None:
     if activation not in (expected, "gelu" if arch == "gemma" else expected):
         raise _refused(f"the activation '{activation}' is not what llama.cpp computes for {arch}")
     scale = known.get("query_pre_attn_scalar")
-    if arch in LARGEST_GEMMA and scale is not None:
-        largest = config.num_hidden_layers == LARGEST_GEMMA[arch]
-        heads = config.hidden_size // config.num_attention_heads
-        computed = heads if largest else head_width(config)
-        if not math.isclose(scale, computed):
-            raise _refused(f"query_pre_attn_scalar is {scale}, llama.cpp computes with {computed}")
+    if arch in LARGEST_GEMMA and scale is not None and scale != score_width(config, arch):
+        computed = score_width(config, arch)
+        raise _refused(f"query_pre_attn_scalar is {scale}, llama.cpp computes with {computed}")
     if known.get("use_bidirectional_attention"):
         raise _refused("attention looks ahead")
     for index, kind in enumerate(known.get("layer_types") or ()):
