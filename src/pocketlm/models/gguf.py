@@ -30,6 +30,17 @@ from pocketlm.models.gguf_metadata import complete
 from pocketlm.models.gguf_rope import rope_parameters
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
+# What transformers raises where it does not know a model, or where a value has another type.
+DAMAGED_METADATA = (
+    ValueError,
+    KeyError,
+    NotImplementedError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    ZeroDivisionError,
+)
 PIECE_ELEMENTS = 4 << 20  # dequantized at a time: the library's temporaries are float32
 LARGE_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 LARGE_KEYS += ("tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap")
@@ -89,7 +100,7 @@ class GgufFile:
             try:
                 parsed = load_gguf_checkpoint(str(small))["config"]
                 config = AutoConfig.from_pretrained(directory, gguf_file=small.name)
-            except (ValueError, KeyError, NotImplementedError) as error:
+            except DAMAGED_METADATA as error:
                 what = f"transformers cannot read '{self.architecture}' from GGUF: {error}"
                 raise UnsupportedModel(what, where=str(self.path)) from error
         if "vocab_size" not in parsed and tokens:
