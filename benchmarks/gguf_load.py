@@ -2,8 +2,8 @@
 
 A tiny random model of each family that is written, in F32 and Q8_0, and any files given: loaded by
 llama-cpp-python, its log-probabilities compared with those of our own float32 run, of the same file
-or, in F32, of the directory that it was made of. llama.cpp rounds activations to 8 bits beside quantized weights. Figures: tokens equal; KL below
-5e-3 on every file, below 1e-4 in F32.
+or, in F32, of the directory that it was made of. llama.cpp rounds activations to 8 bits beside
+quantized weights. Figures: tokens equal; KL below 5e-3 on every file, below 1e-4 in F32.
 """
 
 from __future__ import annotations
