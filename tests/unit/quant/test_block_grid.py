@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import GGUF_TYPES, QuantSpec
 from pocketlm.core.state import LinearState, Statistics
 from pocketlm.core.stats import Hessian
 from pocketlm.core.tensors import PackedFloat
 from pocketlm.quant.block_grid import block_scale
 from pocketlm.quant.clip import Clip
+from pocketlm.quant.fake_quant import LearnedGrid
 from pocketlm.quant.gptq import Gptq
 from pocketlm.quant.grid import Grid, minmax_grid, round_to_grid, searched_grid
 from pocketlm.quant.refine import Refine
@@ -104,6 +106,12 @@ def test_feedback_and_refinement_lower_the_output_error(name: str) -> None:
     refined = error(Clip(steps=6), Gptq(), Refine())
     assert swept < 0.95 * rounded
     assert refined < swept
+
+
+def test_learned_grids_refuse_what_is_stored_together() -> None:
+    state = LinearState("m", weight(), K_TYPES["Q4_K"], torch.float16)
+    with pytest.raises(UnsupportedLayer, match="Q4_K are integers of one block"):
+        LearnedGrid(state)
 
 
 def test_a_spec_of_its_own() -> None:
