@@ -191,7 +191,7 @@ def _split_six(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join_ternary(codes: Tensor) -> Tensor:
-    """256 codes from 0 to 2 in 52 bytes, five in one (TQ1_0): a fraction of 3^5, in steps of 1 in 256."""
+    """256 codes from 0 to 2 in 52 bytes, five in one (TQ1_0): a fraction of 3^5 over 256."""
     runs = (codes[:, :160].reshape(-1, 5, 32), codes[:, 160:240].reshape(-1, 5, 16))
     last = codes[:, 240:].reshape(-1, 4, 4)
     out = []
