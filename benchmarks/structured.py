@@ -2,9 +2,10 @@
 
 Depth: removing blocks by their influence against the mean of five random choices, at 10, 20 and
 30 %. Width: FLAP, Minitron's sizes, LLM-Pruner's Taylor score and Wanda's at 20 % of the blocks'
-weights. SliceGPT at 0 and 25 %. Every model is an ordinary checkpoint and is measured as any other
-is: loss over the original by pocketlm's own evaluation, prefill by `evaluate`'s speed in a process
-of its own. A point that was measured before with the same options is read from its file.
+weights. SliceGPT at 0 and 25 %, with one rotation and with one for each block. Every model is
+measured as any other is: loss over the original by pocketlm's own evaluation, prefill by
+`evaluate`'s speed in a process of its own. A point that was measured before with the same options
+is read from its file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from inputs import SEED, Inputs
 
 RANDOMS = 5
 DEPTHS = (0.1, 0.2, 0.3)
-SLICED = "slicegpt-25"
+SLICED, APART = "slicegpt-25", "slicegpt-block-25"
 PREFILL_FIGURE = 1.15
 
 
@@ -41,6 +42,7 @@ def points() -> dict[str, dict[str, Any]]:
         made[f"{method}-20%"] = {"method": method, "ratio": 0.2}
     made["slicegpt-0"] = {"method": "slicegpt", "ratio": 0.0}
     made[SLICED] = {"method": "slicegpt", "ratio": 0.25}
+    made[APART] = {"method": "slicegpt", "ratio": 0.25, "rotation": "block"}
     return made
 
 
@@ -144,6 +146,13 @@ def verdicts(found: dict[str, dict[str, Any]]) -> list[str]:
         said = "met" if sliced["prefill"] > PREFILL_FIGURE else "missed"
         lines.append(
             f"SliceGPT at 25 %: prefill × {sliced['prefill']:.2f}, figure {PREFILL_FIGURE}: {said}."
+        )
+    apart = found.get(APART)
+    if sliced is not None and apart is not None:
+        lines.append(
+            f"SliceGPT at 25 %: {apart['loss'][0]:.3f} with a rotation for each block, "
+            f"{sliced['loss'][0]:.3f} with one for all; {apart['bytes'] / sliced['bytes']:.3f} "
+            "times the bytes."
         )
     return lines
 

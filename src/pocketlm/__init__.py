@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "bench",
+    "bisect",
     "compare",
     "compress",
     "evaluate",
@@ -22,12 +24,15 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "roofline",
     "search",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from pocketlm.api import (
+        bench,
+        bisect,
         compare,
         compress,
         evaluate,
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         plan,
+        roofline,
         search,
         verify,
     )

@@ -14,24 +14,29 @@ from pocketlm.compression import (
     plan_model,
     search_model,
 )
+from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.recipes import build_recipe, read_recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from pocketlm.engine.events import Listener
     from pocketlm.engine.export import Export
     from pocketlm.engine.plan import Plan
+    from pocketlm.evaluate.results import SpeedReport
+    from pocketlm.evaluate.roofline import RooflineReport
     from pocketlm.evaluate.verify import VerifyReport
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
+    from pocketlm.runtime.loaded import Loaded
+    from pocketlm.search.bisect_source import BisectResult
     from pocketlm.search.results import SearchResult
 
 __all__ = [
-    "CompressResult", "build_recipe", "compare", "compress", "evaluate", "generate", "inspect",
-    "load", "plan", "read_recipe", "report", "search", "verify",
+    "CompressResult", "bench", "bisect", "build_recipe", "compare", "compress", "evaluate",
+    "generate", "inspect", "load", "plan", "read_recipe", "report", "roofline", "search", "verify",
 ]  # fmt: skip
 
 
@@ -45,7 +50,8 @@ def inspect(
     """Looks at a model without compressing it: blocks, groups, folds, parameters, bytes.
 
     Args:
-        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory.
+        source: A directory, hub id, `.gguf` file, `smollm2-135m`, or a model in memory; compressed
+            ones too.
         probe: Whether folds are proved in float64 (reads one block of each kind).
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
@@ -60,7 +66,12 @@ def inspect(
     from pocketlm.models import open_model
     from pocketlm.models.inspect import inspect_model
 
-    model = open_model(source, trust_remote_code=trust_remote_code, revision=revision)
+    model = open_model(
+        source,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        allow_compressed=True,
+    )
     return inspect_model(model, probe=probe)
 
 
@@ -179,6 +190,13 @@ def evaluate(
     limit: int | None = None,
     seq_len: int = 2048,
     prompt: str | None = None,
+    gates: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
     speed: bool = True,
     device: str = "auto",
     threads: int | None = None,
@@ -194,6 +212,14 @@ def evaluate(
         limit: Windows at most.
         seq_len: Tokens of a window.
         prompt: Answered greedily by both.
+        gates: Bounds such as ``kl<0.05``; the far end of the 95 % interval decides. Their outcome
+            is in the measurement, whose `raise_for_gates` turns it into an error.
+        tasks: Names of lm-eval's tasks, such as ``hellaswag``; needs the extra `eval`.
+        task_dir: Directory of YAML files that define them; None: lm-eval's own, from the hub.
+        task_data: Directory of the data files that those name; None: beside them.
+        items: Of each task at most.
+        margin: The loss of a task's score that is tolerated.
+        cache_dir: Where answers are kept by content; None: the user's cache.
         speed: Whether tokens per second and memory are measured, each in a child process.
         device: Where to run.
         threads: CPU threads.
@@ -207,9 +233,10 @@ def evaluate(
         PocketLMError: If something cannot be read or measured.
     """
     return _measure(
-        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, speed=speed,
-        device=device, threads=threads, trust_remote_code=trust_remote_code,
-        on_event=on_event,
+        [model], against, text=text, limit=limit, seq_len=seq_len, prompt=prompt, gates=gates,
+        tasks=tasks, task_dir=task_dir, task_data=task_data, items=items, margin=margin,
+        cache_dir=cache_dir, speed=speed, device=device, threads=threads,
+        trust_remote_code=trust_remote_code, on_event=on_event,
     )[0]  # fmt: skip
 
 
@@ -238,14 +265,84 @@ def _measure(
     against: str | Path | None,
     *,
     device: str = "auto",
+    tasks: Sequence[str] = (),
+    task_dir: str | Path | None = None,
+    task_data: str | Path | None = None,
+    items: int | None = None,
+    margin: float = 0.01,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
     on_event: Listener | None = None,
     **settings: Any,
 ) -> list[Measurement]:
     from pocketlm.engine.machine import choose_device
+    from pocketlm.evaluate.tasks import TaskSettings
     from pocketlm.report.measure import Settings, measure
 
-    chosen = Settings(device=str(choose_device(device)), **settings)
+    place = str(choose_device(device))
+    asked = None
+    if tasks:
+        folders = [
+            None if path is None else Path(path) for path in (task_dir, task_data, cache_dir)
+        ]
+        asked = TaskSettings(
+            tuple(tasks), folders[0], folders[1], items, margin, folders[2], place,
+            trust_remote_code,
+        )  # fmt: skip
+    chosen = Settings(device=place, tasks=asked, trust_remote_code=trust_remote_code, **settings)
     return measure(models, against, chosen, on_event)
+
+
+def bisect(
+    model: str | Path,
+    against: str | Path,
+    *,
+    worst: int = 5,
+    text: str | None = None,
+    limit: int = 4,
+    seq_len: int = 512,
+    target: str = "vllm",
+    device: str = "auto",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    on_event: Listener | None = None,
+) -> BisectResult:
+    """Finds the layers of an artifact whose compression costs most KL.
+
+    Args:
+        model: An artifact with compressed linears.
+        against: What it was made from.
+        worst: How many to find.
+        text: As for `evaluate`.
+        limit: Windows; all of them run as one batch.
+        seq_len: Tokens of a window.
+        target: Engine that says which linears share one grid, and so are one unit.
+        device: Where to run.
+        threads: CPU threads.
+        cache_dir: Where KLs are kept by content; None: the user's cache.
+        trust_remote_code: Whether code from a checkpoint may run.
+        on_event: Called with each event.
+
+    Returns:
+        The layers, worst first, with the bytes that keeping each would cost, and the artifact's
+        recipe with them on its ignore list.
+
+    Raises:
+        ConfigError: If nothing in it is compressed, or it has not the original's shapes.
+    """
+    import torch
+
+    from pocketlm.engine.machine import choose_device
+    from pocketlm.search.bisect_source import bisect_source
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return bisect_source(
+        model, against, worst=worst, text=text, limit=limit, seq_len=seq_len, target=target,
+        device=str(choose_device(device)), trust_remote_code=trust_remote_code,
+        directory=None if cache_dir is None else Path(cache_dir), listener=on_event,
+    )  # fmt: skip
 
 
 def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:
@@ -269,28 +366,33 @@ def export(
     *,
     to: str = "dense",
     dtype: str | None = None,
+    target: str | None = None,
 ) -> Export:
-    """Writes an artifact in another form.
+    """Writes a compressed model in another form.
 
     Args:
-        path: The artifact; for "gguf" any model, as for `compress`.
+        path: An artifact, or what another tool compressed: GPTQ, AWQ, compressed-tensors, GGUF; for
+            "gguf" any model, as for `compress`.
         output: Where the exported model goes.
-        to: The form: "dense", an ordinary checkpoint with every weight decoded; "gguf", a file for
-            llama.cpp in the types that hold the codes; "gguf:Q4_K_M", in those of a mixture.
+        to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
+            codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "gguf" (a file for
+            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture.
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
+        target: The engine that is to load it, such as "vllm"; None: the format's limits only.
 
     Returns:
-        What was made: bytes and multiplications before and after.
+        What was made: bytes and multiplications before and after, and what was lost.
 
     Raises:
-        PocketLMError: If there is no such form, or the artifact cannot be read.
+        PocketLMError: If there is no such form, the model cannot be read, or the form or target
+            cannot take it.
     """
     from pocketlm.catalog import build_step
-    from pocketlm.engine.export import export as export_artifact
+    from pocketlm.engine.export import export as export_model
     from pocketlm.recipes import END_STEPS
 
     steps = [build_step(step.method, step.options) for step in END_STEPS]
-    return export_artifact(Path(path), Path(output).absolute(), to, dtype, steps=steps)
+    return export_model(path, Path(output).absolute(), to, dtype, target, steps=steps)
 
 
 def report(path: str | Path) -> Path:
@@ -304,9 +406,7 @@ def report(path: str | Path) -> Path:
     return render(Path(path))
 
 
-def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Loaded:
     """Loads an artifact to run from its packed weights, or an original.
 
     Args:
@@ -315,11 +415,12 @@ def load(
         dtype: Of the activations; None lets the machine decide.
 
     Returns:
-        A transformers model and its tokenizer.
+        A transformers model and its tokenizer, as a pair that also generates.
     """
     from pocketlm.runtime.load import load as load_runtime
+    from pocketlm.runtime.loaded import Loaded
 
-    return load_runtime(path, device=device, dtype=dtype)
+    return Loaded(*load_runtime(path, device=device, dtype=dtype))
 
 
 def generate(path: str | Path, prompt: str, **options: Any) -> Any:
@@ -333,7 +434,82 @@ def generate(path: str | Path, prompt: str, **options: Any) -> Any:
     Returns:
         Text, tokens and timings.
     """
-    from pocketlm.runtime.generate import generate as generate_text
+    return load(path).generate(prompt, **options)
 
-    model, tokenizer = load(path)
-    return generate_text(model, tokenizer, prompt, **options)
+
+def bench(path: str | Path, *, device: str = "auto", **options: Any) -> SpeedReport:
+    """Measures how fast a model runs, in a process of its own.
+
+    Args:
+        path: As for `load`.
+        device: Where to run.
+        **options: As for `pocketlm.evaluate.speed.measure_here`: batch, prompt_tokens, new_tokens,
+            context, runs, dtype, threads.
+
+    Returns:
+        Tokens per second, latencies and memory, beside what the machine allows.
+    """
+    from pocketlm.evaluate.speed import measure_speed
+
+    return measure_speed(path, device=device, **options)
+
+
+def roofline(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    batch: int = 1,
+    context: int = 1024,
+    prompt_tokens: int = 512,
+    weight_bits: float | None = None,
+    head_bits: float | None = None,
+    activation_bits: int = 16,
+    cache_bits: int = 16,
+    measure: bool = False,
+    trust_remote_code: bool = False,
+) -> RooflineReport:
+    """What a device allows a model, operator by operator; reads its configuration alone.
+
+    Args:
+        source: A directory with at least config.json, or what `compress` takes.
+        device: A name of `evaluate/devices.json`, or ``auto`` to measure the one that is here.
+        batch: Rows.
+        context: Positions that a step of decoding reads.
+        prompt_tokens: Of the prefill.
+        weight_bits: Real bits of a weight of the blocks; None: as stored.
+        head_bits: Of the head; None: as stored.
+        activation_bits: Of activations.
+        cache_bits: Of keys and values.
+        measure: Whether the model runs too, to stand beside the prediction; wants ``auto``.
+        trust_remote_code: Whether code from the checkpoint may run.
+
+    Raises:
+        ConfigError: If a value is out of range, the device unknown, or not the one that is here.
+    """
+    from pocketlm.evaluate.devices import AUTO
+    from pocketlm.evaluate.devices import device as device_of
+    from pocketlm.evaluate.roofline import Widths, roofline
+    from pocketlm.models.shape import model_shape
+
+    if measure and device != AUTO:
+        raise ConfigError(
+            f"'{device}' is a data sheet, not this machine.",
+            where="--measure",
+            remedy="Leave --device out, or give auto.",
+        )
+    shape = model_shape(source, trust_remote_code=trust_remote_code)
+    widths = Widths(weight_bits, head_bits, activation_bits, cache_bits)
+    bits = weight_bits or shape.linears[0].bits
+    packed = None if bits is None or bits >= 16 else max(2, min(8, int(bits)))
+    found = roofline(
+        shape,
+        device_of(device, weight_bits=packed, batch=batch),
+        batch=batch,
+        prompt=prompt_tokens,
+        context=context,
+        widths=widths,
+    )
+    if not measure:
+        return found
+    run = bench(source, batch=batch, prompt_tokens=prompt_tokens, context=context)
+    return found.model_copy(update={"measured": run})

@@ -27,6 +27,7 @@ METHODS: dict[str, str] = {
     "wanda": "pocketlm.prune.steps:Wanda",
     "ria": "pocketlm.prune.steps:Ria",
     "esparse": "pocketlm.prune.steps:Esparse",
+    "gblm": "pocketlm.prune.steps:Gblm",
     "dsnot": "pocketlm.prune.steps:Dsnot",
     "sparsegpt": "pocketlm.prune.steps:Sparsegpt",
     "sparsegpt_joint": "pocketlm.prune.steps:SparsegptJoint",
@@ -48,6 +49,7 @@ METHODS: dict[str, str] = {
     "minitron": "pocketlm.prune.importance.minitron:Minitron",
     "slicegpt": "pocketlm.prune.slicegpt:Slicegpt",
     "experts": "pocketlm.prune.experts:Experts",
+    "permute": "pocketlm.prune.permute:Permute",
     "laco": "pocketlm.prune.laco:Laco",
     "llm_pruner": "pocketlm.prune.importance.taylor:LlmPruner",
 }

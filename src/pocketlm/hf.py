@@ -54,6 +54,7 @@ from pocketlm.core.stored import (
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 
 
 class PocketlmConfig(QuantizationConfigMixin):
@@ -69,6 +70,7 @@ class PocketlmConfig(QuantizationConfigMixin):
         self.groups: list[dict[str, Any]] = section.get("groups", [])
         self.transposed: list[str] = section.get("transposed", [])
         self.ignore: list[str] = section.get("ignore", [])
+        self.shortcuts: dict[str, str] = section.get("shortcuts", {})
 
     def inputs(self) -> dict[str, ActivationSpec]:
         """Module path, as in the checkpoint → how its inputs are rounded, of those whose are."""
@@ -171,6 +173,7 @@ class PocketlmQuantizer(HfQuantizer):
                 f"was written in version {config.format_version} of the format pocketlm.",
                 remedy="Install a release of pocketlm that reads it.",
             )
+        add_shortcuts(model, config.shortcuts)
         modules, inputs = dict(model.named_modules()), config.inputs()
         for name, spec in config.specs().items():
             # A checkpoint may leave out the prefix of the base model (GPT-2's do).
@@ -199,6 +202,7 @@ class PocketlmQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedStandIn):
                 model.set_submodule(path, module.restored())
+        connect_shortcuts(model)
         for head, embedding in self._waiting.items():
             module = model.get_submodule(head.rpartition(".")[0])
             del module._buffers["weight"]

@@ -24,6 +24,7 @@ from pocketlm.engine.grids import (
 )
 from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
+from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.mixture import with_mixture
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
@@ -32,6 +33,7 @@ from pocketlm.engine.survey import shares
 from pocketlm.formats.capabilities import target_name
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.models.shortcut import shortcuts_note
 from pocketlm.recipes import END_STEPS
 from pocketlm.runtime.calibration_windows import OWN_TEXT, calibration_windows
 
@@ -42,7 +44,7 @@ SAMPLES, SEQ_LEN = 128, 2048
 CPU_SECONDS = 1800  # a longer plan on a CPU gets fewer samples by default
 MIN_SAMPLES = 16
 WORTH_HALVING = 0.8  # of the time: half the samples must save a fifth
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def prepare(
     after = after or After(source=name_of(source))
     target, recipe = target_name(target), with_mixture(recipe, model)
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts
+    )
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -158,7 +162,7 @@ def prepare(
         output=output,
         work_dir=Path(work_dir) if work_dir else output.with_name(f"{output.name}.pocketlm-work"),
         target=target,
-        tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+        tokens_at_once=max(seq_len, BATCH_TOKENS[place.type] // seq_len * seq_len),
         activation_bytes=activation_budget_bytes or min(4 << 30, available_ram_bytes() // 4),
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,
@@ -169,7 +173,7 @@ def prepare(
         stage_ledgers=after.stage_ledgers,
         end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
-    facts = (sparsity_note(grids), factors_note(grids, shapes))
+    facts = (_shortcuts_note(model), sparsity_note(grids), factors_note(grids, shapes))
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     quiet = job.needs_data or after.stages
     if not quiet and (calibration != "builtin" or samples is not None):
@@ -213,6 +217,11 @@ def prepare(
     return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
 
 
+def _shortcuts_note(model: Model) -> str | None:
+    count = len(model.shortcuts)
+    return shortcuts_note(count, hidden_width(model)) if count else None
+
+
 def _settled(
     model: Model, job: Job, grids: Grids, windows: Windows, log: EventLog
 ) -> tuple[Job, Grids]:
@@ -234,7 +243,9 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(shapes, model.stores_transposed, recipe, job.target, steps, model.ends())
+    grids = choose_grids(
+        shapes, model.stores_transposed, recipe, job.target, steps, model.ends(), model.shortcuts
+    )
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 

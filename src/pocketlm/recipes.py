@@ -95,15 +95,19 @@ def _makes(step: StepSpec, what: str) -> bool:
     return what in catalog.build_step(step.method, step.options).makes
 
 
+def _takes(step: StepSpec, option: str) -> bool:
+    return option in catalog.method_class(step.method).model_fields
+
+
 def _pruned(recipe: Recipe, sparsity: SparsitySpec) -> Recipe:
     """The recipe with a sparsity for its steps that prune; with sparsegpt where none does.
 
-    Steps that make a smaller model take a share as their ratio, unless they say one.
+    Steps that make a smaller model, or factors, take a share as their ratio, unless they say one.
     """
     steps = recipe.steps
-    smaller = [step for step in steps if _makes(step, "shape")]
+    smaller = [step for step in steps if _takes(step, "ratio")]
     if smaller and sparsity.ratio is not None and not any(_makes(s, "mask") for s in steps):
-        told = {"ratio": sparsity.ratio}  # a share of blocks, heads and channels instead
+        told = {"ratio": sparsity.ratio}  # a share of blocks, channels or parameters instead
         steps = tuple(
             StepSpec(method=s.method, options={**told, **s.options}) if s in smaller else s
             for s in steps
@@ -114,7 +118,7 @@ def _pruned(recipe: Recipe, sparsity: SparsitySpec) -> Recipe:
         steps = (*steps[:first], *CHAINS[PRUNING], *steps[first:])
     said = {"sparsity": sparsity.name}
     steps = tuple(
-        StepSpec(method=s.method, options={**s.options, **said}) if _makes(s, "mask") else s
+        StepSpec(method=s.method, options={**s.options, **said}) if _takes(s, "sparsity") else s
         for s in steps
     )
     return recipe.model_copy(update={"steps": steps})
@@ -142,7 +146,15 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
         recipe = Recipe.parse(recipe, where="recipe")
     for step in recipe.steps:
         catalog.build_step(step.method, step.options)
-    return _with_scheme(recipe)
+    return _with_scheme(_without_grid(recipe))
+
+
+def _without_grid(recipe: Recipe) -> Recipe:
+    """The recipe without a number format where it names none and only prunes or factorises."""
+    made = frozenset[str]().union(*(catalog.method_class(s.method).makes for s in recipe.steps))
+    if "weights" in recipe.model_fields_set or "grid" in made or not made & {"mask", "factors"}:
+        return recipe
+    return recipe.model_copy(update={"weights": None})
 
 
 def _with_scheme(recipe: Recipe) -> Recipe:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pocketlm import catalog
+from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe, StepSpec
 from pocketlm.engine.compress import earlier_samples, finished_ledger
@@ -25,6 +26,7 @@ from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Ledger, StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.options import Job
+from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, refuse_impossible
 from pocketlm.engine.transform import run_transform
 from pocketlm.engine.transform_plan import plan_transform
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRANSFORM = "transform"
+NOTHING = Changes({}, (), {})
 LEDGERS = "pocketlm/stages"
 
 
@@ -57,7 +60,7 @@ def split(recipe: Recipe) -> tuple[tuple[StepSpec, ...], Recipe | None]:
     """The transforms of a recipe, and what is left for the last stage.
 
     Raises:
-        ConfigError: If a transform comes after a step of another kind.
+        ConfigError: If a transform comes after a step of another kind, or what is left cannot work.
     """
     transforms = tuple(step for step in recipe.steps if _kind(step) == TRANSFORM)
     if tuple(recipe.steps[: len(transforms)]) != transforms:
@@ -67,8 +70,11 @@ def split(recipe: Recipe) -> tuple[tuple[StepSpec, ...], Recipe | None]:
             where="recipe",
             remedy=f"Put '{late.method}' first.",
         )
-    rest = recipe.steps[len(transforms) :]
-    return transforms, recipe.model_copy(update={"steps": rest}) if rest else None
+    if len(transforms) == len(recipe.steps):
+        return transforms, None
+    rest = recipe.model_copy(update={"steps": recipe.steps[len(transforms) :]})
+    check_order(rest, [catalog.build_step(step.method, step.options) for step in rest.steps])
+    return transforms, rest
 
 
 def _kind(step: StepSpec) -> str:
@@ -139,7 +145,7 @@ class Settings:
             output=output,
             work_dir=work_dir,
             target=self.target,
-            tokens_at_once=max(seq_len, BATCH_TOKENS // seq_len * seq_len),
+            tokens_at_once=max(seq_len, BATCH_TOKENS[model.device.type] // seq_len * seq_len),
             activation_bytes=self.activation_budget_bytes
             or min(4 << 30, available_ram_bytes() // 4),
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
@@ -174,7 +180,7 @@ def plan_stages(
         smaller = reopen(model, changes)
         job = settings.job(model, source, recipe, output, settings.directory(output))
         count, seq_len = _sizes(model, transform, settings, job, None)
-        plans.append(plan_transform(model, smaller, job, changes.summary, count, seq_len))
+        plans.append(plan_transform(model, smaller, job, changes, count, seq_len))
         model = smaller
     return plans, model
 
@@ -189,7 +195,7 @@ def _sizes(
     count = settings.samples or settled or SAMPLES
     if settings.samples is None and settled is None and model.device.type == "cpu":
         while count > MIN_SAMPLES:
-            if plan_transform(model, model, job, "", count, seq_len).seconds <= CPU_SECONDS:
+            if plan_transform(model, model, job, NOTHING, count, seq_len).seconds <= CPU_SECONDS:
                 break
             count //= 2
     return count, seq_len
@@ -253,9 +259,7 @@ def reduce(
             count, seq_len = _sizes(model, transform, settings, job, settled)
             outline = ModelOutline(model)
             changes = transform.changes(outline, None)
-            plan = plan_transform(
-                model, reopen(model, changes), job, changes.summary, count, seq_len
-            )
+            plan = plan_transform(model, reopen(model, changes), job, changes, count, seq_len)
             plans.append(plan)
             refuse_impossible(plan, output, model.device)
             windows = (

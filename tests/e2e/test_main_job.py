@@ -95,7 +95,10 @@ def test_eval_and_report(cli: Cli, artifact, source, tmp_path):
     shutil.copytree(artifact, mine)
     done = cli("eval", mine, "--against", source, "--no-speed", "--prompt", "a", *EVAL)
     assert done.code == 0, done.err
-    for words in ("before", "after", "Weights on disk", "Perplexity", "KL to", "Same top token"):
+    for words in (
+        "before", "after", "Weights on disk", "Perplexity", "KL to", "99 % of tokens below",
+        "Same top token", "worst tokens: after",
+    ):  # fmt: skip
         assert words in done.out
     found = cli("report", mine, "--json").json
     assert Path(found["page"]).read_text("utf-8").startswith("<!doctype html>")
@@ -122,6 +125,48 @@ def test_eval_on_the_calibration_text_is_told(cli: Cli, source, tmp_path):
     assert not found["quality"]["notes"]
 
 
+def test_gates_set_the_exit_code(cli: Cli, artifact, source):
+    arguments = ("eval", artifact, "--against", source, "--no-speed", *EVAL)
+    done = cli(*arguments, "--gate", "kl<9", "--gate", "top1>0.01", "--json")
+    assert (done.code, [gate["verdict"] for gate in done.json["gates"]]) == (0, ["pass", "pass"])
+    kl = done.json["quality"]["divergence"]["kl_mean"]
+    undecided = cli(*arguments, "--gate", f"kl<{kl['value']}")
+    assert undecided.code == 5
+    failed = cli(*arguments, "--gate", f"kl<{kl['value']}", "--gate", f"kl<{kl['low'] / 2}")
+    assert failed.code == 4
+    assert "its lower end" in failed.err
+    assert "KL to" in failed.out
+    assert cli("eval", source, "--gate", "kl<1", *EVAL).code == 2
+
+
+def test_bisect_names_what_hurts_and_writes_a_recipe(cli: Cli, artifact, source, tmp_path):
+    text = ("--seq-len", "64", "--limit", "3", "--device", "cpu", "--cache-dir", tmp_path / "kls")
+    arguments = ("bisect", artifact, "--against", source, "--worst", "2", *text)
+    done = cli(*arguments, "-o", tmp_path / "better.yaml", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    evaluated = cli("eval", artifact, "--against", source, "--no-speed", "--json", *EVAL).json
+    kl = evaluated["quality"]["divergence"]["kl_mean"]["value"]
+    assert found["kl"] == pytest.approx(kl, rel=1e-3)
+    assert found["kl_all_restored"] < kl / 100
+    first, second = found["culprits"]
+    assert first["gain"] >= second["gain"] > 0
+    assert kl > first["kl_left"] > second["kl_left"]
+    assert first["bytes_kept"] > 3 * first["bytes_now"]
+    quick = cli(*arguments, "--json").json
+    assert [c["name"] for c in quick["culprits"]] == [first["name"], second["name"]]
+    assert first["name"] in cli(*arguments).out
+    output = tmp_path / "better"
+    assert cli("compress", source, "-o", output, "--recipe", tmp_path / "better.yaml",
+               *QUICK[:4], "--device", "cpu").code == 0  # fmt: skip
+    ledger = json.loads((output / "pocketlm" / "ledger.json").read_text("utf-8"))
+    for name in (*first["linears"], *second["linears"]):
+        assert ledger["tensors"][f"{name}.weight"]["action"] == "kept"
+    refused = cli("bisect", source, "--against", source, *text)
+    assert refused.code == 2
+    assert "no compressed linear" in refused.err
+
+
 def test_eval_of_an_original_alone(cli: Cli, source):
     found = cli("eval", source, "--no-speed", "--json", *EVAL).json
     assert found["quality"]["perplexity"] > 1
@@ -129,10 +174,13 @@ def test_eval_of_an_original_alone(cli: Cli, source):
     assert "perplexity" in cli("eval", source, "--no-speed", *EVAL).out
 
 
-def test_compare(cli: Cli, artifact, source):
-    done = cli("compare", source, artifact, *EVAL)
+def test_compare(cli: Cli, artifact, source, tmp_path):
+    plot = tmp_path / "pareto.svg"
+    done = cli("compare", source, artifact, artifact, *EVAL, "--plot", plot)
     assert done.code == 0, done.err
     assert "loss over the original" in done.out
+    assert "weights on disk" in done.out
+    assert plot.read_text("utf-8").count("<circle") == 2
     assert len(cli("compare", source, artifact, "--json", *EVAL).json) == 1
 
 

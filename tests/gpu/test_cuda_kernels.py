@@ -46,9 +46,12 @@ def test_reference_equals_definition(bits, dtype):
         assert error(Reference(), weight, dtype, 5) < tolerance
 
 
-def test_table_trusts_the_int4_kernel_here():
-    assert kernel_for(Grid(64, 128, 4, 32, True), torch.bfloat16, CUDA).kernel.name == "cuda-int4"
-    assert kernel_for(Grid(64, 128, 5, 32, True), torch.bfloat16, CUDA).kernel.name == "reference"
+def test_float32_activations_go_to_reference():
+    choice = kernel_for(Grid(64, 128, 4, 32, True), torch.float32, CUDA)
+    assert choice.kernel.name == "reference"
+    groups_of_16 = kernel_for(Grid(64, 128, 4, 16, True), torch.bfloat16, CUDA)
+    assert groups_of_16.kernel.name == "reference"
+    assert "groups of 16" in groups_of_16.refused["triton"]
 
 
 def test_no_dequantised_copy():
@@ -80,7 +83,7 @@ def test_model_runs_packed(tmp_path):
     model, tokenizer = load(packed, device="cuda")
     twin, _ = load(dense, device="cuda", dtype=torch.bfloat16)
     truth, _ = load(dense, device="cpu", dtype=torch.float32)
-    assert packed_summary(model).kernels == {"cuda-int4": 14}
+    assert packed_summary(model).kernels == {"triton": 14}
     ids = torch.randint(0, 257, (2, 40), device=CUDA)
     with torch.inference_mode():
         ours, theirs, exact = (

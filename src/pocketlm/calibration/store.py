@@ -2,9 +2,9 @@
 
 Legend: B sequences, T tokens, D hidden width.
 
-In memory a batch is overwritten as soon as the block's output is there. On disk there are two
-directories, taken in turn, and the block's index is written last, with a checksum of every file: a
-kill at any instant leaves one whole boundary to go on from.
+In memory, the machine's or a GPU's, a batch is overwritten as soon as the block's output is there.
+On disk there are two directories, taken in turn, and the block's index is written last, with a
+checksum of every file: a kill at any instant leaves one whole boundary to go on from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -40,14 +41,16 @@ class ActivationStore(Protocol):
 
 
 class MemoryStore:
-    """Activations in the machine's memory, on the CPU.
+    """Activations in memory.
 
     Args:
         keep_inputs: Whether inputs stay beside outputs until `advance`; else a batch's output
             takes its input's place.
+        device: Whose memory: on a GPU that has room for them, nothing crosses the bus.
     """
 
-    def __init__(self, keep_inputs: bool = False) -> None:
+    def __init__(self, keep_inputs: bool = False, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
         self._inputs: dict[int, Tensor] = {}
         self._outputs = {} if keep_inputs else self._inputs
 
@@ -57,7 +60,7 @@ class MemoryStore:
 
     def put(self, batch: int, hidden_BTD: Tensor) -> None:
         """Keeps the batch's output."""
-        self._outputs[batch] = hidden_BTD.detach().cpu()
+        self._outputs[batch] = hidden_BTD.detach().to(self._device)
 
     def output(self, batch: int) -> Tensor:
         """What was put."""

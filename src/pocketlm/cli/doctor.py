@@ -35,6 +35,7 @@ def _draw(console: Console, found: DoctorReport) -> None:
             "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
             "processor": f"{found.cores} cores, {found.threads} threads in use",
             "memory": f"{bytes_text(found.memory_available_bytes)} available",
+            "step in C": found.step_in_c,
             "disk": f"{bytes_text(found.disk_free_bytes)} free at {found.disk_path}",
         },
     )

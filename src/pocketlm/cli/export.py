@@ -8,14 +8,23 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pocketlm.cli.options import Artifact, Json, Output
+from pocketlm.cli.options import Json, Output, Source
 from pocketlm.cli.output import Answer
 
 if TYPE_CHECKING:
     from pocketlm.engine.export import Export
 
 To = Annotated[
-    str, typer.Option("--to", help="The form: dense, gguf, or gguf:TYPE such as gguf:Q4_K_M.")
+    str,
+    typer.Option(
+        "--to",
+        help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx, gguf, or gguf:TYPE "
+        "such as gguf:Q4_K_M.",
+    ),
+]
+For = Annotated[
+    str | None,
+    typer.Option("--target", help="The engine that is to load it; refused where it cannot."),
 ]
 Dtype = Annotated[
     str | None,
@@ -24,21 +33,27 @@ Dtype = Annotated[
 
 
 def run(
-    path: Artifact, output: Output, to: To = "dense", dtype: Dtype = None, json: Json = False
+    path: Source,
+    output: Output,
+    to: To = "dense",
+    dtype: Dtype = None,
+    target: For = None,
+    json: Json = False,
 ) -> Answer:
-    """Write an artifact in another form, and say what that costs.
+    """Write a compressed model in another form, and say what that costs.
 
-    dense: every weight decoded, factors multiplied: an ordinary checkpoint for any tool.
+    dense: every weight decoded, factors multiplied: an ordinary checkpoint for any tool. The other
+    forms keep the codes. The model may come from another tool: GPTQ, AWQ, compressed-tensors.
 
-    gguf: one file for llama.cpp, of an artifact or of any model: codes are kept where a type holds
-    them. gguf:Q4_K_M and its like: the types that llama-quantize would take.
+    gguf: one file for llama.cpp, of any model. gguf:Q4_K_M and its like: in the types that
+    llama-quantize would take.
 
-    Example: [bold]pocketlm export out --to dense -o out-dense[/bold]
+    Example: [bold]pocketlm export out --to gptq --target vllm -o out-gptq[/bold]
     Example: [bold]pocketlm export out --to gguf -o model.gguf[/bold]
     """
     from pocketlm import api
 
-    made = api.export(path, output, to=to, dtype=dtype)
+    made = api.export(path, output, to=to, dtype=dtype, target=target)
     return Answer(made, lambda console: _draw(console, made))
 
 
@@ -46,7 +61,8 @@ def _draw(console: Console, made: Export) -> None:
     from pocketlm.report.words import bytes_text
 
     times = made.bytes_after / max(made.bytes_before, 1)
-    console.print(f"Wrote [bold]{escape(str(made.output))}[/bold]: {made.form}, {made.dtype}.")
+    kind = f"{made.form}, {made.dtype}" if made.decoded else made.form
+    console.print(f"Wrote [bold]{escape(str(made.output))}[/bold]: {kind}.")
     console.print(
         f"{bytes_text(made.bytes_before)} became {bytes_text(made.bytes_after)}: "
         f"{times:.2f} times the bytes."

@@ -48,7 +48,7 @@ def report_interrupt(verb: str | None, as_json: bool) -> int:
     remedy = None
     if verb == "compress":
         remedy = "Finished blocks are kept; run the same command to go on."
-    elif verb == "search":
+    elif verb in ("search", "bisect"):
         remedy = "What was measured is kept; run the same command to go on."
     _show("Interrupted", "stopped by Ctrl-C.", None, remedy, EXIT_CODE, as_json)
     return EXIT_CODE

@@ -9,6 +9,7 @@ from typing import Any
 
 from pocketlm.cli.units import parse_bytes
 from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.spec import Recipe
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.recipes import scheme_bits
 
@@ -256,3 +257,25 @@ def recipe_flags(
         "symmetric": False if asym else True if sym else None,
         "sparsity": sparsity,
     }
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Writes a recipe that was found; a file that says something else is left alone.
+
+    Args:
+        path: A YAML file.
+        recipe: What it gets.
+
+    Raises:
+        ConfigError: If the file exists and says something else.
+    """
+    import yaml
+
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    if path.exists() and path.read_text("utf-8") != text:
+        raise ConfigError(
+            "exists and says something else.",
+            where=f"--output {path}",
+            remedy="Give another name; the findings are kept, the search is quick now.",
+        )
+    path.write_text(text, encoding="utf-8")

@@ -36,19 +36,21 @@ def run(
 
 
 def _draw(console: Console, source: str, found: Inspection) -> None:
-    draw.facts(
-        console,
-        source,
-        {
-            "architecture": f"{found.architecture} ({found.model_type})",
-            "blocks": str(found.blocks),
-            "size": f"{found.parameters:,} parameters, {bytes_text(found.bytes_stored)}, "
-            f"mostly {found.dtype}",
-            "context": f"{found.context:,} tokens",
-            "vocabulary": f"{found.vocabulary:,} tokens, head "
-            f"{'tied to the embedding' if found.tied else 'of its own'}",
-        },
-    )
+    facts = {
+        "architecture": f"{found.architecture} ({found.model_type})",
+        "blocks": str(found.blocks),
+        "size": f"{found.parameters:,} parameters, {bytes_text(found.bytes_stored)}, "
+        f"mostly {found.dtype}",
+        "context": f"{found.context:,} tokens",
+        "vocabulary": f"{found.vocabulary:,} tokens, head "
+        f"{'tied to the embedding' if found.tied else 'of its own'}",
+    }
+    if found.compressed:
+        facts["size"] = facts["size"].replace("mostly", "uncompressed tensors mostly")
+        facts["compressed"] = "; ".join(
+            f"{count} weights: {form}" for form, count in found.compressed.items()
+        )
+    draw.facts(console, source, facts)
     rows = [
         (kind, share.tensors, f"{share.parameters:,}", bytes_text(share.bytes_stored))
         for kind, share in found.shares.items()

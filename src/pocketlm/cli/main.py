@@ -1,7 +1,8 @@
 """The entry point: finds the verb, imports only that one, and turns its end into an exit code.
 
 Exit codes: 0 done; 1 a bug of ours; 2 an input or artifact that the user must change; 3 memory,
-disk or numerics gave out during the work; 130 stopped with Ctrl-C.
+disk or numerics gave out during the work; 4 a gate failed, 5 a gate is inconclusive (`eval
+--gate`); 130 stopped with Ctrl-C.
 `pocketlm --help` imports no verb and no torch.
 """
 
@@ -27,6 +28,9 @@ VERBS: dict[str, str] = {
     "verify": "Prove that an artifact is whole and loads as it should.",
     "eval": "Perplexity, and the divergence from the original.",
     "compare": "Evaluate several models on the same text.",
+    "bench": "How fast a model runs here, beside what the machine allows.",
+    "roofline": "What a device allows: the bound of each operator, from config.json alone.",
+    "bisect": "Which layers hurt most, and what keeping them would cost.",
     "report": "The before/after table and report.html of an artifact.",
     "generate": "Answer one prompt.",
     "chat": "Talk to a model.",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 _RECIPE, _DATA, _MACHINE = "What to do", "Calibration", "Machine and files"
+_TASKS = "Tasks"
 
 Source = Annotated[
     str,
@@ -217,7 +218,20 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Where the recipe goes, a .yaml file.", show_default=False),
+]
+
 # Evaluation
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        help="Where findings are kept; default: the user's cache.",
+        rich_help_panel=_MACHINE,
+    ),
+]
 Against = Annotated[str | None, typer.Option("--against", help="The original.", show_default=False)]
 Text = Annotated[
     str | None,
@@ -232,6 +246,54 @@ Limit = Annotated[
 ]
 EvalSeqLen = Annotated[
     int, typer.Option("--seq-len", "--seqlen", min=2, help="Tokens of a window.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks of lm-eval, such as hellaswag,piqa,arc_easy,gsm8k; needs pocketlm[eval].",
+        rich_help_panel=_TASKS,
+    ),
+]
+TaskDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-dir",
+        help="YAML files that define them, such as benchmarks/tasks; default: lm-eval's own, "
+        "which come from the hub.",
+        rich_help_panel=_TASKS,
+    ),
+]
+TaskData = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-data",
+        help="Directory of the data files that the YAML files name.",
+        rich_help_panel=_TASKS,
+    ),
+]
+Items = Annotated[
+    int | None,
+    typer.Option("--items", min=1, help="Of each task at most.", rich_help_panel=_TASKS),
+]
+Margin = Annotated[
+    float,
+    typer.Option(
+        "--margin",
+        min=0.0,
+        help="The loss of a task's score that is tolerated.",
+        rich_help_panel=_TASKS,
+    ),
+]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        help="A bound such as 'kl<0.05', 'top1>=0.9', 'perplexity_ratio<1.01' or "
+        "'hellaswag_change>-0.02'; repeatable. The far end of the 95 % interval decides: exit code "
+        "4 where a gate fails, 5 where the interval holds the bound.",
+        show_default=False,
+    ),
 ]
 Speed = Annotated[
     bool, typer.Option("--speed/--no-speed", help="Measure tokens/s and memory as well.")

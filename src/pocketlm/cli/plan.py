@@ -120,7 +120,8 @@ def draw_plan(console: Console, plan: Plan) -> None:
             "output": f"{bytes_text(plan.output_bytes)}, from {bytes_text(plan.source_bytes)}",
             "bits per weight": f"{plan.bits_per_weight:.3f} in {plan.linears} linears of "
             f"{plan.blocks} blocks",
-            "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items()),
+            "grids": "; ".join(f"{count} × {grid}" for grid, count in plan.grids.items())
+            or "values as they are",
             "sparsity": plan.sparsity or "none",
             **{name: grid for name, grid in plan.ends.items()},
             "inputs": plan.inputs or "as they come",

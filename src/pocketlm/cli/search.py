@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -22,6 +21,7 @@ from pocketlm.cli.options import (
     LogFile,
     Method,
     Quiet,
+    RecipeFile,
     RecipeName,
     Revision,
     SearchDir,
@@ -39,15 +39,9 @@ from pocketlm.core.errors import ConfigError
 from pocketlm.report.words import bytes_text, number_text, seconds_text
 
 if TYPE_CHECKING:
-    from pocketlm.core.spec import Recipe
     from pocketlm.search.results import Point, SearchResult
 
 WORST = 5
-
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", help="Where the recipe goes, a .yaml file.", show_default=False),
-]
 
 
 def run(
@@ -124,22 +118,8 @@ def run(
             **budget,
         )
     if output is not None and found.recipe is not None:
-        _write(output, found.recipe)
+        flags.write_recipe(output, found.recipe)
     return Answer(found, lambda console: _draw(console, found, output))
-
-
-def _write(path: Path, recipe: Recipe) -> None:
-    """Writes the recipe; a file that says something else is left alone."""
-    import yaml
-
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    if path.exists() and path.read_text("utf-8") != text:
-        raise ConfigError(
-            "exists and says something else.",
-            where=f"--output {path}",
-            remedy="Give another name; the findings are kept, the search is quick now.",
-        )
-    path.write_text(text, encoding="utf-8")
 
 
 def _draw(console: Console, found: SearchResult, output: Path | None) -> None:

@@ -194,6 +194,8 @@ class Changes:
         summary: What was done, as a sentence for people.
         detail: Which units it was done to; depends on what was measured.
         notes: What a user must be told, as sentences.
+        shortcuts: New modules, by path, that pass the stream from one block's basis to the next →
+            the block's last linear, which writes in the next basis already.
     """
 
     config: Mapping[str, Any]
@@ -201,7 +203,8 @@ class Changes:
     dropped: Mapping[str, str]
     summary: str = ""
     detail: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:

@@ -80,6 +80,18 @@ class ResumeError(PocketLMError):
     """The work directory belongs to another recipe, source, device or version."""
 
 
+class GateFailed(PocketLMError):
+    """A figure's whole interval breaks the bound that it was to keep."""
+
+    exit_code = 4
+
+
+class GateUndecided(PocketLMError):
+    """A bound lies inside the interval of its figure: more windows or items would decide."""
+
+    exit_code = 5
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Ends an error message with the nearest known word, or with all of them.
 

@@ -81,6 +81,16 @@ def level_ends(spec: QuantSpec) -> tuple[float, float]:
     return -largest_level(spec), largest_level(spec)
 
 
+def minifloat(spec: QuantSpec) -> tuple[int, float, float]:
+    """Of a float format: mantissa bits, smallest step, largest level."""
+    return _MINIFLOATS[spec.bits]
+
+
+def table(spec: QuantSpec) -> Tensor:
+    """The distinct levels of a format with a table, rising, float32, on the CPU."""
+    return _sorted_table(spec.type, spec.bits)[0]
+
+
 def level_gap(x: Tensor, spec: QuantSpec) -> Tensor:
     """How far apart the two levels are that lie around values, or nearest to those beyond the ends.
 

@@ -1,5 +1,5 @@
 """The inverse factor of a Hessian, with a ladder for matrices that are not positive definite; the
-largest singular values of a matrix.
+largest singular values of a matrix; products on a GPU's tensor cores.
 
 Legend: I input columns, O rows, R rank, P rank and a few more.
 """
@@ -7,6 +7,7 @@ Legend: I input columns, O rows, R rank, P rank and a few more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from pocketlm.core.errors import NumericError
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 LADDER = 4  # rungs of ten times more damping before float64 is tried
+SOLVED_SIDE = 512  # triangles up to this are inverted at once, larger ones by halves
+SPLIT_COLUMNS = 2048  # of a factor that are split into bfloat16 at once
 EXACT_SIDE = 1536  # matrices whose shorter side is at most this are decomposed exactly
 OVERSAMPLING = 32  # directions beyond the rank that a randomised decomposition looks at
 POWER_ITERATIONS = 4
@@ -78,15 +81,67 @@ def inverse_factor(hessian_II: Float[Tensor, "i i"], damping: float) -> InverseF
 
 
 def _factor(hessian_II: Tensor, damping: float) -> Tensor | None:
-    diagonal_I = hessian_II.diagonal()
-    damped_II = hessian_II.clone()
-    damped_II.diagonal().add_(damping * diagonal_I.mean())
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    damped_II = hessian_II.flip(0, 1)
+    damped_II.diagonal().add_(damping * hessian_II.diagonal().mean())
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II  # matrices of 14336 columns take 0.8 GB each
     if int(failed):
         return None
-    identity_II = torch.eye(len(diagonal_I), dtype=damped_II.dtype, device=damped_II.device)
-    upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
-    return upper_II if bool(torch.isfinite(upper_II).all()) else None
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    if upper_II.is_cuda:  # 1.6 times as fast there, and in place
+        invert_upper(upper_II)
+    else:
+        identity_II = torch.eye(len(upper_II), dtype=upper_II.dtype)
+        upper_II = torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
+    return upper_II if bool(torch.isfinite(upper_II.sum())) else None
+
+
+def invert_upper(upper_II: Tensor) -> None:
+    """Replaces an upper triangular matrix by its inverse, by halves:
+
+    [A B; 0 D]⁻¹ = [A⁻¹  -A⁻¹ B D⁻¹; 0  D⁻¹],  n³ / 3 operations, nearly all in products.
+    """
+    columns = len(upper_II)
+    if columns <= SOLVED_SIDE:
+        identity_II = torch.eye(columns, dtype=upper_II.dtype, device=upper_II.device)
+        upper_II.copy_(torch.linalg.solve_triangular(upper_II, identity_II, upper=True))
+        return
+    half = columns // 2
+    invert_upper(upper_II[:half, :half])
+    invert_upper(upper_II[half:, half:])
+    beside = upper_II[:half, half:]
+    beside.copy_(-(upper_II[:half, :half] @ beside @ upper_II[half:, half:]))
+
+
+def product(left: Tensor, right: Tensor, *, terms: Literal[1, 3] = 3) -> Tensor:
+    """A product of float32 matrices; on a GPU by its tensor cores, summed in float32.
+
+    With a₁ the bfloat16 nearest to a and a₂ that nearest to a - a₁, three terms are
+    a₁b₁ + a₁b₂ + a₂b₁: an error of about 2^-17 of each product (Markidis and others,
+    arXiv:1803.04014, section V), at a third of the time of float32. One term is a₁b₁, 2^-9.
+
+    Args:
+        left: [M, K]; with one term perhaps bfloat16.
+        right: [K, N]; alike.
+        terms: 3, or 1 where the result is only compared with others alike.
+    """
+    if not left.is_cuda or left.dtype == torch.float64:
+        return left @ right
+    left_high = left.bfloat16()
+    if terms == 1:
+        return torch.mm(left_high, right.bfloat16(), out_dtype=torch.float32)
+    left_low = (left - left_high).bfloat16()
+    result = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    for start in range(0, right.shape[1], SPLIT_COLUMNS):  # a large factor is not held thrice
+        stop = start + SPLIT_COLUMNS
+        part, into = right[:, start:stop], result[:, start:stop]
+        high = part.bfloat16()
+        low = (part - high).bfloat16()
+        into.copy_(torch.mm(left_high, high, out_dtype=torch.float32))
+        for a, b in ((left_high, low), (left_low, high)):
+            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    return result
 
 
 def truncated_svd(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from pocketlm.core.linalg import product
+
 
 def relative_error(
     reference_OI: Float[Tensor, "o i"],
@@ -28,6 +30,6 @@ def relative_error(
     if hessian_II is None or not bool((hessian_II.diagonal() > 0).any()):
         lost, whole = difference_OI.square().sum(), reference_OI.square().sum()
     else:
-        lost = ((difference_OI @ hessian_II) * difference_OI).sum()
-        whole = ((reference_OI @ hessian_II) * reference_OI).sum()
+        lost = (product(difference_OI, hessian_II) * difference_OI).sum()
+        whole = (product(reference_OI, hessian_II, terms=1) * reference_OI).sum()
     return float(lost / whole) if float(whole) > 0 else float(lost)

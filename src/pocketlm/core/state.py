@@ -115,6 +115,10 @@ class Statistics:
     def __init__(self, *stats: Stat) -> None:
         self._by_class = {type(stat): stat for stat in stats}
 
+    def beside(self, stat: Stat) -> Statistics:
+        """These and one more."""
+        return Statistics(*self._by_class.values(), stat)
+
     def __getitem__(self, kind: type[S]) -> S:
         """The gathered statistic of class `kind`.
 
@@ -142,12 +146,14 @@ class Cost:
         calls: Small tensor operations in sequence, whose overhead counts.
         bytes_moved: Read and written by updates that do one operation an element, as a sweep over
             columns does.
+        kernel: Whether on a GPU kernels do it: calls and moves hide behind the arithmetic there.
     """
 
     bytes_held: int
     flops: float
     calls: int
     bytes_moved: float = 0.0
+    kernel: bool = False
 
 
 class LinearStep(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pocketlm.core.linalg import InverseFactor, inverse_factor
 
 PANEL = 192  # columns of a panel of the Gram matrix; those above the diagonal are not computed
+CUDA_PANEL = 10 * PANEL  # a GPU wants larger products
 
 
 class Stat(ABC):
@@ -25,6 +26,7 @@ class Stat(ABC):
     """
 
     paired: ClassVar[bool] = False  # `add` also takes the original model's inputs of those tokens
+    gathered: ClassVar[bool] = True  # from inputs; else the engine has it from a pass before
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.columns, self.device, self.tokens = columns, torch.device(device), 0
@@ -41,7 +43,8 @@ class Stat(ABC):
 class Hessian(Stat):
     """H = (2 / T) XᵀX, Hessian of the squared output error (GPTQ, arXiv:2210.17323, eq. 3).
 
-    float32 throughout; the sum is kept unscaled, lower panels only, until `matrix_II`.
+    Summed in float32, on a GPU from 16-bit inputs as they are; the sum is kept unscaled, lower
+    panels only, until `matrix_II`.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -55,7 +58,11 @@ class Hessian(Stat):
         x_TI = x_TI.detach().reshape(-1, self.columns)
         self.tokens += x_TI.shape[0]
         if x_TI.is_cuda and x_TI.dtype != torch.float32:
-            self._sum_II += torch.mm(x_TI.T, x_TI, out_dtype=torch.float32)
+            # 16-bit products are exact in float32, in which tensor cores sum them.
+            for start in range(0, self.columns, CUDA_PANEL):
+                stop = min(start + CUDA_PANEL, self.columns)
+                panel, part_TC = self._sum_II[start:stop, :stop], x_TI[:, start:stop]
+                torch.addmm(panel, part_TC.T, x_TI[:, :stop], out_dtype=torch.float32, out=panel)
             return
         x_TI = x_TI.float()
         for start in range(0, self.columns, PANEL):
@@ -137,7 +144,7 @@ class Hessian(Stat):
         if key not in self._factors:
             hessian_II = self.shrunk_II(shrinkage)
             if order_I is not None:
-                hessian_II = hessian_II[order_I][:, order_I]
+                hessian_II = hessian_II[order_I[:, None], order_I]
             self._factors[key] = inverse_factor(hessian_II, damping)
         return self._factors[key]
 
@@ -290,3 +297,25 @@ class Drift(Stat):
     def matrix_II(self) -> Tensor:
         """D, float32 [I, I]."""
         return self._sum_II * (2.0 / max(self.tokens, 1))
+
+
+class GradientSize(Stat):
+    """How large the loss's gradient is in each weight: √ E g² over sequences [O, I].
+
+    g is the gradient of the mean loss of one sequence, in the original model.
+
+    Args:
+        size_OI: Not negative.
+    """
+
+    gathered: ClassVar[bool] = False
+
+    def __init__(self, size_OI: Tensor) -> None:
+        super().__init__(size_OI.shape[1], size_OI.device)
+        self.size_OI = size_OI
+
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Nothing: inputs do not tell."""
+
+    def merge(self, other: Self) -> None:
+        """Nothing: it is whole."""

@@ -18,6 +18,7 @@ from pocketlm.core.changes import Changes
 from pocketlm.core.views import BlockView
 
 Findings = list[dict[str, Tensor]]  # of each block: small tensors by name
+Altered = Callable[[BlockView, Mapping[str, Tensor]], Callable[[Tensor], Tensor]]
 CHANNELS, HEADS, HIDDEN, EXPERTS = "channels", "heads", "hidden", "experts"
 
 
@@ -108,7 +109,8 @@ class Outline(Protocol):
         """The model with some units of each structure.
 
         Args:
-            kept: Dimension → path of the structure → units [kept], as many of each family.
+            kept: Dimension → path of the structure → units [kept] in the order they shall have, as
+                many of each family.
             biases: Reader → what is added to its output, where it can be held.
         """
         ...
@@ -130,14 +132,23 @@ class Outline(Protocol):
         """Width of the stream between blocks."""
         ...
 
-    def rotate(self, matrix_DK: Tensor) -> Changes:
-        """The model with its stream turned and cut to the columns of a matrix.
+    def rotate(self, matrices: Sequence[Tensor]) -> Changes:
+        """The model with its stream turned and cut to the columns of matrices.
 
         Args:
-            matrix_DK: Orthonormal columns, float64.
+            matrices: One for all blocks, or one for each and one for the head; orthonormal columns
+                [D, K], float64. Then a block's last linear writes in the basis of the next.
 
         Raises:
             UnsupportedLayer: If the model's norms do not allow it, or it cannot be proved.
+        """
+        ...
+
+    def writers(self, index: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Tensors by which a block writes into the stream: its last linear's, and those before.
+
+        Raises:
+            UnsupportedLayer: As for `rotate`.
         """
         ...
 
@@ -160,13 +171,24 @@ class Visit(Protocol):
     index: int
     block: BlockView
 
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch through the block; the next block will not see it.
+
+        Yields:
+            Each batch's input and output [B, T, D].
+        """
+        ...
+
     def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
+        self,
+        on_group: Callable[[int, Tensor], None] | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs every batch through the block, once.
 
         Args:
             on_group: Called with each group's index and input [..., I] before it is computed.
+            enter: What is done to each batch's input first; None: nothing.
 
         Yields:
             Each batch's input and output [B, T, D].
@@ -179,10 +201,17 @@ class Survey(Protocol):
 
     outline: Outline
 
-    def visit(self, look: Callable[[Visit], dict[str, Tensor]]) -> Findings:
+    def visit(
+        self, look: Callable[[Visit], dict[str, Tensor]], alter: Altered | None = None
+    ) -> Findings:
         """Runs the calibration text through the model; what `look` finds of a block is kept.
 
         A run that was stopped goes on after the last finished block.
+
+        Args:
+            look: May change the block before it runs the batches: later blocks see what it gives.
+            alter: Changes a block so again, by what was found, when a run goes on; gives what is
+                done to the block's input.
         """
         ...
 

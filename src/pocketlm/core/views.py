@@ -216,6 +216,10 @@ class BlockView(Protocol):
         """
         ...
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the block, by its name in the checkpoint; not to be changed in place."""
+        ...
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Replaces a parameter of the block, by its name in the checkpoint."""
         ...
@@ -251,6 +255,7 @@ class ModelView(Protocol):
     dtype: torch.dtype  # of most weights in the checkpoint
     tied: bool  # head and embedding share one tensor
     repeated: tuple[str, ...]  # tensors that repeat the one they are tied to: not written again
+    shortcuts: Mapping[str, str]  # module between two blocks' bases → the first's last linear
     vocabulary: int
     context: int  # longest position the model was made for
     device: torch.device
@@ -273,12 +278,26 @@ class ModelView(Protocol):
         """Loads one block; its memory is reused or freed when the context closes."""
         ...
 
+    def prefetch(self, index: int) -> None:
+        """Begins to read a block that will be asked for next, where that saves time."""
+        ...
+
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """The last block's output through the final norm: what the head reads."""
         ...
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""
+        ...
+
+    def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor, positions: int) -> Tensor:
+        """Gradient of the summed loss of the next tokens in the last block's output, [B, T, D].
+
+        Args:
+            hidden_BTD: The last block's output.
+            tokens_BT: Token ids, int64.
+            positions: How many have their logits in memory at once.
+        """
         ...
 
     def linear_shapes(self) -> Mapping[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import StoredTensor, read_header
 from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import assemble, sync_directory, write_file
+from pocketlm.models.shortcut import REASON
 
 CHUNK_BYTES = 16 << 20
 CARD = "README.md"
@@ -168,7 +169,7 @@ def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
         ends = set(grids.ends)
         transposed = [name for name in specs if name not in ends] if model.stores_transposed else []
         config["quantization_config"] = section.config_section(
-            specs, kept, transposed, grids.inputs
+            specs, kept, transposed, grids.inputs, model.shortcuts
         )
     elif specs:
         config["quantization_config"] = section.config_section(specs, kept, grids.inputs)
@@ -213,7 +214,7 @@ def _shard_entries(
         kept = kept_info(info, job.dtype)
         ledger.tensors[name] = Entry(
             action="kept",
-            reason=_reason(name, grids),
+            reason=_reason(name, grids, model.shortcuts),
             shape=info.shape,
             bits=kept.bytes_stored * 8,
             notes=[f"cast from {info.dtype} to {kept.dtype}"] if kept != info else [],
@@ -237,8 +238,10 @@ def _end_entry(task: EndTask, name: str, pieces: Pieces) -> ShardEntry:
     return ShardEntry(name, first.dtype, shape, chunks)
 
 
-def _reason(name: str, grids: Grids) -> str:
+def _reason(name: str, grids: Grids, shortcuts: Mapping[str, str]) -> str:
     module = name.removesuffix(".weight")
+    if module in shortcuts:
+        return REASON
     return grids.kept.get(module, "not a linear of a decoder block")
 
 

@@ -27,7 +27,7 @@ from pocketlm.core.state import (
     Statistics,
     Step,
 )
-from pocketlm.core.stats import Hessian, Stat
+from pocketlm.core.stats import GradientSize, Hessian, Stat
 from pocketlm.core.tensors import Dense, WeightTensor
 from pocketlm.core.views import BlockView, Group, LinearView
 from pocketlm.engine.batches import Batches, Sweep
@@ -48,7 +48,7 @@ class Compressed:
 
     Attributes:
         view: Where it came from.
-        weight: What is written.
+        weight: What is written; where the block computes, as the mask is.
         spec: The grid that was asked for; None: values stay floats.
         error: Relative squared output error of the weight on the calibration inputs.
         notes: Of every fallback.
@@ -91,6 +91,7 @@ def compress_block(
     kept_dtype: torch.dtype | None = None,
     scale_dtype: torch.dtype | None = None,
     seed: int = 0,
+    gradients: Mapping[str, Tensor] | None = None,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
 ) -> BlockResult:
     """Compresses the linears of a block that are chosen; their weights in the block follow.
@@ -105,6 +106,8 @@ def compress_block(
         kept_dtype: In which tensors beside the linears are stored; None: their own.
         scale_dtype: In which plain scales are stored; None: as the weights' dtype has it.
         seed: Of block steps.
+        gradients: Module path → how large the loss's gradient is in each weight; None where no
+            step asks.
         report: Told the share of the work that is done, 0 to 1, and a step's loss if it has one.
 
     Returns:
@@ -128,7 +131,7 @@ def compress_block(
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
                 block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype,
-                scale_dtype, tell,
+                scale_dtype, gradients, tell,
             )  # fmt: skip
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
@@ -182,6 +185,7 @@ def _linear_pass(
     notes: Mapping[str, tuple[Note, ...]],
     kept_dtype: torch.dtype | None,
     scale_dtype: torch.dtype | None,
+    gradients: Mapping[str, Tensor] | None,
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
     total = sum(map(len, _chosen(block, specs)))
@@ -203,7 +207,10 @@ def _linear_pass(
             state = _state(view, specs, inputs, earlier, notes, shared, scale_dtype)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
-            state = run_steps(steps, state, stats)
+            own = stats
+            if gradients is not None:
+                own = stats.beside(GradientSize(gradients[view.name].to(device).float()))
+            state = run_steps(steps, state, own)
             results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen, kept_dtype)
             tell(len(results), total, None)
     return results
@@ -218,7 +225,7 @@ def _gather(
     exchange: Callable[[bool], None],
     device: torch.device,
 ) -> tuple[Statistics, InputHealth | None]:
-    kinds = dict.fromkeys(kind for step in steps for kind in step.needs)
+    kinds = dict.fromkeys(kind for step in steps for kind in step.needs if kind.gathered)
     stats: list[Stat] = [kind(view.in_features, device) for kind in kinds]
     if sweep is None or not stats:
         return Statistics(*stats), None
@@ -315,7 +322,4 @@ def _finish(
     view.set_weight_OI(decoded_OI)
     inputs.set(view.name, on=True)
     rounding = inputs.of(view.name)
-    mask_OI = None if state.mask_OI is None else state.mask_OI.cpu()
-    return Compressed(
-        view, weight.to("cpu"), state.asked, error, state.notes, seen, rounding, mask_OI
-    )
+    return Compressed(view, weight, state.asked, error, state.notes, seen, rounding, state.mask_OI)

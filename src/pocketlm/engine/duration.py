@@ -8,8 +8,10 @@ from typing import cast
 
 import torch
 
+from pocketlm.core.columns import kernel_trouble
 from pocketlm.core.state import BlockStep
 from pocketlm.core.views import ModelView
+from pocketlm.engine.gradients import TOKENS
 from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
 from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.options import Job
@@ -37,23 +39,29 @@ def stage_seconds(
 
     Returns:
         Stage → seconds, and the seconds of a pass. Embedding the text ("calibrate") is one table
-        lookup a token and counts as nothing.
+        lookup a token and counts as nothing; gradients, where a step asks, a pass and one back.
     """
     rate = matmul_flops(model.device, model.compute_dtype, job.tokens_at_once, hidden_width(model))
-    # Statistics and sweeps run in float32 whatever the blocks compute in.
+    # Statistics and sweeps run in float32 whatever the blocks compute in; but a GPU sums 16-bit
+    # inputs as they are. There few batches are held inside a block: two forwards instead of one.
     single = matmul_flops(model.device, torch.float32, job.tokens_at_once, hidden_width(model))
+    on_gpu = model.device.type == "cuda"
+    summing = rate if on_gpu else single
+    kernels = on_gpu and kernel_trouble() is None
     each_call = call_seconds(model.device)
     moved = update_bytes(model.device, each_call)
     all_shapes = model.linear_shapes().values()
     forward = 2.0 * tokens * sum(math.prod(shape) for shape in all_shapes) / rate
     seconds = sizes["source"] / DISK_BYTES_PER_SECOND
     if tokens:
-        seconds += forward
-        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / single
+        seconds += forward * (2 if on_gpu else 1)
+        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / summing
     for rows, columns in shapes.values():
         for step in job.steps:
             cost = step.cost(rows, columns)
-            seconds += cost.flops / single + cost.calls * each_call + cost.bytes_moved / moved
+            seconds += cost.flops / single
+            if not (kernels and cost.kernel):
+                seconds += cost.calls * each_call + cost.bytes_moved / moved
     weights = sum(math.prod(shape) for shape in shapes.values())
     for step in job.steps:
         if step.kind == "block":
@@ -65,8 +73,9 @@ def stage_seconds(
         seconds += forward
     if job.needs_original:
         seconds += forward
+    walking = 3.0 * forward * min(1.0, TOKENS / max(tokens, 1)) if job.needs_gradients else 0.0
     assembling = sizes["output"] / DISK_BYTES_PER_SECOND
-    return {"calibrate": 0.0, "compress": seconds, "assemble": assembling}, forward
+    return {"calibrate": walking, "compress": seconds, "assemble": assembling}, forward
 
 
 def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:

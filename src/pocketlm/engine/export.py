@@ -1,10 +1,11 @@
-"""Writes an artifact again in another form, tensor by tensor, and says what that costs.
+"""Writes a compressed model again in another form, tensor by tensor, and says what that costs.
 
 ``gguf`` is one file for llama.cpp (`engine/export_gguf.py`).
 
 ``dense`` undoes every compression of the storage: codes are decoded, factors multiplied, zeros
 written out. What comes out is an ordinary checkpoint that any tool loads; what was lost when it was
-compressed stays lost, and what was gained in bytes and speed is given back.
+compressed stays lost, and what was gained in bytes and speed is given back. The other forms keep
+the codes (`engine/conversion.py`).
 """
 
 from __future__ import annotations
@@ -13,27 +14,28 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from pocketlm.core.errors import ConfigError, OutputBusy, nearest
+from pocketlm.core.errors import ConfigError, OutputBusy, UnsupportedLayer, nearest
 from pocketlm.core.state import LinearStep
 from pocketlm.core.stored import LowRankSpec, SumSpec
-from pocketlm.core.views import TensorInfo
+from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.engine.artifact import CARD, partial_path
+from pocketlm.engine.conversion import CACHE_NOTE, PACKED_FORMS, convert
 from pocketlm.engine.export_gguf import WrittenTensor, write
+from pocketlm.formats import kv_cache
+from pocketlm.formats.capabilities import capability, target_name
 from pocketlm.formats.gguf_mix import require_mix
-from pocketlm.formats.read import CompressedIndex
-from pocketlm.formats.safetensors_header import element_bytes
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
-from pocketlm.models.config import read_config
-from pocketlm.models.decoded import DecodedSource
-from pocketlm.models.stream import SafetensorsSource
-from pocketlm.models.tokenizer import side_files
+from pocketlm.models.stored import StoredModel, open_stored
 
+GGUF = "gguf"  # beside `FORMS`: one file, with types of its own
 CHUNK_BYTES = 16 << 20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -68,22 +70,54 @@ class Export(BaseModel):
     tensors: dict[str, WrittenTensor] = Field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an export is asked for: the form, the dtype of decoded weights, the engine."""
+
+    form: str
+    dtype: str | None
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an export writes.
+
+    Attributes:
+        form: What was asked for.
+        dtype: Of the decoded weights; of the model where none is decoded.
+        entries: Every tensor.
+        decoded: Linears that were decoded.
+        config: Gives what config.json says beside the model's own; asked once all is written.
+        notes: Gives what changed, as sentences; asked once all is written.
+    """
+
+    form: str
+    dtype: str
+    entries: Sequence[Entry]
+    decoded: int
+    config: Callable[[], dict[str, Any]]
+    notes: Callable[[], list[str]]
+
+
 def export(
-    directory: Path,
+    source: str | Path,
     output: Path,
     form: str = "dense",
     dtype: str | None = None,
+    target: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     *,
     steps: Sequence[LinearStep] = (),
 ) -> Export:
-    """Writes an artifact in another form; the output takes its name once it is whole.
+    """Writes a compressed model in another form; the output takes its name once it is whole.
 
     Args:
-        directory: The artifact.
+        source: An artifact, or what another tool compressed.
         output: Where the exported model goes; must not be there, or be empty.
-        form: "dense", "gguf", or "gguf:" and a mixture of types such as Q4_K_M.
+        form: One of `FORMS`, "gguf", or "gguf:" and a mixture of types such as Q4_K_M.
         dtype: Of decoded weights, "bfloat16", "float16" or "float32"; None: the artifact's.
+        target: The engine that is to load it; None: the form's own limits only.
         on_progress: Called with bytes written and bytes in all.
         steps: What rounds values to a GGUF type: linear steps that need no data.
 
@@ -92,39 +126,51 @@ def export(
 
     Raises:
         ConfigError: If the form or dtype is none there is, or nothing is compressed.
+        UnsupportedLayer: If its blocks have bases of their own.
         OutputBusy: If something lies at the output.
+        UnsupportedLayer: If the form cannot hold a linear, or the target cannot run it.
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
     """
     name, _, mix = form.partition(":")
-    if name not in FORMS or (mix and name != "gguf"):
+    if name not in (*FORMS, GGUF) or (mix and name != GGUF):
         raise ConfigError(
-            f"there is no export to '{form}'.", where="--to", remedy=nearest(name, FORMS)
+            f"there is no export to '{form}'.", where="--to", remedy=nearest(name, (*FORMS, GGUF))
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"weights are not written in '{dtype}'.", where="--dtype", remedy=nearest(dtype, DTYPES)
         )
-    if name == "gguf":
-        return _gguf(directory, output, mix, dtype, on_progress, steps)
+    if name == GGUF:
+        if target is not None and target_name(target) != "llama.cpp":
+            _require_target(GGUF, target)
+        return _gguf(source, output, mix, dtype, on_progress, steps)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputBusy(
             "is not empty.", where=str(output), remedy="Give another -o; nothing is replaced."
         )
-    return _dense(directory, output, dtype, on_progress)
+    if target is not None:
+        _require_target(form, target)
+    model = open_stored(source)
+    try:
+        _require_one_basis(model)
+        return _write(model, output, FORMS[form](model, Asked(form, dtype, target)), on_progress)
+    finally:
+        model.close()
 
 
 def _gguf(
-    source: Path,
+    source: str | Path,
     output: Path,
     mix: str,
     dtype: str | None,
     on_progress: Callable[[int, int], None] | None,
     steps: Sequence[LinearStep],
 ) -> Export:
+    """Writes a GGUF file, of any model, compressed or not."""
     asked = require_mix(mix) if mix else None
     if output.is_dir():
-        output = output / f"{source.name.removesuffix('.gguf')}-{asked or 'held'}.gguf"
+        output = output / f"{Path(source).name.removesuffix('.gguf')}-{asked or 'held'}.gguf"
     if output.exists():
         raise OutputBusy(
             "is there already.", where=str(output), remedy="Give another -o; nothing is replaced."
@@ -149,41 +195,101 @@ def _gguf(
     )
 
 
-def _dense(
-    directory: Path,
-    output: Path,
-    dtype: str | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> Export:
-    config, stored = read_config(directory), SafetensorsSource(directory)
-    index = CompressedIndex.build(config, stored.infos())
-    if index is None:
+def _require_target(form: str, target: str) -> None:
+    """Refuses a form that an engine does not load at all.
+
+    Raises:
+        UnsupportedLayer: With the forms that it does.
+        ConfigError: If the target is unknown.
+    """
+    formats = capability(target).formats
+    if form != "dense" and form not in formats:
+        readable = ", ".join(dict.fromkeys(name for name in ("dense", *formats) if name in FORMS))
+        raise UnsupportedLayer(
+            f"{target} does not load {form}.", where="--target", remedy=f"It loads {readable}."
+        )
+
+
+def _require_one_basis(model: StoredModel) -> None:
+    """Refuses a model whose blocks have bases of their own.
+
+    Raises:
+        UnsupportedLayer: With the first place where one passes to the next.
+    """
+    shortcuts = shortcuts_of(model.config)
+    if shortcuts:
+        raise UnsupportedLayer(
+            "passes the stream from one block's basis to the next: no ordinary checkpoint can say "
+            "that.",
+            where=next(iter(shortcuts)),
+            remedy="Run it by pocketlm.load, or make the model smaller with rotation: shared.",
+        )
+
+
+def _dense(model: StoredModel, asked: Asked) -> Made:
+    source, forms = model.source, {} if model.packed is None else model.packed.forms()
+    if not forms and model.path.is_dir():
         raise ConfigError(
             "is dense already: nothing in it is compressed.",
-            where=str(directory),
+            where=str(model.path),
             remedy="Copy it, or give an artifact of `pocketlm compress`.",
         )
-    source = DecodedSource(stored, index)
-    name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    name = asked.dtype or str(
+        model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16"
+    )
     target = DTYPES.get(name, torch.bfloat16)
-    decoded = {index.modules[module].tensor_name: module for module in index.modules}
+    cast = set(forms) or {n for n, i in source.infos().items() if asked.dtype and _is_float(i)}
+    dropped = [] if model.kv_cache is None else kv_cache.scales(source.infos())
+    infos = [info for info in source.infos().values() if info.name not in dropped]
+    entries = [_entry(source, info, target, info.name in cast) for info in infos]
+    return Made(
+        form="dense",
+        dtype=str(target).removeprefix("torch."),
+        entries=entries,
+        decoded=len(forms),
+        config=lambda: {"dtype": str(target).removeprefix("torch.")},
+        notes=lambda: _dense_notes(model, target),
+    )
+
+
+def _packed(model: StoredModel, asked: Asked) -> Made:
+    if asked.dtype is not None:
+        raise ConfigError(
+            "weights stay codes in this form; --dtype is that of decoded ones.",
+            where="--dtype",
+            remedy="Leave it out, or export with --to dense.",
+        )
+    made = convert(model, asked.form, asked.target)
+    return Made(
+        form=asked.form,
+        dtype=str(model.config.get("dtype") or model.config.get("torch_dtype") or ""),
+        entries=made.entries,
+        decoded=0,
+        config=lambda: {PACKED_FORMS[asked.form]: made.section()},
+        notes=lambda: [*made.losses(), *made.notes],
+    )
+
+
+def _write(
+    model: StoredModel, output: Path, made: Made, on_progress: Callable[[int, int], None] | None
+) -> Export:
+    """Writes all files beside the output and renames the directory once it is whole."""
     growing = partial_path(output)
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        entries = [_entry(source, info, target, info.name in decoded) for info in _infos(source)]
-        assemble(growing, entries, on_progress=on_progress)
-        for file, data in sorted(side_files(directory).items()):
+        assemble(growing, made.entries, on_progress=on_progress)
+        for file, data in sorted(model.side_files().items()):
             if file != CARD:  # it speaks of the compressed model
                 (growing / file).parent.mkdir(parents=True, exist_ok=True)
                 write_file(growing / file, data)
-        plain = {key: value for key, value in config.items() if key != "quantization_config"}
-        plain.pop("torch_dtype", None)
-        plain["dtype"] = str(target).removeprefix("torch.")
-        write_file(growing / "config.json", _json(plain))
-        account = _account(index, source, stored, output, target, len(decoded), entries)
+        config = {**model.config, **made.config()}
+        if "dtype" in config:
+            config.pop("torch_dtype", None)
+        write_file(growing / "config.json", _json(config))
+        account = _account(model, output, made)
         (growing / "pocketlm").mkdir()
-        account_json = {**account.model_dump(mode="json"), "source": str(directory)}
+        account_json = {**account.model_dump(mode="json"), "source": str(model.path)}
         write_file(growing / "pocketlm" / "export.json", _json(account_json))
         if output.exists():
             output.rmdir()
@@ -191,15 +297,14 @@ def _dense(
         sync_directory(output.parent)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
-        stored.close()
     return account
 
 
-def _infos(source: DecodedSource) -> list[TensorInfo]:
-    return list(source.infos().values())
+def _is_float(info: TensorInfo) -> bool:
+    return info.dtype.is_floating_point
 
 
-def _entry(source: DecodedSource, info: TensorInfo, dtype: torch.dtype, decoded: bool) -> Entry:
+def _entry(source: TensorSource, info: TensorInfo, dtype: torch.dtype, decoded: bool) -> Entry:
     """A decoded weight in `dtype`, anything else as it is stored."""
     if not decoded:
         return Entry(
@@ -215,47 +320,53 @@ def _entry(source: DecodedSource, info: TensorInfo, dtype: torch.dtype, decoded:
     return Entry(info.name, dtype, info.shape, chunks)
 
 
-def _account(
-    index: CompressedIndex,
-    source: DecodedSource,
-    stored: SafetensorsSource,
-    output: Path,
-    dtype: torch.dtype,
-    decoded: int,
-    entries: list[Entry],
-) -> Export:
+def _products(model: StoredModel) -> tuple[int, int, int]:
+    """Multiplications a token as stored, with every weight whole, and how many are factorised."""
     before = after = factorised = 0
-    for module in index.modules.values():
-        shape = source.infos()[module.tensor_name].shape
-        dense = math.prod(shape)
+    for form in ({} if model.packed is None else model.packed.forms()).values():
+        dense = math.prod(form.shape)
         after += dense
-        if isinstance(module.spec, LowRankSpec):
-            before += module.spec.rank * sum(shape)
-        elif isinstance(module.spec, SumSpec):
-            before += dense + module.spec.low.rank * sum(shape)
+        if isinstance(form.spec, LowRankSpec):
+            before += form.spec.rank * sum(form.shape)
+        elif isinstance(form.spec, SumSpec):
+            before += dense + form.spec.low.rank * sum(form.shape)
         else:
             before += dense
-        factorised += isinstance(module.spec, LowRankSpec | SumSpec)
+        factorised += isinstance(form.spec, LowRankSpec | SumSpec)
+    return before, after, factorised
+
+
+def _dense_notes(model: StoredModel, dtype: torch.dtype) -> list[str]:
     name = str(dtype).removeprefix("torch.")
-    notes = [f"{decoded} linears decoded in float32 and rounded once, to {name}."]
+    if model.packed is None:
+        return ["what the file holds quantized is decoded to float16, other tensors are as stored."]
+    before, after, factorised = _products(model)
+    notes = [f"{len(model.packed.forms())} linears decoded in float32 and rounded once, to {name}."]
     if factorised:
         notes.append(
             f"{factorised} factorised linears run as one product again: {after / before:.2f} times "
             "the multiplications of the decoded linears."
         )
-    rounded = source.quantizers()
+    rounded = model.packed.quantizers()
     if rounded:
         notes.append(f"the inputs of {len(rounded)} linears are not rounded any more.")
+    if model.kv_cache is not None:
+        notes.append(CACHE_NOTE)
+    return notes
+
+
+def _account(model: StoredModel, output: Path, made: Made) -> Export:
+    before, after, _ = _products(model)
     return Export(
         output=output,
-        form="dense",
-        dtype=name,
-        decoded=decoded,
-        bytes_before=sum(info.bytes_stored for info in stored.infos().values()),
-        bytes_after=sum(math.prod(e.shape) * element_bytes(e.dtype) for e in entries),
+        form=made.form,
+        dtype=made.dtype,
+        decoded=made.decoded,
+        bytes_before=model.bytes_stored,
+        bytes_after=sum(entry.bytes_stored for entry in made.entries),
         products_before=before,
         products_after=after,
-        notes=notes,
+        notes=made.notes(),
     )
 
 
@@ -263,5 +374,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
-FORMS = ("dense", "gguf")
+FORMS: dict[str, Callable[[StoredModel, Asked], Made]] = {
+    "dense": _dense,
+    **dict.fromkeys(PACKED_FORMS, _packed),
+}
 """What `--to` takes; other formats join here."""

@@ -218,6 +218,7 @@ class _Plan:
                 data = weight_OI.to(FLOATS[kind]).contiguous()
                 back_OI = data.float()
             else:
+                keep = keep and packed is not None
                 if packed is None:
                     packed = self._rounded(weight_OI, spelled, kind)
                 data = encode(packed, kind)
@@ -236,8 +237,8 @@ class _Plan:
         if keep:
             assert isinstance(self.source, DecodedSource)
             for packed in self.source.pieces(name, None if whole else ROWS_AT_ONCE_BYTES):
-                assert isinstance(packed, PackedInt | PackedFloat)
-                yield packed.dequantize(), packed
+                plain = isinstance(packed, PackedInt | PackedFloat)  # no columns out of order
+                yield packed.dequantize(), packed if plain else None
             return
         if whole or len(shape) < 2:
             yield self.source.read(name).float(), None

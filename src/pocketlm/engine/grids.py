@@ -26,6 +26,7 @@ from pocketlm.formats.capabilities import (
     check_end,
     check_layer,
     check_model,
+    check_shortcuts,
     is_expert,
 )
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
@@ -107,6 +108,7 @@ def choose_grids(
     target: str,
     steps: Sequence[Step] = (),
     ends: Sequence[End] = (),
+    shortcuts: Collection[str] = (),
 ) -> Grids:
     """Fits the recipe's grids to the linears and checks them against the target's rules.
 
@@ -117,6 +119,7 @@ def choose_grids(
         target: Engine that must load the result.
         steps: The recipe's steps, options checked.
         ends: Embedding and head.
+        shortcuts: Matrices between blocks, which only our own format holds.
 
     Returns:
         The grids; group sizes that do not divide are replaced and noted.
@@ -136,6 +139,9 @@ def choose_grids(
     chosen = choose_ends(ends, recipe)
     if factoring or any(end.name in chosen for end in ends if end.embeds):
         format_name = "pocketlm"  # no engine loads factors, or an embedding, from its own format
+    if shortcuts:
+        check_shortcuts(target, next(iter(shortcuts)))
+        format_name = "pocketlm"
     specs: dict[str, QuantSpec | None] = {}
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}

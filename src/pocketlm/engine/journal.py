@@ -6,6 +6,7 @@ The work directory holds
     events.jsonl     every event of every attempt
     blocks/NNNNN.*   the compressed tensors of a finished block and its ledger entries
     activations/     boundary activations, where they are kept on disk
+    gradients/       how large the loss's gradients are, where a step asks for them
 and is deleted when the artifact is in place.
 """
 
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from pocketlm.core.errors import OutputBusy, ResumeError
 from pocketlm.engine.ledger import Entry
-from pocketlm.formats.shards import sync_directory, write_file
+from pocketlm.formats.shards import sync_directory, write_file, write_tensors
 
 
 class Journal:
@@ -117,10 +118,8 @@ class Journal:
         self, index: int, tensors: dict[str, Tensor], entries: dict[str, Entry]
     ) -> None:
         """Keeps a finished block; the small file that is written last makes it count."""
-        data = save(tensors)
-        write_file(self._block_path(index), data)
         record = {
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": write_tensors(self._block_path(index), tensors),
             "entries": {name: entry.model_dump(mode="json") for name, entry in entries.items()},
         }
         write_file(self._block_path(index).with_suffix(".json"), json.dumps(record).encode())

@@ -43,6 +43,18 @@ def choose_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def activation_device(device: torch.device, bytes_needed: int) -> torch.device:
+    """Where activations between blocks lie: on the GPU where they take a quarter of what is free.
+
+    Args:
+        device: Where blocks compute.
+        bytes_needed: Of all activations.
+    """
+    if device.type != "cuda" or 4 * bytes_needed > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
+
+
 def cache_directory(part: str) -> Path:
     """Where findings of one kind outlive a run: in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME")

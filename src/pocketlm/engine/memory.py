@@ -64,6 +64,15 @@ def learning_bytes(
     return most
 
 
+def runs_budget(model: ModelView, activation_bytes: int) -> int:
+    """Bytes that batches may hold while they stand inside a block.
+
+    A quarter of what activations may take on a GPU: there statistics, weights and what waits at the
+    boundary share one memory, and running a batch again costs little.
+    """
+    return activation_bytes // 4 if model.device.type == "cuda" else activation_bytes
+
+
 def held_runs(model: ModelView, block: BlockView, tokens: int, budget_bytes: int) -> int:
     """How many batches may stand inside a block at once.
 

@@ -11,6 +11,7 @@ import torch
 
 from pocketlm.core.spec import Recipe
 from pocketlm.core.state import LinearStep, Step
+from pocketlm.core.stats import GradientSize
 from pocketlm.engine.ledger import StageAccount
 
 
@@ -64,6 +65,11 @@ class Job:
     def scale_dtype(self) -> torch.dtype | None:
         """In which plain scales are stored: GGUF has float16 alone; None: by the weights' dtype."""
         return torch.float16 if self.target == "llama.cpp" else None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a step asks for the loss's gradient in the weights."""
+        return any(kind is GradientSize for step in self.steps for kind in step.needs)
 
     @property
     def calibrates_inputs(self) -> bool:

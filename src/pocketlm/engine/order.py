@@ -10,7 +10,7 @@ from typing import Any
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import Recipe
 from pocketlm.core.state import Step
-from pocketlm.core.stats import Hessian
+from pocketlm.core.stats import GradientSize, Hessian
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check_order(recipe: Recipe, steps: Sequence[Step]) -> None:
         ConfigError: If a step needs a grid and there is none or the other way round, or a step
             undoes what an earlier one made.
     """
-    passes(steps)
+    _check_gradients(recipe, passes(steps))
     makers = [step for step in steps if step.makes]
     named = {id(step): spec.method for step, spec in zip(steps, recipe.steps, strict=True)}
     if recipe.weights is None:
@@ -96,6 +96,18 @@ def check_order(recipe: Recipe, steps: Sequence[Step]) -> None:
                     where="recipe",
                     remedy="Prune first, then quantize.",
                 )
+
+
+def _check_gradients(recipe: Recipe, todo: Sequence[Pass]) -> None:
+    """Gradients are those of the original: a fold would scale the weights away from them."""
+    asks = any(kind is GradientSize for p in todo for step in p.steps for kind in step.needs)
+    if asks and todo[0].kind == "fold":
+        raise ConfigError(
+            f"{recipe.steps[0].method} moves scales into weights whose gradients a later step "
+            "has from the original.",
+            where="recipe",
+            remedy="Leave it out, or prune by another score, such as wanda.",
+        )
 
 
 def _check_factors(recipe: Recipe, steps: Sequence[Step]) -> None:

@@ -20,13 +20,21 @@ from pocketlm.core.errors import BudgetError
 from pocketlm.core.state import Step
 from pocketlm.core.views import ModelView
 from pocketlm.engine.duration import stage_seconds
+from pocketlm.engine.gradients import TOKENS
 from pocketlm.engine.grids import Grids, grid_text, linear_bits, scale_dtype_for
 from pocketlm.engine.machine import (
+    activation_device,
     available_ram_bytes,
     resident_bytes,
     total_vram_bytes,
 )
-from pocketlm.engine.memory import hidden_bytes, hidden_width, learning_bytes, run_bytes
+from pocketlm.engine.memory import (
+    hidden_bytes,
+    hidden_width,
+    learning_bytes,
+    run_bytes,
+    runs_budget,
+)
 from pocketlm.engine.options import Job
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
@@ -122,8 +130,16 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
     working = _working_bytes(model, job, shapes, tokens, in_memory)
     on_gpu = model.device.type == "cuda"
-    host_hidden = boundary_bytes(model, job, tokens) if in_memory else 0
+    waiting = boundary_bytes(model, job, tokens) if in_memory else 0
+    there = activation_device(model.device, waiting).type == "cuda"
+    host_hidden = 0 if there else waiting
     host = resident_bytes() + FIXED_BYTES + host_hidden + _largest_chunk(model)
+    if on_gpu:  # the next block is read, and the last one written, while one is in work
+        host += 2 * _largest_block(model) * element_bytes(model.dtype)
+    gradients = 0  # on disk, in bfloat16
+    if job.needs_gradients:
+        gradients = 2 * sum(math.prod(shape) for shape in model.linear_shapes().values())
+        host += (len(model.block_paths) + 1) * hidden_bytes(model, TOKENS)
     floats = job.dtype or model.dtype
     bits = sum(
         linear_bits(grids.stored(name, shape, floats), shape, grids.inputs.get(name))
@@ -149,9 +165,10 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
         tokens_per_expert=_tokens_per_expert(model.config, tokens),
         activations="memory" if in_memory else "disk",
         peak_ram_bytes=host if on_gpu else host + working,
-        peak_vram_bytes=working if on_gpu else 0,
+        peak_vram_bytes=working + (waiting if there else 0) if on_gpu else 0,
         disk_transient_bytes=sizes["blocks"]
         + sizes["ends"]
+        + gradients
         + (0 if in_memory else (4 if job.needs_original else 2) * hidden_bytes(model, tokens)),
         resume_seconds=forward if in_memory else 0.0,
         seconds=sum(stages.values()),
@@ -265,12 +282,7 @@ def _working_bytes(
 ) -> int:
     """Bytes of the largest block at work: weights, the widest linear's steps, runs inside it."""
     width = element_bytes(model.compute_dtype)
-    blocks: dict[str, int] = {path: 0 for path in model.block_paths}
-    for name, info in model.source.infos().items():
-        path = next((p for p in blocks if name.startswith(p + ".")), None)
-        if path is not None:
-            blocks[path] += math.prod(info.shape)
-    weights = max(blocks.values()) * width
+    weights = _largest_block(model) * width
     steps: Sequence[Step] = job.steps
     widest = max(
         9 * rows * columns
@@ -281,11 +293,22 @@ def _working_bytes(
     if not tokens:
         return weights + widest
     each = run_bytes(list(shapes.values()), hidden_width(model), job.tokens_at_once, width)
-    inside = max(each, min(job.activation_bytes, tokens // job.tokens_at_once * each))
+    budget = runs_budget(model, job.activation_bytes)
+    inside = max(each, min(budget, tokens // job.tokens_at_once * each))
     learning = learning_bytes(model, steps, shapes, job.tokens_at_once)
     if learning and model.device.type == "cuda":  # inputs and targets stay there
         learning += min(job.activation_bytes, 2 * hidden_bytes(model, tokens))
     return weights + max(widest + inside, learning) + each
+
+
+def _largest_block(model: ModelView) -> int:
+    """Weights of the largest block."""
+    blocks: dict[str, int] = {path: 0 for path in model.block_paths}
+    for name, info in model.source.infos().items():
+        path = next((p for p in blocks if name.startswith(p + ".")), None)
+        if path is not None:
+            blocks[path] += math.prod(info.shape)
+    return max(blocks.values())
 
 
 def _largest_chunk(model: ModelView) -> int:

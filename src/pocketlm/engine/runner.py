@@ -2,7 +2,8 @@
 
     load block → gather statistics → compress → run on what was written → keep → free
 
-It knows no method by name. A killed run redoes at most one block.
+It knows no method by name. A killed run redoes at most one block; on a GPU two, where a block is
+written while the next one is in work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
+from pocketlm.core.columns import kernel_trouble
 from pocketlm.core.errors import NumericError
 from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
@@ -27,13 +30,16 @@ from pocketlm.engine.batches import Batches
 from pocketlm.engine.block import Compressed, compress_block
 from pocketlm.engine.ends import compress_end, end_tasks
 from pocketlm.engine.events import EventLog
+from pocketlm.engine.gradients import keep_gradients, read_gradients
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Action, Entry, Ledger
-from pocketlm.engine.memory import held_runs
+from pocketlm.engine.machine import activation_device
+from pocketlm.engine.memory import held_runs, runs_budget
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import Plan, boundary_bytes
 from pocketlm.engine.progress import Progress
+from pocketlm.engine.writing import BlockWriter
 from pocketlm.formats import format_for
 from pocketlm.formats.inputs import decode as decode_inputs
 
@@ -93,7 +99,12 @@ class Runner:
         if first:
             text = f"going on after block {first} of {total}; finished blocks are kept."
             self._log.emit("resumed", text, done=first, total=total)
+        if self._model.device.type == "cuda" and (trouble := kernel_trouble()) is not None:
+            text = f"Triton kernels do not run here: slower loops serve instead ({trouble})."
+            self._log.emit("fallback", text, data={"kind": "kernel"})
         started = time.monotonic()
+        if self._job.needs_gradients and first < total:
+            self._keep_gradients()
         if self._windows is not None and first < total:
             self._prepare_activations(first)
         calibrated = time.monotonic()
@@ -101,8 +112,9 @@ class Runner:
         self._progress.stage(
             "compress", f"compressing {total - first} blocks", left * self._plan.stages["compress"]
         )
-        for index in range(first, total):
-            self._compress(index, first, total)
+        with BlockWriter(self._journal, self._model.device) as writer:
+            for index in range(first, total):
+                self._compress(index, first, total, writer)
         self._compress_ends()
         compressed = time.monotonic()
         self._progress.stage("assemble", "assembling the artifact")
@@ -151,7 +163,9 @@ class Runner:
         assert self._windows is not None
         tokens = self._windows.tokens_NT.numel()
         if boundary_bytes(self._model, self._job, tokens) <= self._job.activation_bytes:
-            return MemoryStore(keep_inputs=name == "originals"), False
+            needed = boundary_bytes(self._model, self._job, tokens)
+            place = activation_device(self._model.device, needed)
+            return MemoryStore(keep_inputs=name == "originals", device=place), False
         disk = DiskStore(self._journal.directory / name)
         return disk, first > 0 and disk.recover(first, batches)
 
@@ -185,14 +199,29 @@ class Runner:
                 quantizer = decode_inputs(tensors, name, self._grids.inputs.get(name))
                 view.set_input_quantizer(quantizer)
 
+    def _keep_gradients(self) -> None:
+        assert self._windows is not None
+        self._progress.stage("calibrate", "gradients of the original")
+        keep_gradients(
+            self._model, self._windows.tokens_NT, self._gradient_path, self._progress.step
+        )
+
+    @property
+    def _gradient_path(self) -> Path:
+        return self._journal.directory / "gradients"
+
+    def _gradients(self, index: int) -> dict[str, Tensor] | None:
+        return read_gradients(self._gradient_path, index) if self._job.needs_gradients else None
+
     # --- blocks ---
 
-    def _compress(self, index: int, first: int, total: int) -> None:
+    def _compress(self, index: int, first: int, total: int, writer: BlockWriter) -> None:
         before = time.monotonic()
         path = self._model.block_paths[index]
         text = f"compressing block {index + 1} of {total}"
         self._log.emit("block_started", text, where=path, block=index)
         with self._model.block(index) as block:
+            self._model.prefetch(index + 1)
             compressed = compress_block(
                 block,
                 self._job.steps,
@@ -203,6 +232,7 @@ class Runner:
                 kept_dtype=self._job.dtype,
                 scale_dtype=self._job.scale_dtype,
                 seed=self._job.seed,
+                gradients=self._gradients(index),
                 report=self._inside(index, first, total),
             )
             tensors: dict[str, Tensor] = dict(compressed.folded)
@@ -212,7 +242,7 @@ class Runner:
                 encoded = self._format.encode(result.view.tensor_name, weight, result.quantizer)
                 tensors.update(encoded)
                 entries[result.view.tensor_name] = self._account(result, weight, list(encoded))
-        self._journal.write_block(index, tensors, entries)
+        writer.write(index, tensors, entries)
         for store in (self._store, self._original):
             if store is not None:
                 store.advance(index + 1)
@@ -251,7 +281,8 @@ class Runner:
         if self._store is None:
             return None
         budget = self._job.activation_bytes
-        held = held_runs(self._model, block, self._calls_tokens(), budget)
+        inside = runs_budget(self._model, budget)
+        held = held_runs(self._model, block, self._calls_tokens(), inside)
         stores = (self._store, self._original)
         return Batches(block, self._calls, *stores, held, self._model.device, budget)
 

@@ -20,8 +20,10 @@ from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import CalibrationError
-from pocketlm.core.transform import Findings, Outline, Visit
+from pocketlm.core.transform import Altered, Findings, Outline, Visit
 from pocketlm.core.views import BlockView
+from pocketlm.engine import gradients
+from pocketlm.engine.gradients import Report, first_windows, positions_at_once, walk_back
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.memory import hidden_bytes
 from pocketlm.models import Model
@@ -29,10 +31,6 @@ from pocketlm.models.opening import reopen
 
 FEW_TOKENS = 4096  # for a pass with every block left out once
 DISTANCE_TOKENS = 1024  # of a whole pass for every change that is tried
-GRADIENT_TOKENS = 8192
-LOGIT_BYTES, LOGIT_COPIES = 256 << 20, 6  # [P, V] float32 tensors alive at once
-
-Report = Callable[[float, str], None]
 
 
 class BlockVisit:
@@ -52,12 +50,22 @@ class BlockVisit:
         self._calls, self._store, self._device = calls, store, device
         self.done = 0
 
+    def rehearse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs every batch and keeps nothing; see core/transform.py."""
+        for batch, call in enumerate(self._calls):
+            before_BTD = self._store.get(batch).to(self._device)
+            yield before_BTD, self.block.forward(before_BTD, call)
+
     def run(
-        self, on_group: Callable[[int, Tensor], None] | None = None
+        self,
+        on_group: Callable[[int, Tensor], None] | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs every batch that has not been run yet; see core/transform.py."""
         for batch in range(self.done, len(self._calls)):
             before_BTD = self._store.get(batch).to(self._device)
+            if enter is not None:
+                before_BTD = enter(before_BTD)
             run = self.block.start(before_BTD, self._calls[batch])
             while (pause := run.advance()) is not None:
                 if on_group is not None:
@@ -103,25 +111,22 @@ class StreamedSurvey:
             )
         return self._windows.tokens_NT
 
-    def _some(self, most: int) -> Tensor:
-        """As many whole windows as `most` tokens hold, one at least."""
-        tokens_NT = self._tokens_NT
-        return tokens_NT[: max(1, most // tokens_NT.shape[1])]
-
     def _batches(self, tokens_NT: Tensor) -> list[Tensor]:
         return list(tokens_NT.split(max(1, self._tokens_at_once // tokens_NT.shape[1])))
 
     # --- one pass forward ---
 
     @torch.no_grad()
-    def visit(self, look: Callable[[Visit], dict[str, Tensor]]) -> Findings:
+    def visit(
+        self, look: Callable[[Visit], dict[str, Tensor]], alter: Altered | None = None
+    ) -> Findings:
         """Runs the calibration text through the model, block after block."""
         total = len(self._model.block_paths)
         first = self._journal.finished_blocks(total)
         found = [self._journal.read_block(index)[0] for index in range(first)]
         if first == total:
             return found
-        calls, store = self._begin(first)
+        calls, store = self._begin(found, alter)
         for index in range(first, total):
             with self._model.block(index) as block:
                 visit = BlockVisit(block, calls, store, self._model.device)
@@ -137,8 +142,9 @@ class StreamedSurvey:
             self._report((index + 1) / total, f"looked at block {index + 1} of {total}")
         return found
 
-    def _begin(self, first: int) -> tuple[list[Any], ActivationStore]:
-        """What every batch calls blocks with, and the batches at the boundary before a block."""
+    def _begin(self, found: Findings, alter: Altered | None) -> tuple[list[Any], ActivationStore]:
+        """What every batch calls blocks with, and the batches at the boundary after those found."""
+        first = len(found)
         batches = self._batches(self._tokens_NT)
         store: ActivationStore = MemoryStore()
         recovered = False
@@ -155,7 +161,9 @@ class StreamedSurvey:
             store.advance(0)
             for index in range(first):
                 with self._model.block(index) as block:
-                    for _ in BlockVisit(block, calls, store, self._model.device).run():
+                    visit = BlockVisit(block, calls, store, self._model.device)
+                    enter = None if alter is None else alter(block, found[index])
+                    for _ in visit.run(enter=enter):
                         pass
                 store.advance(index + 1)
         return calls, store
@@ -167,7 +175,7 @@ class StreamedSurvey:
         """Log-perplexity of the model without block i [L], on the first windows."""
         total = len(self._model.block_paths)
         sums_L, count = torch.zeros(total, dtype=torch.float64), 0
-        batches = self._batches(self._some(FEW_TOKENS))
+        batches = self._batches(first_windows(self._tokens_NT, FEW_TOKENS))
         for place, tokens_BT in enumerate(batches):
             tokens_BT = tokens_BT.to(self._model.device)
             hidden_BTD, call = self._model.begin(tokens_BT)
@@ -188,7 +196,7 @@ class StreamedSurvey:
         """Summed cross-entropy of the next tokens, in nats."""
         end_ND = self._model.finish(hidden_BTD)[:, :-1].flatten(0, 1)
         next_N = tokens_BT[:, 1:].flatten()
-        step = max(1, LOGIT_BYTES // (4 * LOGIT_COPIES * self._model.vocabulary))
+        step = positions_at_once(self._model)
         return sum(
             float(F.cross_entropy(self._model.logits(x_PD), next_P, reduction="sum").double())
             for x_PD, next_P in zip(end_ND.split(step), next_N.split(step), strict=True)
@@ -199,60 +207,9 @@ class StreamedSurvey:
     def gradients(
         self, look: Callable[[int, BlockView, Mapping[str, Tensor]], dict[str, Tensor]]
     ) -> Findings:
-        """Runs forward keeping every boundary, then backward block by block."""
-        total = len(self._model.block_paths)
-        batches = self._batches(self._some(GRADIENT_TOKENS))
-        calls: list[Any] = []
-        bounds: list[list[Tensor]] = [[]]
-        with torch.no_grad():
-            for tokens_BT in batches:
-                hidden_BTD, call = self._model.begin(tokens_BT)
-                bounds[0].append(hidden_BTD.cpu())
-                calls.append(call)
-            for index in range(total):
-                with self._model.block(index) as block:
-                    outputs = [
-                        block.forward(x.to(self._model.device), call).cpu()
-                        for x, call in zip(bounds[-1], calls, strict=True)
-                    ]
-                bounds.append(outputs)
-                self._report((index + 1) / (3 * total), f"forward through block {index + 1}")
-        ends = zip(bounds.pop(), batches, strict=True)
-        count = sum(tokens_BT[:, 1:].numel() for tokens_BT in batches)
-        slopes = [self._model.loss_gradient(x, tokens).cpu() / count for x, tokens in ends]
-        found: Findings = []
-        for index in reversed(range(total)):
-            with self._model.block(index) as block:
-                sums: dict[str, Tensor] = {}
-                before = bounds.pop()
-                for batch, call in enumerate(calls):
-                    slopes[batch] = self._back(block, before[batch], call, slopes[batch], sums)
-                found.append({n: v.cpu().contiguous() for n, v in look(index, block, sums).items()})
-            done = 1 / 3 + (total - index) * 2 / (3 * total)
-            self._report(done, f"gradients of block {index + 1} of {total}")
-        return found[::-1]
-
-    def _back(
-        self,
-        block: BlockView,
-        before_BTD: Tensor,
-        call: Any,
-        slope_BTD: Tensor,
-        sums: dict[str, Tensor],
-    ) -> Tensor:
-        """The gradient in a block's input; those in its weights are added to `sums`."""
-        device = self._model.device
-        weights = {n: view.weight_OI().requires_grad_() for n, view in block.linears.items()}
-        before_BTD = before_BTD.to(device).requires_grad_()
-        with torch.enable_grad():
-            after_BTD = block.forward_with(weights, before_BTD, call)
-        inputs = [before_BTD, *weights.values()]
-        first, *rest = torch.autograd.grad(
-            after_BTD, inputs, slope_BTD.to(device), materialize_grads=True, allow_unused=True
-        )  # an expert that no token reached has a gradient of zeros
-        for (name, weight_OI), gradient in zip(weights.items(), rest, strict=True):
-            sums.setdefault(name, torch.zeros_like(weight_OI.detach())).add_(gradient)
-        return first.cpu()
+        """Gradients of the mean loss over the first windows; see engine/gradients.py."""
+        batches = self._batches(first_windows(self._tokens_NT, gradients.TOKENS))
+        return walk_back(self._model, batches, look, self._report)
 
     # --- a changed model ---
 
@@ -268,7 +225,7 @@ class StreamedSurvey:
     def _last(self, model: Model) -> list[Tensor]:
         """The last hidden states of the first windows."""
         states, calls = [], []
-        for tokens_BT in self._batches(self._some(DISTANCE_TOKENS)):
+        for tokens_BT in self._batches(first_windows(self._tokens_NT, DISTANCE_TOKENS)):
             hidden_BTD, call = model.begin(tokens_BT)
             states.append(hidden_BTD)
             calls.append(call)

@@ -33,13 +33,13 @@ from pocketlm.engine.ledger import Entry, Ledger, StageAccount
 from pocketlm.engine.options import Job
 from pocketlm.engine.progress import Progress
 from pocketlm.engine.streamed_survey import StreamedSurvey
-from pocketlm.engine.transform_plan import weights_of
+from pocketlm.engine.transform_plan import format_of, weights_of
+from pocketlm.formats import dense, pocketlm
 from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import write_file
 from pocketlm.models import Model
 from pocketlm.models.opening import changed_config, reopen
 
-FORMAT = "dense"
 FOUND = "found"  # what the survey found, in the work directory
 ACTIONS = ("cut", "merged", "rotated")
 
@@ -76,7 +76,7 @@ def run_transform(
         ResumeError: If an unfinished run there had another fingerprint.
         ResourceError: If memory or disk ran out; the same command goes on from there.
     """
-    none = Grids({}, {}, {}, FORMAT)
+    none = Grids({}, {}, {}, dense.NAME)
     job = replace(
         job,
         fingerprint={**fingerprint(model, job, none, windows), **job.fingerprint},
@@ -119,9 +119,10 @@ def _run(
         log.emit("warning", note)
     progress.stage("assemble", "writing the smaller model")
     smaller = reopen(model, changes)
+    format_name = format_of(changes, job.target)
     ledger = Ledger(
         source=job.source,
-        format=FORMAT,
+        format=format_name,
         fingerprint=job.fingerprint,
         calibration=None if windows is None else account_of(windows),
         warnings=[*job.warnings, *changes.notes],
@@ -130,6 +131,8 @@ def _run(
     _fill(ledger, model, smaller, changes, job.dtype)
     ledger.require_complete(list(model.source.infos()))
     config = changed_config(model, changes.config)
+    if changes.shortcuts:
+        config["quantization_config"] = pocketlm.config_section({}, (), shortcuts=changes.shortcuts)
     write_files(
         job,
         dict(model.side_files()),

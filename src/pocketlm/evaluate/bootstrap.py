@@ -49,6 +49,23 @@ def mean_interval(values_N: Floats, seed: int = 0) -> Interval:
     return Interval(value=float(values_N.mean()), low=float(low), high=float(high))
 
 
+def item_interval(values_N: Floats, seed: int = 0) -> Interval:
+    """The mean over items and its interval; equal values are drawn together.
+
+    Args:
+        values_N: One figure an item, float64 [N]; many items have few different ones.
+        seed: Of the resampling.
+    """
+    distinct, counts = np.unique(values_N, return_counts=True)
+    shares = counts / len(values_N)
+    generator, means = np.random.default_rng(seed), np.empty(RESAMPLES_MEAN)
+    for start in range(0, RESAMPLES_MEAN, 1000):  # bounds the memory where all values differ
+        drawn = generator.multinomial(len(values_N), shares, size=1000)
+        means[start : start + 1000] = drawn @ distinct / len(values_N)
+    low, high = np.quantile(means, _TAILS)
+    return Interval(value=float(values_N.mean()), low=float(low), high=float(high))
+
+
 def quantile_intervals(values_NT: Floats, quantiles: list[float], seed: int = 0) -> list[Interval]:
     """Quantiles over all tokens and their intervals over windows.
 

@@ -41,10 +41,10 @@ def copy_bandwidth(device: torch.device) -> float:
     target.copy_(source)  # touches the pages, and warms up
     seconds = []
     for _ in range(COPIES):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * COPY_BYTES / min(seconds)
 
@@ -90,6 +90,7 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what was started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -145,10 +146,10 @@ class SpeedReport(Result):
         prefill_tokens_per_second: Prompt tokens over the time to the first new token.
         decode_tokens_per_second: Of the tokens after the first.
         decode_runs: Of each run, for the spread.
-        weight_bytes_per_token: Weights read to decode one token.
-        achieved_bytes_per_second: These times the decode speed.
+        weight_bytes_per_token: Weights read by one step of decoding.
+        achieved_bytes_per_second: These and the cache's, times the steps a second.
         bandwidth_bytes_per_second: Measured on this machine by copying.
-        bound_tokens_per_second: Bandwidth over weight bytes.
+        bound_tokens_per_second: What the bandwidth allows.
         peak_memory_bytes: Of the process, loading and imports included; None where unknown.
         memory_before_load_bytes: The same just before the model was loaded.
         peak_device_memory_bytes: Of the accelerator; None on a CPU.
@@ -159,6 +160,17 @@ class SpeedReport(Result):
         kernels: What multiplies packed linears, and how many of them; empty without packed ones.
         versions: Of what computed.
         notes: What a user must be told.
+        batch: Rows decoded at once; tokens per second are those of all rows.
+        context: Positions held when decoding began; None in reports of older versions, as all
+            that follows.
+        first_token_seconds: From the prompt to its first new token.
+        token_seconds_p50: Between two tokens of a row: half of the steps took less.
+        token_seconds_p99: 99 % took less.
+        cache_bytes_per_step: Keys and values that a step reads, all rows, at its mean length.
+        prefill_operations_per_second: Multiplications and additions.
+        decode_operations_per_second: The same of decoding.
+        rate_operations_per_second: Measured on this machine by a large product.
+        loop: How steps run: through which forward, in a graph or not.
     """
 
     prompt_tokens: int
@@ -181,16 +193,96 @@ class SpeedReport(Result):
     kernels: dict[str, int]
     versions: dict[str, str]
     notes: tuple[str, ...]
+    batch: int = 1
+    context: int | None = None
+    first_token_seconds: float | None = None
+    token_seconds_p50: float | None = None
+    token_seconds_p99: float | None = None
+    cache_bytes_per_step: float = 0.0
+    prefill_operations_per_second: float | None = None
+    decode_operations_per_second: float | None = None
+    rate_operations_per_second: float | None = None
+    loop: str | None = None
 
     def sentence(self) -> str:
         """The protocol in words."""
         return (
-            f"Prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones, batch 1, greedy, "
+            f"Prompt of {self.prompt_tokens} tokens, {self.new_tokens} new ones, batch "
+            f"{self.batch}, greedy, "
             f"{self.dtype} activations on {self.hardware}; median of {self.runs} runs. Decoding "
-            f"reads {self.achieved_bytes_per_second / 1e9:.1f} GB/s of weights; copying reaches "
+            f"reads {self.achieved_bytes_per_second / 1e9:.1f} GB/s; copying reaches "
             f"{self.bandwidth_bytes_per_second / 1e9:.1f} GB/s. Peak memory is that of a process "
             "that loads the model and answers."
         )
+
+
+class Comparison(Result):
+    """A model beside its original on the items of one task.
+
+    Attributes:
+        original: The original's score, with its interval.
+        change: The model's score minus the original's, with the interval of paired differences.
+        p_value: Of McNemar's exact test; None where scores are not right or wrong.
+        flips: Items that got another answer, right or wrong.
+        gained: Items with a better score than the original's.
+        lost: Items with a worse one.
+        verdict: With `margin`: see `paired.judge`.
+        margin: The loss that is tolerated.
+        more_items: About how many further items would decide an inconclusive verdict; None where
+            none would, or where it is decided.
+    """
+
+    original: Interval
+    change: Interval
+    p_value: float | None
+    flips: int
+    gained: int
+    lost: int
+    verdict: Literal["pass", "regression", "inconclusive"]
+    margin: float
+    more_items: int | None
+
+
+class TaskResult(Result):
+    """What a task says of a model.
+
+    Attributes:
+        task: Its name.
+        metric: Which of its scores; the mean is a share where answers are right or wrong.
+        items: How many were asked.
+        fewshot: Examples before each.
+        items_sha256: Of all questions and answers, in order.
+        score: The mean, with its 95 % interval.
+        comparison: With the original; None without one.
+        versions: Of the task's definition and of lm-eval.
+        compute_dtype: Of the model.
+    """
+
+    task: str
+    metric: str
+    items: int
+    fewshot: int
+    items_sha256: str
+    score: Interval
+    comparison: Comparison | None
+    versions: dict[str, str]
+    compute_dtype: str
+
+    def sentence(self) -> str:
+        """The protocol and, where there is an original, the verdict in words."""
+        said = f"{self.task}: {self.metric} of {self.items} items, {self.fewshot} examples before "
+        said += f"each (sha256 {self.items_sha256[:12]})"
+        found = self.comparison
+        if found is None:
+            return f"{said}."
+        p_value = "" if found.p_value is None else f", McNemar's exact p {found.p_value:.2g}"
+        said += f"; flipped answers: {found.flips}, for the better: {found.gained}, for the "
+        said += f"worse: {found.lost}{p_value}. {found.verdict.capitalize()} at a margin of "
+        said += f"{100 * found.margin:g} point{'' if found.margin == 0.01 else 's'}"
+        if found.verdict != "inconclusive":
+            return f"{said}."
+        more = "no number of" if found.more_items is None else f"about {found.more_items}"
+        return f"{said}: {more} more items would decide."
 
 
 def versions() -> dict[str, str]:

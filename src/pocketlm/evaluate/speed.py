@@ -1,8 +1,8 @@
 """Tokens per second and peak memory of a model, in a child process of its own.
 
-Prefill: prompt tokens / time to the first new token. Decode: further tokens / their time, batch 1,
-greedy. Both through the model's own `generate`, median of runs after one warm-up.
-Bound of decoding: each token reads every weight once, so tokens/s ≤ bandwidth / bytes of weights.
+Prefill: prompt tokens / time to the first new token. Decode: further tokens / their time, greedy.
+Both by the loop that `generate` runs (runtime/decode.py), median of runs after one warm-up.
+Bound of decoding: a step reads every weight and the cache once, so it takes bytes / bandwidth.
 The bandwidth is measured by copying (bytes read + bytes written). Experts that a token skips are
 counted as read, so for mixtures of experts the achieved GB/s is too high; the report says so.
 
@@ -22,65 +22,72 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import eval_windows
 from pocketlm.core.errors import ConfigError, PocketLMError, ResourceError
+from pocketlm.evaluate.devices import Device, matmul_rate
 from pocketlm.evaluate.hardware import copy_bandwidth, device_name, weight_bytes_per_token
 from pocketlm.evaluate.memory import peak_memory_bytes
 from pocketlm.evaluate.results import SpeedReport, versions
+from pocketlm.evaluate.roofline import Widths, roofline
+from pocketlm.models.shape import model_shape
+from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.load import load, packed_summary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MARK = "pocketlm-speed: "  # before the result, whatever libraries print around it
 
 
-class Clock:
-    """Handed to `generate` as its streamer: notes when each token arrives."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt first, then with each token."""
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to do."""
-
-
-def time_generation(
-    model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Timed:
     """One run.
 
-    Args:
-        model: Loaded, in evaluation mode.
-        prompt_BT: Token ids [1, T], on the model's device.
-        new_tokens: To generate, at least 2.
-
-    Returns:
-        Seconds to the first new token, and seconds of those after it.
+    Attributes:
+        first: Seconds to the first new token.
+        steps: Seconds between each token and the one before.
     """
-    clock = Clock()
+
+    first: float
+    steps: tuple[float, ...]
+
+    @property
+    def later(self) -> float:
+        """Seconds of all tokens after the first."""
+        return sum(self.steps)
+
+
+def time_generation(decoder: Decoder, prompt: list[int], new_tokens: int, context: int) -> Timed:
+    """One run from an empty cache.
+
+    Args:
+        decoder: All its rows get the same prompt.
+        prompt: Token ids.
+        new_tokens: To generate, at least 2.
+        context: Positions to fill before decoding; the prompt's own are among them.
+    """
+    decoder.cut(0)
     start = time.perf_counter()
-    model.generate(  # pyright: ignore[reportCallIssue]: its mixin hides the method
-        prompt_BT,
-        attention_mask=torch.ones_like(prompt_BT),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        streamer=clock,
-    )
-    first = clock.seconds[1]  # 0 is the prompt, handed over before the model runs
-    return first - start, clock.seconds[-1] - first
+    newest = decoder.prefill([prompt] * decoder.rows, room=new_tokens + context)
+    newest.read()
+    first = time.perf_counter() - start
+    if context > len(prompt):
+        more = (prompt * (context // len(prompt) + 1))[: context - len(prompt)]
+        decoder.prefill([more] * decoder.rows, room=new_tokens).read()
+    steps, last, newest = [], time.perf_counter(), decoder.step()
+    for done in range(1, new_tokens):
+        ahead = decoder.step() if decoder.runs_ahead and done + 1 < new_tokens else None
+        newest.read()
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+        if done + 1 < new_tokens:
+            newest = ahead or decoder.step()
+    return Timed(first, tuple(steps))
 
 
 def measure_here(
@@ -89,6 +96,8 @@ def measure_here(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     runs: int = 3,
+    batch: int = 1,
+    context: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     threads: int | None = None,
@@ -100,6 +109,8 @@ def measure_here(
         prompt_tokens: Of the prompt, from the builtin text.
         new_tokens: To generate, at least 2.
         runs: After one warm-up.
+        batch: Rows at once.
+        context: Positions held when decoding begins; None: the prompt's.
         device: Where to run.
         dtype: Of the activations; None: as the model is stored.
         threads: Of the CPU; None: torch's default.
@@ -110,11 +121,11 @@ def measure_here(
     Raises:
         ConfigError: If a count is too small or the dtype unknown.
     """
-    if min(prompt_tokens, runs) < 1 or new_tokens < 2:
+    if min(prompt_tokens, runs, batch) < 1 or new_tokens < 2:
         raise ConfigError(
-            f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {runs} runs.",
+            f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {runs} runs, batch {batch}.",
             where="speed",
-            remedy="Ask for at least 1, 2 and 1.",
+            remedy="Ask for at least 1, 2, 1 and 1.",
         )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -124,36 +135,51 @@ def measure_here(
     load_seconds = time.perf_counter() - started
     text = load_text("builtin", "evaluation")
     # a window has two tokens at least; a prompt may have one
-    prompt_BT = eval_windows(tokenizer, text, prompt_tokens + 1, 1).tokens_NT[:, :prompt_tokens]
-    prompt_BT = prompt_BT.to(model.device)
+    prompt = eval_windows(tokenizer, text, prompt_tokens + 1, 1).tokens_NT[0, :prompt_tokens]
+    held = max(context or 0, prompt_tokens)
     model.eval()
-    time_generation(model, prompt_BT, 2)
-    times = [time_generation(model, prompt_BT, new_tokens) for _ in range(runs)]
+    decoder = Decoder(model, batch)
+    time_generation(decoder, prompt.tolist(), min(8, new_tokens), held)
+    times = [time_generation(decoder, prompt.tolist(), new_tokens, held) for _ in range(runs)]
     peak = peak_memory_bytes()  # before the bandwidth is measured, which takes memory too
     on_gpu = model.device.type == "cuda"
-    decode_runs = tuple((new_tokens - 1) / later for _, later in times)
+    device_peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    decode_runs = tuple(batch * (new_tokens - 1) / run.later for run in times)
     decode = statistics.median(decode_runs)
+    first = statistics.median(run.first for run in times)
+    steps = sorted(step for run in times for step in run.steps)
     packed = packed_summary(model)
     weight_bytes, notes = weight_bytes_per_token(model)
     reasons = Counter(packed.fallbacks.values())
     notes += tuple(f"{count} linears have no fast kernel: {why}." for why, count in reasons.items())
+    notes += tuple(decoder.notes)
     if peak is None:
         notes += ("peak memory is not known on this system.",)
-    bandwidth = copy_bandwidth(model.device)
+    bandwidth, rate = copy_bandwidth(model.device), matmul_rate(model.device)
+    seen = held + new_tokens // 2
+    asked = roofline(
+        model_shape(source),
+        Device.bare(bandwidth, rate),
+        batch=batch,
+        prompt=prompt_tokens,
+        context=seen,
+        widths=Widths(cache=torch.finfo(model.dtype).bits),
+    )
+    step_bytes = weight_bytes + asked.cache_bytes
     return SpeedReport(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         runs=runs,
-        prefill_tokens_per_second=prompt_tokens / statistics.median(first for first, _ in times),
+        prefill_tokens_per_second=batch * prompt_tokens / first,
         decode_tokens_per_second=decode,
         decode_runs=decode_runs,
         weight_bytes_per_token=weight_bytes,
-        achieved_bytes_per_second=weight_bytes * decode,
+        achieved_bytes_per_second=step_bytes * decode / batch,
         bandwidth_bytes_per_second=bandwidth,
-        bound_tokens_per_second=bandwidth / weight_bytes,
+        bound_tokens_per_second=batch * bandwidth / step_bytes,
         peak_memory_bytes=peak,
         memory_before_load_bytes=before,
-        peak_device_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_device_memory_bytes=device_peak,
         load_seconds=load_seconds,
         device=str(model.device),
         hardware=device_name(model.device),
@@ -161,6 +187,16 @@ def measure_here(
         kernels=dict(packed.kernels),
         versions=versions(),
         notes=notes,
+        batch=batch,
+        context=held,
+        first_token_seconds=first,
+        token_seconds_p50=steps[len(steps) // 2],
+        token_seconds_p99=steps[min(len(steps) - 1, int(0.99 * len(steps)))],
+        cache_bytes_per_step=asked.cache_bytes,
+        prefill_operations_per_second=asked.prefill.operations / first,
+        decode_operations_per_second=asked.decode.operations * decode / batch,
+        rate_operations_per_second=rate,
+        loop=decoder.loop,
     )
 
 
@@ -224,6 +260,8 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype")
     parser.add_argument("--threads", type=int)

@@ -21,6 +21,7 @@ from pocketlm.core.stored import DenseSpec
 from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.formats.layouts import pack_quantized
 from pocketlm.formats.packing import padding_is_zero
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.read import CompressedIndex, CompressedModule
 from pocketlm.formats.safetensors_header import StoredTensor, read_header
 from pocketlm.formats.shards import INDEX, PARTIAL, SINGLE
@@ -142,7 +143,9 @@ def check_config(artifact: Artifact) -> str:
     artifact.config = config
     if "quantization_config" not in config:
         return "no quantization_config: an ordinary checkpoint."
-    return f"quant_method {config['quantization_config'].get('quant_method')}."
+    added = len(shortcuts_of(config))
+    between = f", {added} matrices between blocks" if added else ""
+    return f"quant_method {config['quantization_config'].get('quant_method')}{between}."
 
 
 def check_ledger(artifact: Artifact) -> str:
@@ -245,6 +248,8 @@ def check_compressed(artifact: Artifact) -> str:
         name for name in entries if name in artifact.tensors and name not in artifact.bits
     ]:
         _check_zeros(name, artifact.read(name), entries[name])
+    if not entries and not artifact.bits:
+        return "no weight is: the model is smaller, its blocks in bases of their own."
     return f"{len(entries) or len(artifact.bits)} linears decode{_sparsity(entries)}."
 
 

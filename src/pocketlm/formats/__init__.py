@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 from pocketlm.core.errors import ConfigError, nearest
 
 
-def format_for(name: str) -> ModuleType:
-    """The module that writes and reads a format.
+def format_for(name: str) -> Any:
+    """What writes and reads a format.
 
     Args:
-        name: ``compressed-tensors``, ``pocketlm`` or ``dense``.
+        name: ``compressed-tensors``, ``pocketlm``, ``dense``, ``gptq``, ``gptq_v2``,
+            ``awq`` or ``mlx``.
 
     Returns:
-        A module with `names`, `encode`, `decode`, `config_section` and `stored_bytes`.
+        A module or object with `names`, `encode`, `decode`, `config_section` and `stored_bytes`.
 
     Raises:
         ConfigError: If the format is unknown.
     """
     from pocketlm.formats import compressed_tensors, dense, pocketlm
+    from pocketlm.formats.awq import AWQ
+    from pocketlm.formats.gptq import GPTQ, GPTQ_V2
+    from pocketlm.formats.mlx import MLX
 
-    known = {module.NAME: module for module in (compressed_tensors, pocketlm, dense)}
+    formats = (compressed_tensors, pocketlm, dense, GPTQ, GPTQ_V2, AWQ, MLX)
+    known = {each.NAME: each for each in formats}
     if name not in known:
         raise ConfigError(f"unknown format '{name}'.", remedy=nearest(name, known))
     return known[name]

@@ -22,6 +22,13 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERT = re.compile(r"(.*?\bexperts)\.\d+\.")
 
 
+class IntegerBits(Strict):
+    """Bits of integers that are run, without and with zero points."""
+
+    symmetric_bits: tuple[int, ...]
+    asymmetric_bits: tuple[int, ...]
+
+
 class Capability(Strict):
     """What one target takes.
 
@@ -33,6 +40,7 @@ class Capability(Strict):
         expert_floats: Those of them that it runs for experts.
         whole_blocks: Whether blocks (FP8_BLOCK) must divide the columns, and the rows of linears
             that are run as one.
+        by_format: Format → what replaces these bits where a weight is stored in it.
         group_sizes: Group sizes its integer kernels take; None: any that divides the columns.
         per_channel: Whether one scale for a whole row is taken.
         columns_multiple: Columns must be a multiple of this.
@@ -47,6 +55,7 @@ class Capability(Strict):
         embeddings: Formats in which it loads a compressed embedding.
         expert_inputs: Which of these roundings are run for experts; None: none, their inputs stay
             as they come where others are rounded.
+        activation_order: Whether groups whose columns lie scattered (``g_idx``) are run.
         negative_scales: Whether scales below zero compute correctly; None: not known.
         minimum_versions: Package → oldest release.
         minimum_versions_3_5_6_7_bits: The same where a grid has 3, 5, 6 or 7 bits.
@@ -56,6 +65,7 @@ class Capability(Strict):
     formats: tuple[str, ...]
     symmetric_bits: tuple[int, ...]
     asymmetric_bits: tuple[int, ...]
+    by_format: dict[str, IntegerBits]
     floats: tuple[str, ...]
     expert_floats: tuple[str, ...]
     whole_blocks: bool
@@ -70,6 +80,7 @@ class Capability(Strict):
     heads: tuple[str, ...]
     embeddings: tuple[str, ...]
     expert_inputs: tuple[str, ...] | None
+    activation_order: bool
     negative_scales: bool | None
     minimum_versions: dict[str, str]
     minimum_versions_3_5_6_7_bits: dict[str, str]
@@ -188,7 +199,8 @@ def check_layer(
         if known.whole_blocks and spec.name == "FP8_BLOCK":
             _demand_whole_blocks(spec, shape, target, where)
         return
-    allowed = known.symmetric_bits if spec.symmetric else known.asymmetric_bits
+    bits = known.by_format.get(format_name, known)
+    allowed = bits.symmetric_bits if spec.symmetric else bits.asymmetric_bits
     kind = "symmetric" if spec.symmetric else "asymmetric"
     if spec.bits not in allowed:
         listed = ", ".join(str(bits) for bits in allowed)
@@ -256,6 +268,25 @@ def check_end(
             remedy=f"Leave the {what} as it is, or choose another target.",
         )
     check_layer(format_name, spec, shape, target, where)
+
+
+def check_shortcuts(target: str, where: str) -> None:
+    """Refuses matrices between blocks, which only our own format holds, where a target lacks it.
+
+    Args:
+        target: Name of the engine.
+        where: Module path of one, for the message.
+
+    Raises:
+        UnsupportedLayer: If the target does not load the format pocketlm.
+        ConfigError: If the target is unknown.
+    """
+    if "pocketlm" not in capability(target).formats:
+        raise UnsupportedLayer(
+            f"passes the stream from one block's basis to the next, which {target} cannot do.",
+            where=where,
+            remedy="Give all blocks one basis (rotation: shared), or choose --target transformers.",
+        )
 
 
 def _check_inputs(

@@ -65,6 +65,7 @@ def config_section(
     specs: Mapping[str, QuantSpec],
     ignored: Sequence[str],
     inputs: Mapping[str, ActivationSpec] | None = None,
+    kv_cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -76,6 +77,7 @@ def config_section(
         specs: Module path → number format, of every compressed linear.
         ignored: Module paths of every linear that is kept; ``lm_head`` is added where it is kept.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
+        kv_cache: How the cache is rounded, in the words of the format (`formats.kv_cache`).
 
     Returns:
         Plain JSON, deterministic.
@@ -109,7 +111,7 @@ def config_section(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else dict(kv_cache),
         "global_compression_ratio": None,
     }
     if _must_decode_at_once(list(specs.values()), len(groups)):

@@ -28,7 +28,14 @@ from pocketlm.core.tensors import WeightTensor
 from pocketlm.formats import inputs
 from pocketlm.formats.capabilities import check_layer
 from pocketlm.formats.compressed_config import NAME, config_section, storage, weight_args
-from pocketlm.formats.layouts import Layout, dense, float_packed, pack_quantized, plain_quantized
+from pocketlm.formats.layouts import (
+    Layout,
+    Parts,
+    dense,
+    float_packed,
+    pack_quantized,
+    plain_quantized,
+)
 from pocketlm.formats.packing import fills_bytes
 from pocketlm.formats.safetensors_header import element_bytes
 
@@ -133,6 +140,17 @@ def decode(tensors: Mapping[str, Tensor], base: str, spec: WeightSpec) -> Weight
     if spec.type == "int" and f"{module}.weight" in tensors:
         return plain_quantized.decode(tensors, module, spec)
     return LAYOUTS[storage(spec)].decode(tensors, module, spec)
+
+
+def parts(
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    scale_dtype: torch.dtype,
+    activations: ActivationSpec | None = None,
+) -> Parts:
+    """Role, shape and dtype of the tensors that take the place of a weight (O, I)."""
+    layout = LAYOUTS[storage(spec, activations)]
+    return {**layout.parts(spec, shape, scale_dtype), **inputs.parts(activations)}
 
 
 def stored_bytes(

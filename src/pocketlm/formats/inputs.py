@@ -17,6 +17,7 @@ from torch import Tensor
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
 from pocketlm.core.spec import ActivationSpec
+from pocketlm.formats.layouts import Parts
 
 SCALE, ZERO = "input_scale", "input_zero_point"
 ROLES = (SCALE, ZERO)
@@ -27,6 +28,12 @@ def roles(spec: ActivationSpec | None) -> tuple[str, ...]:
     if spec is None or spec.dynamic:
         return ()
     return (SCALE,) if spec.symmetric else (SCALE, ZERO)
+
+
+def parts(spec: ActivationSpec | None) -> Parts:
+    """The same with shapes and dtypes."""
+    known: Parts = {SCALE: ((1,), torch.float32), ZERO: ((1,), torch.int8)}
+    return {role: known[role] for role in roles(spec)}
 
 
 def encode(module: str, quantizer: InputQuantizer | None) -> dict[str, Tensor]:

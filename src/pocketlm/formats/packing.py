@@ -22,6 +22,7 @@ from torch import Tensor
 from pocketlm.core.errors import ArtifactError
 
 CODES_AT_ONCE = 1 << 19  # of a chunk of rows: its int64 scratch stays in the second-level cache
+CUDA_CODES_AT_ONCE = 1 << 25  # a GPU hides its memory behind more work
 
 
 def words_per_row(codes: int, bits: int) -> int:
@@ -55,7 +56,7 @@ def pack(codes_RC: Tensor, bits: int) -> Tensor:
             remedy="Clamp the codes to the grid before they are packed.",
         )
     padded = -(-columns // 32) * 32
-    step = max(1, CODES_AT_ONCE // padded)
+    step = max(1, _codes_at_once(codes_RC) // padded)
     for start in range(0, rows, step):
         chunk = codes_RC[start : start + step].contiguous().view(torch.uint8) + offset
         if padded > columns:
@@ -94,7 +95,7 @@ def unpack(words_RW: Tensor, bits: int, codes: int) -> Tensor:
     if codes_RC.numel() == 0:
         return codes_RC
     padded_words = -(-words // bits) * bits
-    step = max(1, CODES_AT_ONCE // (padded_words * 32 // bits))
+    step = max(1, _codes_at_once(words_RW) // (padded_words * 32 // bits))
     for start in range(0, rows, step):
         chunk = words_RW[start : start + step]
         if padded_words > words:
@@ -107,6 +108,10 @@ def unpack(words_RW: Tensor, bits: int, codes: int) -> Tensor:
             spread.view(chunk.shape[0], -1)[:, :codes].sub_(1 << (bits - 1)).view(torch.int8)
         )
     return codes_RC
+
+
+def _codes_at_once(matrix: Tensor) -> int:
+    return CUDA_CODES_AT_ONCE if matrix.is_cuda else CODES_AT_ONCE
 
 
 def pack_bytes(codes_RC: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,9 @@ bitsandbytes (NF4, FP4), sparse weights of which only what is kept is stored, an
 thin factors. Codes are stored as [O, I], so that groups run along the inputs as everywhere; the
 section of config.json lists a transposed module under ``transposed``. Integers lie as in
 ``pack-quantized`` of compressed-tensors, other codes as bytes (`layouts.float_packed`), sparse
-weights as in `layouts.sparse`, factors as in `layouts.low_rank` and `layouts.summed`.
+weights as in `layouts.sparse`, factors as in `layouts.low_rank` and `layouts.summed`. Matrices that
+pass the stream from one block's basis to the next (models/shortcut.py) are ordinary tensors; the
+section names their modules under ``shortcuts``, and the last linear of the block of each.
 """
 
 from __future__ import annotations
@@ -148,6 +150,7 @@ def config_section(
     ignored: Sequence[str],
     transposed: Sequence[str] = (),
     inputs: Mapping[str, ActivationSpec] | None = None,
+    shortcuts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: every module by name, grouped by format.
 
@@ -156,6 +159,7 @@ def config_section(
         ignored: Module paths of every linear that is kept.
         transposed: Those of `specs` whose weight is [I, O] in the model.
         inputs: Module path → how its inputs are rounded, of the linears whose are.
+        shortcuts: Matrix between two blocks → the first's last linear, by module path.
 
     Returns:
         Plain JSON, deterministic.
@@ -163,7 +167,7 @@ def config_section(
     Raises:
         ConfigError: If nothing is compressed, or a transposed module has no format.
     """
-    if not specs:
+    if not specs and not shortcuts:
         raise ConfigError("no linear is compressed; there is nothing to configure.")
     strangers = [module for module in transposed if module not in specs]
     if strangers:
@@ -185,4 +189,16 @@ def config_section(
         ],
         "transposed": list(transposed),
         "ignore": list(ignored),
+        **({"shortcuts": dict(shortcuts)} if shortcuts else {}),
     }
+
+
+def shortcuts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Matrix between two blocks → the first's last linear, out of config.json."""
+    section = config.get("quantization_config") or {}
+    return dict(section.get("shortcuts", {})) if section.get("quant_method") == NAME else {}
+
+
+def only_shortcuts(config: Mapping[str, Any]) -> bool:
+    """Whether all that the section of config.json tells of is matrices between blocks."""
+    return bool(shortcuts_of(config)) and not config["quantization_config"]["groups"]

@@ -1,8 +1,9 @@
 """Finds the compressed linears of an artifact and decodes them one at a time.
 
 Works on the ``quantization_config`` of config.json and the names of the stored tensors alone. Reads
-what this package writes, and files of llm-compressor and compressed-tensors with the same storages
-(weights only); anything else is refused by name.
+what this package writes, and what other tools do: files of llm-compressor and compressed-tensors
+with the same storages, of GPTQ in both conventions, of AWQ in the version gemm, of AutoRound.
+Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -17,16 +18,29 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
-from pocketlm.core.errors import ArtifactError, UnsupportedModel
-from pocketlm.core.spec import ActivationSpec
+from pocketlm.core.errors import ArtifactError, UnsupportedModel, nearest
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.core.stored import WeightSpec, parse_weight_spec
 from pocketlm.core.tensors import WeightTensor
-from pocketlm.formats import compressed_tensors, inputs, pocketlm
+from pocketlm.formats import auto_round, awq, compressed_tensors, gptq, inputs, pocketlm
 from pocketlm.formats.compressed_config import spec_of
-from pocketlm.formats.layouts import FACTORS, ROLES, Layout
+from pocketlm.formats.layouts import (
+    FACTORS,
+    ROLES,
+    SCALES,
+    Layout,
+    float_packed,
+    ordered,
+    pack_quantized,
+    plain_quantized,
+)
 
 Scheme = tuple[WeightSpec, Layout, ActivationSpec | None]
 """A weight's form, how it is stored, and how the inputs are rounded."""
+READABLE = (compressed_tensors.NAME, pocketlm.NAME, "gptq", "awq", auto_round.NAME)
+"""The ``quant_method`` of what is read here."""
+BY_ROWS = (pack_quantized, plain_quantized, float_packed)
+"""Layouts in which the rows of a weight lie one after the other."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +68,25 @@ class CompressedModule:
         """The weight's name before compression."""
         return f"{self.name}.weight"
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows can be read without the others."""
+        plain = isinstance(self.spec, QuantSpec) and self.spec.by_rows and not self.transposed
+        return plain and self.layout in BY_ROWS
+
+    @property
+    def scales(self) -> str | None:
+        """The stored tensor of its scales; None where it has none, or those of two factors."""
+        named = [name for name in self.tensors if name.removeprefix(f"{self.name}.") in SCALES]
+        return named[0] if named else None
+
 
 @dataclass(frozen=True)
 class CompressedIndex:
     """What is compressed in an artifact, and how.
 
     Attributes:
-        format: ``compressed-tensors`` or ``pocketlm``.
+        format: One of `READABLE`.
         modules: Module path → what is stored of it.
     """
 
@@ -87,7 +113,7 @@ class CompressedIndex:
         section = config.get("quantization_config")
         names = set(tensor_names)
         if section is None:
-            stray = sorted(name for name in names if name.endswith(".weight_packed"))
+            stray = sorted(n for n in names if n.endswith((".weight_packed", ".qweight")))
             if stray:
                 raise ArtifactError(
                     "is packed, but config.json has no quantization_config.", where=stray[0]
@@ -98,10 +124,12 @@ class CompressedIndex:
             return cls(method, _from_compressed_tensors(section, names))
         if method == pocketlm.NAME:
             return cls(method, _from_pocketlm(section, names))
+        if method in ("gptq", "awq", auto_round.NAME):
+            return cls(method, _from_words(method, section, names))
         raise UnsupportedModel(
             f"quantized by '{method}', which is not read here.",
             where="config.json",
-            remedy="Start from the model before quantization.",
+            remedy=f"{nearest(str(method), READABLE)} Or start from the model before quantization.",
         )
 
     def decode(self, module: str, read: Callable[[str], Tensor]) -> WeightTensor:
@@ -129,7 +157,7 @@ class CompressedIndex:
         """Codes and scales of some rows of a weight whose rows are stored by themselves.
 
         Args:
-            module: Module path, a key of `modules`, of a spec that is `by_rows`.
+            module: Module path, a key of `modules`, of one that is `by_rows`.
             start: The first row.
             stop: The row after the last.
             rows: Gives rows of a stored tensor by name, start and stop.
@@ -187,7 +215,7 @@ class CompressedIndex:
 def _from_compressed_tensors(
     section: Mapping[str, Any], names: set[str]
 ) -> dict[str, CompressedModule]:
-    for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+    for key in ("sparsity_config", "transform_config"):
         if section.get(key) and section[key] != {"format": "dense"}:
             raise _unread(f"'{key}' is set")
     groups = [
@@ -197,15 +225,10 @@ def _from_compressed_tensors(
     modules = {}
     for name in sorted(names):
         module, _, role = name.rpartition(".")
-        if role == "weight_g_idx":
-            raise _unread("activation order is stored as g_idx", where=module)
         if role in ("weight_packed", "weight_scale") and module not in modules:
             modules[module] = _module(module, *_grid_of(module, groups), names)
     if not modules:
-        raise ArtifactError(
-            "config.json speaks of compressed weights, but no tensor is packed.",
-            where="quantization_config",
-        )
+        raise _unpacked()
     return modules
 
 
@@ -220,6 +243,28 @@ def _from_pocketlm(section: Mapping[str, Any], names: set[str]) -> dict[str, Com
         rounding = words and ActivationSpec.parse(words, where="quantization_config")
         for module in group["modules"]:
             modules[module] = _module(module, spec, layout, rounding, names, module in transposed)
+    return modules
+
+
+def _from_words(
+    method: str, section: Mapping[str, Any], names: set[str]
+) -> dict[str, CompressedModule]:
+    """GPTQ, AWQ and AutoRound: what has a ``qweight`` is compressed."""
+    modules = {}
+    for name in sorted(names):
+        module, _, role = name.rpartition(".")
+        if role != "qweight":
+            continue
+        ordered = f"{module}.g_idx" in names
+        if method == "gptq":
+            spec, layout = gptq.scheme_of(section, module, ordered=ordered)
+        elif method == "awq":
+            spec, layout = awq.scheme_of(section)
+        else:
+            spec, layout = auto_round.scheme_of(section, module, ordered=ordered)
+        modules[module] = _module(module, spec, layout, None, names)
+    if not modules:
+        raise _unpacked()
     return modules
 
 
@@ -254,8 +299,6 @@ def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> Scheme:
     weights = group.get("weights")
     if weights is None or group.get("output_activations"):
         raise _unread("outputs are quantized too" if weights else "weights are not quantized")
-    if weights.get("actorder") in ("group", "dynamic", True):
-        raise _unread("activation order is by group")
     spec = spec_of(weights, form)
     if spec is None:
         kind, strategy = weights.get("type", "int"), weights.get("strategy")
@@ -264,7 +307,12 @@ def _grid(group: Mapping[str, Any], section: Mapping[str, Any]) -> Scheme:
     activations = inputs.spec_of(words) if words else None
     if words and activations is None:
         raise _unread(f"inputs are '{words.get('type')}' per '{words.get('strategy')}'")
-    return spec, compressed_tensors.LAYOUTS[form], activations
+    layout = compressed_tensors.LAYOUTS[form]
+    if weights.get("actorder") in ("group", "dynamic", True):
+        if layout is not pack_quantized:
+            raise _unread(f"activation order is by group in '{form}'")
+        layout = ordered
+    return spec, layout, activations
 
 
 def _grid_of(module: str, groups: list[tuple[tuple[str, ...], Scheme]]) -> Scheme:
@@ -280,6 +328,13 @@ def _grid_of(module: str, groups: list[tuple[tuple[str, ...], Scheme]]) -> Schem
         if not target.startswith("re:") and "." not in target:  # a class, such as Linear
             return scheme
     raise ArtifactError("is packed, but no config group targets it.", where=module)
+
+
+def _unpacked() -> ArtifactError:
+    return ArtifactError(
+        "config.json speaks of compressed weights, but no tensor is packed.",
+        where="quantization_config",
+    )
 
 
 def _unread(what: str, where: str = "quantization_config") -> UnsupportedModel:

@@ -29,9 +29,11 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U32": torch.uint32,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_AXES = 64  # of a tensor, as torch has it
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -105,15 +107,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         table = json.loads(text)
         table.pop("__metadata__", None)
         tensors = {name: _place(entry, 8 + length) for name, entry in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, f"has a malformed header ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(path, f"has a malformed header ({str(error)[:200]})") from None
     return _in_order(path, tensors, 8 + length, bytes_total)
 
 
 def _place(entry: Mapping[str, Any], data_start: int) -> StoredTensor:
     start, end = entry["data_offsets"]
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(side) for side in entry["shape"])
-    if end - start != math.prod(shape) * element_bytes(dtype) or min(shape, default=0) < 0:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    numbers = (*shape, start, end)
+    if len(shape) > MAX_AXES or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+        raise ValueError("a size or offset is no whole number, or there are too many")
+    if end - start != math.prod(shape) * element_bytes(dtype):
         raise ValueError("a byte range does not fit its shape")
     return StoredTensor(dtype, shape, data_start + start, end - start)
 

@@ -13,11 +13,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError, ResourceError
 from pocketlm.formats.safetensors_header import build_header, element_bytes
@@ -115,6 +117,29 @@ def write_file(path: Path | str, data: bytes) -> str:
     return write_durably(Path(path), [data], len(data))
 
 
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> str:
+    """Writes one safetensors file straight from memory: either absent or complete.
+
+    Args:
+        path: Where to.
+        tensors: By name, on the CPU.
+
+    Returns:
+        The sha256 of its bytes.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    entries = _aligned([_entry(name, tensor) for name, tensor in tensors.items()])
+    bytes_total = sum(entry.bytes_stored for entry in entries)
+    return write_durably(Path(path), _stream(entries, lambda count: None), bytes_total)
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: iter([flat.numpy().data]))
+
+
 def _split(entries: Sequence[Entry], max_shard_bytes: float) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     filled = 0
@@ -178,10 +203,11 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], bytes_needed
     digest = hashlib.sha256()
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
+        with partial.open("wb") as file, ThreadPoolExecutor(1, "pocketlm-hash") as hasher:
+            for chunk in chunks:  # neither hashing nor writing holds the interpreter
+                hashed = hasher.submit(digest.update, chunk)
                 file.write(chunk)
-                digest.update(chunk)
+                hashed.result()
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import AbsMean, Stat
-from pocketlm.lowrank.factor import Diagonal, best_factors, factor_flops, left_alone, stored
+from pocketlm.lowrank.factor import Diagonal, factor_flops, factorised
 from pocketlm.lowrank.rank import Ranked
 
 
@@ -38,12 +38,8 @@ class Asvd(Ranked):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as two factors."""
-        rank = self.rank_of(state.name, state.shape)
-        if rank is None:
-            return left_alone(state)
         metric = Diagonal(stats[AbsMean].value_I() ** self.alpha)
-        left_OR, right_RI = best_factors(state.reference_OI, rank, metric)
-        return state.with_current(stored(left_OR, right_RI, state.scale_dtype))
+        return factorised(state, self.rank_of(state.name, state.shape), metric)
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A singular value decomposition."""

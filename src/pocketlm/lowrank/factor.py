@@ -150,6 +150,14 @@ def stored(left_OR: Tensor, right_RI: Tensor, dtype: torch.dtype) -> LowRank:
     return LowRank(Dense(left_OR.to(dtype)), Dense(right_RI.to(dtype)))
 
 
+def factorised(state: LinearState, rank: int | None, metric: Metric) -> LinearState:
+    """A linear as its best factors in a metric; as it was where it is given no rank."""
+    if rank is None:
+        return left_alone(state)
+    left_OR, right_RI = best_factors(state.reference_OI, rank, metric)
+    return state.with_current(stored(left_OR, right_RI, state.scale_dtype))
+
+
 def left_alone(state: LinearState) -> LinearState:
     """A linear that a step does not factorise: as earlier steps left it, else its own values."""
     return state if state.current is not None else state.with_current(Dense(state.reference_OI))

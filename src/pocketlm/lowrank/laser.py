@@ -22,7 +22,7 @@ from pocketlm.core.spec import Strict, matches
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Stat
 from pocketlm.core.stored import WeightSpec
-from pocketlm.lowrank.factor import Plain, best_factors, factor_flops, left_alone, stored
+from pocketlm.lowrank.factor import Plain, factor_flops, factorised
 from pocketlm.lowrank.rank import plain_form
 
 
@@ -91,7 +91,7 @@ class Laser(Strict):
             raise ConfigError(
                 "laser has to be told which layers it reduces.",
                 where="recipe step 'laser'",
-                remedy="Give its option `layers`, such as 24-29: late ones, as a rule.",
+                remedy="In a recipe: `- {method: laser, layers: 24-29}`; late ones, as a rule.",
             )
         numbers: set[int] = set()
         for part in self.layers.split(","):
@@ -101,11 +101,7 @@ class Laser(Strict):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as two factors, where it is one of the chosen."""
-        rank = self.rank_of(state.name, state.shape)
-        if rank is None:
-            return left_alone(state)
-        left_OR, right_RI = best_factors(state.reference_OI, rank, Plain())
-        return state.with_current(stored(left_OR, right_RI, state.scale_dtype))
+        return factorised(state, self.rank_of(state.name, state.shape), Plain())
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A singular value decomposition."""

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Stat
-from pocketlm.lowrank.factor import Plain, best_factors, factor_flops, left_alone, stored
+from pocketlm.lowrank.factor import Plain, factor_flops, factorised
 from pocketlm.lowrank.rank import Ranked
 
 
@@ -23,11 +23,7 @@ class Svd(Ranked):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as two factors."""
-        rank = self.rank_of(state.name, state.shape)
-        if rank is None:
-            return left_alone(state)
-        left_OR, right_RI = best_factors(state.reference_OI, rank, Plain())
-        return state.with_current(stored(left_OR, right_RI, state.scale_dtype))
+        return factorised(state, self.rank_of(state.name, state.shape), Plain())
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A singular value decomposition."""

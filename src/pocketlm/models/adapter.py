@@ -33,8 +33,10 @@ from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap
 from pocketlm.models.observe import Observation, observe
+from pocketlm.models.packed import PackedForm
 from pocketlm.models.run import pause_before, round_inputs
 from pocketlm.models.skeleton import Skeleton
+from pocketlm.models.stream import SafetensorsSource
 
 PROBE_TOKENS = 8  # enough for every token-dependent path of a block
 
@@ -53,6 +55,8 @@ class Model:
         side_files: Files an artifact carries over.
         load_tokenizer: Loads the tokenizer.
         quantizers: Module path, as the checkpoint spells it → how its inputs are rounded.
+        shortcuts: Module between two blocks' bases → the first's last linear (models/shortcut.py).
+        forms: Tensor name → how the checkpoint holds it, of every compressed weight.
     """
 
     def __init__(
@@ -67,8 +71,11 @@ class Model:
         side_files: Callable[[], Mapping[str, bytes]],
         load_tokenizer: Callable[[], PreTrainedTokenizerBase],
         quantizers: Mapping[str, InputQuantizer] | None = None,
+        shortcuts: Mapping[str, str] | None = None,
+        forms: Mapping[str, PackedForm] | None = None,
     ) -> None:
-        self.quantizers = quantizers or {}
+        self.quantizers, self.shortcuts = quantizers or {}, shortcuts or {}
+        self.forms = forms or {}
         self.source, self.config, self.names = source, config, names
         self.device, self.compute_dtype = device, compute_dtype
         self.skeleton = skeleton
@@ -175,6 +182,9 @@ class Model:
 
     def finish(self, hidden_BTD: Tensor) -> Tensor:
         """The last block's output through the final norm: what the head reads."""
+        return self._finish(hidden_BTD, gradients=False)
+
+    def _finish(self, hidden_BTD: Tensor, gradients: bool) -> Tensor:
         self._learn_return_type()
         captured: list[Tensor] = []
 
@@ -184,40 +194,38 @@ class Model:
 
         stand_ins: list[Callable[..., Any]] = list(self._recorders())
         stand_ins[-1] = lambda *args, **kwargs: self._wrap(hidden_BTD)
-        self._run_model(self._one_token(), stand_ins, head)
+        self._run_model(self._one_token(), stand_ins, head, gradients)
         # GPT-2 and its kin view the result in the shape of the ids they were given
         return captured[0].reshape(*hidden_BTD.shape[:-1], -1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""
+        return self._logits(hidden_ND, gradients=False)
+
+    def _logits(self, hidden_ND: Tensor, gradients: bool) -> Tensor:
         self._learn_return_type()
         logits_1NV = self._run_model(
             self._one_token(),
             list(self._recorders()),
             lambda _: self._ends.head_logits(hidden_ND[None]),
+            gradients,
         ).logits
         return logits_1NV[0].float()
 
-    def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
-        """Gradient of the summed loss of the next tokens in the last block's output, [B, T, D].
-
-        Args:
-            hidden_BTD: The last block's output; a sequence's logits are all in memory at once.
-            tokens_BT: Token ids, int64.
-        """
-        self._learn_return_type()
-        tokens_BT = tokens_BT.to(self.device)
-        slopes = []
-        for hidden_1TD, tokens_1T in zip(hidden_BTD.split(1), tokens_BT.split(1), strict=True):
-            leaf_1TD = hidden_1TD.to(self.device).detach().requires_grad_()
-            stand_ins: list[Callable[..., Any]] = list(self._recorders())
-            stand_ins[-1] = lambda *args, end=leaf_1TD, **kwargs: self._wrap(end)
-            logits_1TV = self._run_model(
-                tokens_1T, stand_ins, self._ends.head_logits, gradients=True
-            ).logits
-            loss = F.cross_entropy(logits_1TV[0, :-1].float(), tokens_1T[0, 1:], reduction="sum")
-            slopes.append(torch.autograd.grad(loss, leaf_1TD)[0])
-        return torch.cat(slopes)
+    def loss_gradient(self, hidden_BTD: Tensor, tokens_BT: Tensor, positions: int) -> Tensor:
+        """Gradient of the summed loss in the last block's output; see core/views.py."""
+        leaf_BTD = hidden_BTD.to(self.device).detach().requires_grad_()
+        end_BTD = self._finish(leaf_BTD, gradients=True)
+        next_N = tokens_BT[:, 1:].flatten().to(self.device)
+        end_ND = end_BTD.detach()[:, :-1].flatten(0, 1)
+        slopes: list[Tensor] = []
+        for end_PD, next_P in zip(end_ND.split(positions), next_N.split(positions), strict=True):
+            end_PD = end_PD.clone().requires_grad_()
+            loss = F.cross_entropy(self._logits(end_PD, True), next_P, reduction="sum")
+            slopes.append(torch.autograd.grad(loss, end_PD)[0])
+        slope_BTD = torch.cat(slopes).unflatten(0, (len(tokens_BT), -1))
+        slope_BTD = F.pad(slope_BTD, (0, 0, 0, 1))  # the last token predicts nothing
+        return torch.autograd.grad(end_BTD, leaf_BTD, slope_BTD)[0]
 
     def _one_token(self) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -265,6 +273,12 @@ class Model:
             for handle in handles:
                 handle.remove()
             self._loader.empty(module)
+
+    def prefetch(self, index: int) -> None:
+        """Begins to read a block for a GPU; nothing where the CPU computes, or past the last."""
+        parallel = isinstance(self.source, SafetensorsSource)
+        if self.device.type == "cuda" and parallel and index < len(self.skeleton.blocks):
+            self._loader.prefetch(self.skeleton.blocks[index], self.skeleton.block_paths[index])
 
     def _plain_parameters(self, module: nn.Module, path: str) -> dict[str, str]:
         """Checkpoint tensor → parameter of a block, of those that are stored as they are."""

@@ -99,6 +99,10 @@ class Block:
         """Divides what a group's producer gives and multiplies the columns of its readers."""
         return self._folds.fold(group, scale_I, dtype)
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the block, by its name in the checkpoint."""
+        return self.module.get_parameter(self._parameters[name]).data
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Replaces a parameter of the block, by its name in the checkpoint."""
         self.module.get_parameter(self._parameters[name]).data.copy_(value)

@@ -10,10 +10,11 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from pocketlm.core.errors import SecurityError, SourceError, UnsupportedModel
+from pocketlm.core.errors import SecurityError, SourceError, UnsupportedModel, nearest
+from pocketlm.formats.pocketlm import only_shortcuts
+from pocketlm.formats.read import READABLE
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
-OURS = ("compressed-tensors", "pocketlm")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         remedy = "Give the directory of a Hugging Face checkpoint."
         raise SourceError("holds no config.json.", where=str(directory), remedy=remedy) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         what, remedy = f"cannot be read ({error}).", "Download or copy the model again."
         raise SourceError(what, where=str(path), remedy=remedy) from error
     if not isinstance(config, dict):
@@ -45,7 +46,8 @@ def judge_config(
         config: config.json.
         where: The checkpoint, for messages.
         trust_remote_code: Whether code from the checkpoint may run.
-        allow_compressed: Whether formats that can be decoded here pass.
+        allow_compressed: Whether formats that can be decoded here pass; what only has its blocks
+            turned apart always does, as no value of it is on a grid.
 
     Raises:
         UnsupportedModel: If it is quantized already, or generates no text.
@@ -54,11 +56,18 @@ def judge_config(
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method", "an unnamed method")
-        if not (allow_compressed and method in OURS):
+        if allow_compressed and method not in READABLE:
+            raise UnsupportedModel(
+                f"is quantized by {method}, which is not read here.",
+                where=where,
+                remedy=nearest(str(method), READABLE),
+            )
+        if not allow_compressed and not only_shortcuts(config):
             raise UnsupportedModel(
                 f"is already quantized by {method}.",
                 where=where,
-                remedy="Start from the model it was made from: two grids lose twice.",
+                remedy="Start from the model it was made from: two grids lose twice. "
+                "Where there is none, decode it with `pocketlm export` and start from that.",
             )
     model_type = config.get("model_type")
     if model_type is None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
-from pocketlm.core.errors import SourceError
+from pocketlm.core.errors import ArtifactError, SourceError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.stored import WeightSpec
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.bytes import byte_view, require_finite
+from pocketlm.models.packed import PackedForm
 
 WHERE = "the compressed artifact"
 
@@ -56,6 +57,50 @@ class DecodedSource:
         index = CompressedIndex.build(config, stored.infos())
         return None if index is None else cls(stored, index)
 
+    def forms(self) -> Mapping[str, PackedForm]:
+        """Tensor name → how it is held, of every compressed weight."""
+        infos, found = self._stored.infos(), dict[str, PackedForm]()
+        for name, module in self._module_of.items():
+            known, shape = self._index.modules[module], self._infos[name].shape
+            found[name] = PackedForm(
+                format=self._index.format,
+                spec=known.spec,
+                shape=(shape[1], shape[0]) if known.transposed else (shape[0], shape[1]),
+                bytes_stored=sum(infos[tensor].bytes_stored for tensor in known.tensors),
+                scale_dtype=torch.float16 if known.scales is None else infos[known.scales].dtype,
+                transposed=known.transposed,
+                activations=known.activations,
+            )
+        return found
+
+    def packed(self, name: str) -> WeightTensor:
+        """A compressed weight [O, I] as it is stored, by its tensor name.
+
+        Raises:
+            ArtifactError: If its tensors contradict each other or the configuration.
+            SourceError: If they are cut off.
+        """
+        return self._index.decode(self._module_of[name], self._stored.read)
+
+    def require_biases(self, extras: Iterable[str], where: str) -> None:
+        """Accepts a bias that the model has no place for only where it is zero.
+
+        GPTQ files of AutoGPTQ hold one for every linear.
+
+        Args:
+            extras: Tensors that make no parameter.
+            where: The checkpoint, for messages.
+
+        Raises:
+            ArtifactError: If such a bias would be lost.
+        """
+        for name in extras:
+            module, _, leaf = name.rpartition(".")
+            if leaf == "bias" and module in self._index.modules and self.read(name).any():
+                raise ArtifactError(
+                    f"holds '{name}', which the model has no place for.", where=where
+                )
+
     def _shape(self, module: str) -> tuple[int, ...]:
         infos = self._stored.infos()
         rows, columns = self._index.shape(module, lambda n: infos[n].shape, self._stored.read)
@@ -90,9 +135,7 @@ class DecodedSource:
         module = self._module_of.get(name)
         if module is None:
             return self._stored.rows(name, start, stop)
-        known = self._index.modules[module]
-        spec = known.spec
-        if known.transposed or not (isinstance(spec, QuantSpec) and spec.by_rows):
+        if not self._index.modules[module].by_rows:
             return self.read(name)[start:stop].clone()
         rows = self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
         weight_OI = rows.dequantize()
@@ -138,6 +181,14 @@ class DecodedSource:
         view, step = byte_view(self.read(name)), max(8, bytes_at_once // 8 * 8)
         for start in range(0, len(view), step):
             yield view[start : start + step]
+
+    def stored_bytes(self) -> Mapping[str, int]:
+        """Module path → bytes of the tensors that it is stored as."""
+        infos = self._stored.infos()
+        return {
+            name: sum(infos[tensor].bytes_stored for tensor in module.tensors)
+            for name, module in self._index.modules.items()
+        }
 
     def quantizers(self) -> Mapping[str, InputQuantizer]:
         """Module path → what its inputs are rounded with; empty where nothing rounds them."""

@@ -8,6 +8,7 @@ Legend: N positions, U distinct ids, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class Ends:
         self._on_disk: dict[int, str] = {}  # embeddings too large to keep
         self._loading: list[nn.Module] = []
         inside = {id(module) for block in blocks for module in block.modules()}
+        load = weakref.WeakMethod(self._load_on_use)
+
+        def load_on_use(module: nn.Module, args: Any) -> None:
+            # A hook that held this object would be a cycle: a dropped model's embedding would stay
+            # until the garbage collector comes by.
+            method = load()
+            assert method is not None
+            method(module, args)
+
         for module in model.modules():
             direct = list(module.parameters(recurse=False))
             if not direct or id(module) in inside or module is head:
@@ -60,7 +70,7 @@ class Ends:
             if isinstance(module, nn.Embedding) and not self._is_small(module.weight):
                 self._on_disk[id(module.weight)] = f"{self._path_of[id(module)]}.weight"
             else:
-                module.register_forward_pre_hook(self._load_on_use)
+                module.register_forward_pre_hook(load_on_use)
                 self._loading.append(module)
 
     def _is_small(self, weight: Tensor) -> bool:

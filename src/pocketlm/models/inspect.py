@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import Fold, Group, TensorInfo
 from pocketlm.models.adapter import Model
+from pocketlm.models.packed import PackedForm
 
 
 class Finding(BaseModel):
@@ -23,7 +26,7 @@ class Share(Finding):
     Attributes:
         tensors: How many.
         parameters: Values in them.
-        bytes_stored: In the checkpoint's dtype.
+        bytes_stored: As the checkpoint holds them.
     """
 
     tensors: int = 0
@@ -94,6 +97,7 @@ class Inspection(Finding):
         layouts: Blocks by how they are built.
         left_out: Module path, ``*`` for any index → why it is not compressed.
         extras: Tensors that the model does not use; they are carried over unchanged.
+        compressed: Format and grid of weights that are compressed already → how many.
     """
 
     architecture: str
@@ -109,6 +113,7 @@ class Inspection(Finding):
     layouts: list[LayoutFinding]
     left_out: dict[str, str]
     extras: list[str]
+    compressed: dict[str, int] = Field(default_factory=dict)
 
 
 def inspect_model(model: Model, probe: bool = True) -> Inspection:
@@ -142,7 +147,7 @@ def inspect_model(model: Model, probe: bool = True) -> Inspection:
         architecture=type(model.skeleton.model).__name__,
         model_type=str(model.config.get("model_type", "")),
         blocks=len(model.block_paths),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype(model),
         context=model.context,
         vocabulary=model.vocabulary,
         tied=model.tied,
@@ -152,6 +157,7 @@ def inspect_model(model: Model, probe: bool = True) -> Inspection:
         layouts=layouts,
         left_out=left_out,
         extras=list(model.extras),
+        compressed=dict(Counter(_form_text(form) for form in model.forms.values())),
     )
 
 
@@ -191,16 +197,36 @@ def _shares(model: Model) -> dict[str, Share]:
     kinds = model.tensor_kinds()
     shares: dict[str, Share] = {}
     for name, info in model.source.infos().items():
-        shares[kinds[name]] = _add(shares.get(kinds[name], Share()), info)
+        form = model.forms.get(name)
+        stored = info.bytes_stored if form is None else form.bytes_stored
+        shares[kinds[name]] = _add(shares.get(kinds[name], Share()), info, stored)
     return shares
 
 
-def _add(share: Share, info: TensorInfo) -> Share:
+def _dtype(model: Model) -> str:
+    """The dtype of most bytes that are not compressed."""
+    bytes_of: Counter[str] = Counter()
+    for name, info in model.source.infos().items():
+        if name not in model.forms:
+            bytes_of[str(info.dtype).removeprefix("torch.")] += info.bytes_stored
+    return bytes_of.most_common(1)[0][0]
+
+
+def _form_text(form: PackedForm) -> str:
+    """Format, number format and groups, such as ``gptq, INT4, groups of 128``."""
+    spec, text = form.spec, f"{form.format}, {form.spec.name}"
+    if isinstance(spec, QuantSpec):
+        text += " with zero points" if not spec.symmetric else ""
+        text += f", groups of {spec.group_size}" if spec.group_size else ""
+    return text if form.activations is None else f"{text}, inputs {form.activations.name}"
+
+
+def _add(share: Share, info: TensorInfo, bytes_stored: int) -> Share:
     elements = 1
     for side in info.shape:
         elements *= side
     return Share(
         tensors=share.tensors + 1,
         parameters=share.parameters + elements,
-        bytes_stored=share.bytes_stored + info.bytes_stored,
+        bytes_stored=share.bytes_stored + bytes_stored,
     )

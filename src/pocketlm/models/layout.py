@@ -12,6 +12,7 @@ from pocketlm.core.views import Fold
 from pocketlm.models.experts import PerExpert, holds_fused_experts
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.names import NameMap
+from pocketlm.models.shortcut import REASON, SHORTCUT
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def lay_out(block: nn.Module, path: str, names: NameMap, fused: Mapping[str, str
         name = binding.tensors[0].removesuffix(".weight")
         if not binding.plain:
             skipped[name] = "the checkpoint stores it fused or permuted"
+        elif inner == SHORTCUT:
+            skipped[name] = REASON
         elif inner in routers:
             skipped[name] = "router"
         else:

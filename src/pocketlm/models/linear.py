@@ -73,6 +73,7 @@ class Linear:
         self._source = source
         self.input_quantizer: InputQuantizer | None = None
         self._replaced = False
+        self._original: Tensor | None = None  # on a GPU, once folds have taken the weight's place
         self._columns_I: Tensor | None = None  # folds: the columns are multiplied,
         self._rows_O: Tensor | None = None  # the rows divided
 
@@ -86,7 +87,9 @@ class Linear:
         It comes from the checkpoint where the block no longer holds it, or not exactly.
         """
         weight = self._weight
-        if self._replaced or weight.dtype not in (torch.float32, self.dtype):
+        if self._original is not None:
+            weight = self._original
+        elif self._replaced or weight.dtype not in (torch.float32, self.dtype):
             weight = self._source.read(self.tensor_name).to(weight.device)
         if self.stored_transposed:
             weight = weight.T
@@ -108,6 +111,8 @@ class Linear:
 
     def scale(self, columns_I: Tensor | None = None, rows_O: Tensor | None = None) -> None:
         """Folds scales into the original: columns are multiplied, rows divided; once or again."""
+        if self._weight.is_cuda and self._weight.dtype == self.dtype and not self._replaced:
+            self._original = self._weight.clone()  # it is asked for twice; reading takes longer
         if columns_I is not None:
             self._columns_I = columns_I if self._columns_I is None else self._columns_I * columns_I
         if rows_O is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -56,6 +58,8 @@ class Loader:
         self.source, self.names, self.model = source, names, model
         self.device, self.dtype = device, dtype
         self.replaced: dict[str, Rows] = {}  # tensor → what gives its rows instead of the source
+        self._ahead: dict[str, Future[Tensor]] = {}  # parameter → what a thread reads of it
+        self._reader: ThreadPoolExecutor | None = None
         self._pool: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def read(self, parameter: str, dtype: torch.dtype) -> Tensor:
@@ -89,10 +93,31 @@ class Loader:
             if f"{path}.{name}" in self.names.bindings:
                 self._load(f"{path}.{name}", buffer)
 
+    def prefetch(self, module: nn.Module, path: str) -> None:
+        """Begins to read a block's plainly bound parameters into pinned memory, for `fill`.
+
+        Args:
+            module: The block.
+            path: Its path in the model.
+        """
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "pocketlm-reader")
+        self._ahead = {}  # of a block that was never asked for
+        for name, _ in module.named_parameters():
+            binding = self.names.bindings[f"{path}.{name}"]
+            if binding.plain:
+                self._ahead[f"{path}.{name}"] = self._reader.submit(self._read, binding.tensors[0])
+
+    def _read(self, tensor: str) -> Tensor:
+        return self.source.read(tensor).pin_memory()
+
     def _load(self, parameter: str, target: Tensor) -> None:
         binding = self.names.bindings[parameter]
         rows = self.replaced.get(binding.tensors[0])
-        if rows is not None:
+        ahead = self._ahead.pop(parameter, None)
+        if ahead is not None and rows is None:
+            target.copy_(ahead.result().view(target.shape), non_blocking=True)
+        elif rows is not None:
             target.copy_(rows(0, target.shape[0]))
         elif binding.plain and target.is_contiguous():
             load_into(self.source, binding.tensors[0], target)

@@ -17,6 +17,7 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError, PocketLMError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorSource
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.models.adapter import Model, most_common_dtype
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
@@ -27,6 +28,8 @@ from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
 from pocketlm.models.memory import MemorySource
 from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
+from pocketlm.models.packed import PackedSource
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 from pocketlm.models.skeleton import Skeleton, build_skeleton, skeleton_like
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
@@ -46,6 +49,8 @@ class Parts:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     where: str
     quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
+    packed: PackedSource | None = None
 
 
 def open_model(
@@ -65,7 +70,7 @@ def open_model(
         compute_dtype: What they compute in; float32 on a CPU and bfloat16 elsewhere by default.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
-        allow_compressed: Whether our own artifacts open too, decoded as they are read.
+        allow_compressed: Whether compressed models open too, decoded as they are read.
 
     Returns:
         The model.
@@ -115,6 +120,7 @@ def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) 
         load_tokenizer=model.tokenizer,
         where="the changed model",
         quantizers=model.quantizers,
+        shortcuts=changes.shortcuts,
     )
     return _put_together(parts, model.device, dtype)
 
@@ -138,9 +144,13 @@ def changed_config(model: Model, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype) -> Model:
+    add_shortcuts(parts.skeleton.model, parts.shortcuts)
     names = map_names(parts.skeleton.model, parts.source.infos(), parts.where)
+    if isinstance(parts.packed, DecodedSource):
+        parts.packed.require_biases(names.extras, parts.where)
     names = settle_ties(parts.skeleton.model, names, parts.source)
     names, fused_experts = split_experts(parts.skeleton, names)
+    connect_shortcuts(parts.skeleton.model)
     return Model(
         source=parts.source,
         config=parts.config,
@@ -152,6 +162,8 @@ def _put_together(parts: Parts, device: torch.device, compute_dtype: torch.dtype
         side_files=parts.side_files,
         load_tokenizer=parts.load_tokenizer,
         quantizers=parts.quantizers,
+        shortcuts=parts.shortcuts,
+        forms={} if parts.packed is None else parts.packed.forms(),
     )
 
 
@@ -229,6 +241,8 @@ def _from_directory(
         load_tokenizer=lambda: load_tokenizer(directory, trust_remote_code=trust_remote_code),
         where=str(directory),
         quantizers={} if compressed is None else compressed.quantizers(),
+        shortcuts=shortcuts_of(config),
+        packed=compressed,
     )
 
 

@@ -8,6 +8,7 @@ them. Everything else is loaded as it is stored, in the dtype the model computes
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import UnsupportedLayer, UnsupportedModel
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorSource
+from pocketlm.formats import kv_cache
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
@@ -33,10 +36,12 @@ from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.load import Loader
 from pocketlm.models.names import NameMap, map_names, settle_ties
 from pocketlm.models.opening import open_model
+from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
 from pocketlm.models.skeleton import build_skeleton
 from pocketlm.models.stream import SafetensorsSource
 from pocketlm.models.tokenizer import load_tokenizer, side_files
 
+log = logging.getLogger("pocketlm.models")
 MakeLinear = Callable[[WeightTensor, Tensor | None, InputQuantizer | None], nn.Module]
 MakeEmbedding = Callable[[WeightTensor, nn.Embedding], nn.Module]
 
@@ -95,6 +100,8 @@ def _packed_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config, where = read_config(directory), str(directory)
     judge_config(config, where, trust_remote_code=trust_remote_code, allow_compressed=True)
+    if kv_cache.scheme_of(config) is not None:
+        log.warning("the file asks engines to round the cache of keys and values; it is not here")
     stored = SafetensorsSource(directory)
     index = CompressedIndex.build(config, stored.infos())
     if index is None:
@@ -103,7 +110,9 @@ def _packed_model(
     hf_config = transformers_config(directory, trust_remote_code=trust_remote_code)
     hf_config.__dict__.pop("quantization_config", None)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
+    add_shortcuts(skeleton.model, shortcuts_of(config))
     names = map_names(skeleton.model, source.infos(), where)
+    source.require_biases(names.extras, where)
     names = settle_ties(skeleton.model, names, source)
     names, fused = split_experts(skeleton, names)
     for path, reason in fused.items():
@@ -124,6 +133,7 @@ def _packed_model(
             continue
         bias, quantizer = _bias(path, stored, names), index.quantizer(module, stored.read)
         _replace(skeleton.model, path, packed, bias, quantizer, make[0])
+    connect_shortcuts(skeleton.model)
     _finish(skeleton.model, source, names, device, dtype, side_files(directory))
     stored.close()
     return skeleton.model, load_tokenizer(directory, trust_remote_code=trust_remote_code)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+MAX_AXES = 64  # of a tensor, as torch has it
 SAMPLE_BYTES = 4096  # of each tensor's start, middle and end, for the fingerprint
 REMEDY = "Download or copy the file again."
 
@@ -181,10 +182,12 @@ def _shards(index: Path) -> list[tuple[Path, set[str]]]:
         shards: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
             shards.setdefault(file, set()).add(tensor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not shards or not all(isinstance(file, str) for file in shards):
+            raise ValueError("no file is named")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError("is no valid index.", where=str(index), remedy=REMEDY) from error
     for file in shards:
-        if PurePath(file).name != file:
+        if PurePath(file).name != file or PureWindowsPath(file).name != file or "\0" in file:
             raise SourceError(f"names '{file}', outside the directory.", where=str(index))
         if not (index.parent / file).is_file():
             what = f"names shard '{file}', which is absent."
@@ -210,8 +213,8 @@ def _parse_header(file: PositionalFile) -> dict[str, Place]:
         header = json.loads(raw.decode("utf-8"))
         header.pop("__metadata__", None)
         entries = [(name, *_entry(value)) for name, value in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"has a damaged header ({error})."
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"has a damaged header ({str(error)[:200]})."
         raise SourceError(what, where=where, remedy=REMEDY) from error
     return _checked_places(file, 8 + length, entries)
 
@@ -219,8 +222,10 @@ def _parse_header(file: PositionalFile) -> dict[str, Place]:
 def _entry(value: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     shape = tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-        raise ValueError("a size or offset is no whole number")
+    if len(shape) > MAX_AXES or any(
+        type(n) is not int or not 0 <= n < 1 << 63 for n in (*shape, begin, end)
+    ):
+        raise ValueError("a size or offset is no whole number, or there are too many")
     return DTYPES[value["dtype"]], shape, begin, end
 
 

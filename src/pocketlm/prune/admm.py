@@ -8,6 +8,9 @@ In columns scaled to H_ii = 1, with D the pruned copy, V the multiplier and ρ t
 has, the mask stands. The weights under it solve their normal equations by conjugate gradients, all
 rows at once (section 3.3).
 
+Deviation: the authors' code begins anew with a smaller ρ where the first rounds move nothing; here
+the mask stands then.
+
 One eigendecomposition serves all ρ. Cost: two products [O, I] x [I, I] a round, one a step of the
 gradients.
 
@@ -24,7 +27,7 @@ from pocketlm.core.stored import SparsitySpec
 from pocketlm.prune.patterns import Scope, kept
 
 EVERY = 3  # rounds between two looks at how much the mask moves
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of kept places that changed → growth of ρ
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # places that changed over those kept → growth of ρ
 
 
 def alternate(
@@ -65,7 +68,7 @@ def alternate(
         pruned_OI = asked_OI * mask_OI
         dual_OI += rho * (moved_OI - pruned_OI)
         if done % EVERY == 0:
-            changed = int((mask_OI != earlier_OI).sum()) / 2
+            changed = int((mask_OI != earlier_OI).sum())
             if not changed:
                 break
             share = changed / max(int(mask_OI.sum()), 1)

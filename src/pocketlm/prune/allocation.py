@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketlm.core.state import Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.prune.scores import wanda
+from pocketlm.prune.scores import reached, wanda
 
 QUANTILES = 513  # of a linear's scores, for a threshold that all share
 MOST = 0.95  # the largest share of zeros that an allocation gives
@@ -67,7 +67,8 @@ def samsp(reach: float = 0.1) -> Allocation:
     """Linears of larger Hessians keep more (sensitivity-aware mixed sparsity, arXiv:2310.09499).
 
     The sensitivity is the mean of the Hessian's diagonal, in log. Deviation: it goes linearly into
-    shares within `reach` of the mean one.
+    shares within `reach` of the mean one. A linear that no token reached gets the share of the
+    least sensitive one.
     """
 
     def look(
@@ -79,8 +80,9 @@ def samsp(reach: float = 0.1) -> Allocation:
     def spread(
         looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float
     ) -> Mapping[str, float]:
-        tiny = torch.finfo(torch.float32).tiny
-        logs = torch.tensor([max(look[0], tiny) for look in looks.values()]).log()
+        traces = [look[0] for look in looks.values()]
+        least = min((trace for trace in traces if trace > 0), default=1.0)
+        logs = torch.tensor(traces, dtype=torch.float64).clamp(min=least).log()
         return _linear(
             {name: -float(log) for name, log in zip(looks, logs, strict=True)}, sizes, mean, reach
         )
@@ -92,13 +94,18 @@ def one_threshold() -> Allocation:
     """The weights of least |w| · |x|₂ / (the linear's root mean square) go, wherever they are.
 
     One threshold for all linears, found on quantiles of their scores. Unscaled scores of different
-    linears say little about each other: whole linears would go.
+    linears say little about each other: whole linears would go. One that no token reached goes by
+    |w| over its root mean square.
     """
 
     def look(
         weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]
     ) -> Mapping[str, Sequence[float]]:
-        return {name: _quantiles(wanda(weights[name], stats[name])) for name in weights}
+        scores = {
+            name: wanda(weights[name], of) if reached(of) else weights[name].abs()
+            for name, of in stats.items()
+        }
+        return {name: _quantiles(score_OI) for name, score_OI in scores.items()}
 
     def spread(
         looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float

@@ -14,7 +14,7 @@ Legend: L blocks, B sequences, T tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,14 @@ from torch import Tensor
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
-from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Findings, Outline, Survey, Visit
 from pocketlm.core.views import BlockView
+from pocketlm.prune.smaller import Smaller
 
 SCORE = "score"
 
 
-class Depth(Strict):
+class Depth(Smaller):
     """Depth pruning: removes the blocks that matter least.
 
     Attributes:
@@ -42,11 +41,6 @@ class Depth(Strict):
         keep_last: Blocks at the end that are never removed.
         seed: Of the random score.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     blocks: int | None = Field(default=None, ge=0)

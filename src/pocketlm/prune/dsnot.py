@@ -6,6 +6,9 @@ With e = Σ over pruned w_i E[x_i], what a row's mean output has lost (arXiv:231
 Each turn changes one pair in every row; a row stops once |e| is small or no turn brings it nearer.
 No weight changes its value. N:M: both of a pair lie in one group.
 
+Deviation: small is a tenth of where a row began; the paper's 0.1 is absolute, and so depends on the
+scale of the model's activations.
+
 Legend: O output rows, I input columns.
 """
 

@@ -1,7 +1,7 @@
 """How much a channel tells: the entropy of its values over tokens, for E-Sparse.
 
-Values are sorted into 64 bins over the range that the first batch shows (arXiv:2310.15929, eq. 4,
-uses bins over the range of all tokens, which a stream does not know beforehand).
+Deviation: values are sorted into 64 bins over the range that the first batch shows; E-Sparse
+(arXiv:2310.15929) bins over the range of all tokens, which a stream does not know beforehand.
 
 Legend: T tokens, I input columns.
 """

@@ -16,7 +16,7 @@ Legend: E experts, n tokens of an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,13 +24,12 @@ from torch import Tensor
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
-from pocketlm.core.stats import Stat
 from pocketlm.core.transform import EXPERTS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.core.views import BlockView
+from pocketlm.prune.smaller import Smaller
 
 
-class Experts(Strict):
+class Experts(Smaller):
     """Removes the experts that contribute least to a mixture, or merges them into others.
 
     Attributes:
@@ -39,12 +38,6 @@ class Experts(Strict):
         score: What says how much an expert contributes.
         merge: Whether what goes is averaged into what stays.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.25, ge=0.0, lt=1.0)
     keep: int | None = Field(default=None, ge=1)

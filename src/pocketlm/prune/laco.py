@@ -3,11 +3,14 @@
 Merging blocks l+1 … l+m into block l:    θ*_l = θ_l + Σ_k (θ_{l+k} - θ_l)        (eq. 1)
 
 From the top down, as many blocks as `merge` are merged at a time; a merge stays if the last hidden
-states keep a mean cosine of `threshold` to the original's, else the window moves on by `interval`
-(algorithm 1). Deviation: the paper ends with as many blocks as its threshold leaves; here the
-threshold falls until the asked number is gone. Deviation: where a merge is too much, fewer blocks
-are tried at the same place. θ_l enters a merge of m with the factor 1 - m, which a small model
-whose blocks differ does not survive; m = 1 puts the next block in its place, no more.
+states keep a mean cosine of `threshold` to the original's, and the window moves on by `interval`,
+else by one block (algorithm 1).
+
+Deviations: the paper ends with as many blocks as its threshold leaves; here the threshold falls
+until the asked number is gone. Where a merge is too much, fewer blocks are tried at the same place:
+θ_l enters a merge of m with the factor 1 - m, which a small model whose blocks differ does not
+survive; m = 1 puts the next block in its place, no more. Blocks that others were merged into are
+not merged again. The cosine is that of single tokens, not of whole sequences.
 
 Cost: a pass of the model over a few windows for each merge that is tried.
 """
@@ -16,21 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
-from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Findings, Outline, Survey
+from pocketlm.prune.smaller import Smaller
 
 HOME = "home"
 
 
-class Laco(Strict):
+class Laco(Smaller):
     """LaCo: merges runs of neighbouring blocks instead of removing them.
 
     Attributes:
@@ -39,14 +40,8 @@ class Laco(Strict):
         merge: Blocks that go into one at a time, at most.
         threshold: Cosine that a merge must keep at first.
         fall: By how much the threshold falls where no merge keeps it.
-        interval: Blocks between two merges that are tried.
+        interval: Blocks between two merges that stay.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     blocks: int | None = Field(default=None, ge=0)
@@ -84,11 +79,9 @@ class Laco(Strict):
                 )
                 found = next((t for t in tries if t and cosine(t) >= threshold), None)
                 if found:
-                    home, left = (
-                        found,
-                        self._count(total) - sum(b != p for b, p in enumerate(found)),
-                    )
-                start -= 1 if found else self.interval
+                    gone = sum(block != place for block, place in enumerate(found))
+                    home, left = found, self._count(total) - gone
+                start -= self.interval if found else 1
             if left == before:
                 threshold -= self.fall
             if threshold < -1:  # every merge that is possible has been made

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.state import Statistics
-from pocketlm.core.stats import Hessian, Stat
+from pocketlm.core.stats import GradientSize, Hessian, Stat
 from pocketlm.prune.entropy import Entropy
 
 DAMPING = 0.01  # share of the Hessian's mean diagonal that is added before it is inverted
+GRADIENT_SHARE = 25.0  # α of GBLM
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Score:
 
     Attributes:
         of: The score [O, I] of a weight, from the statistics named.
-        needs: Statistics of the inputs.
+        needs: Statistics of the inputs, and perhaps the gradient.
     """
 
     of: Callable[[Tensor, Statistics], Tensor]
     needs: tuple[type[Stat], ...] = (Hessian,)
+
+
+def reached(stats: Statistics) -> bool:
+    """Whether a token reached the linear: without one, scores of its inputs are zeros."""
+    return bool((stats[Hessian].diagonal_I() > 0).any())
 
 
 def magnitude(weight_OI: Tensor, stats: Statistics) -> Tensor:
@@ -50,7 +56,7 @@ def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def ria(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """(|w| / Σ|row| + |w| / Σ|column|) · |x|₂^½ (relative importance and activations, RIA)."""
+    """(|w| / Σ|row| + |w| / Σ|column|) · |x|₂^½ (RIA, arXiv:2402.17946, with its a = ½)."""
     size_OI = weight_OI.abs()
     tiny = torch.finfo(size_OI.dtype).tiny
     of_row_OI = size_OI / size_OI.sum(1, keepdim=True).clamp(min=tiny)
@@ -65,11 +71,25 @@ def obs(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def esparse(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """|w| · (|x|₂ + entropy of x): channels that tell much stay (E-Sparse, arXiv:2310.15929)."""
+    """|w| · (|x|₂ + entropy of x): channels that tell much stay (E-Sparse, arXiv:2310.15929).
+
+    Deviation: both count alike on the mean of all channels, whatever the scale of the activations;
+    the paper adds them with a fixed factor.
+    """
     norm_I = stats[Hessian].diagonal_I().sqrt()
     entropy_I = stats[Entropy].value_I()
     share_I = entropy_I / entropy_I.mean().clamp(min=torch.finfo(entropy_I.dtype).tiny)
     return weight_OI.abs() * (norm_I + norm_I.mean() * share_I)
+
+
+def gblm(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """|w| · (|x|₂ + α |g|₂), g the loss's gradient in w (GBLM-Pruner, arXiv:2311.04902).
+
+    Both norms are root mean squares here, over tokens and over sequences. The paper's α = 100 is
+    for sums over 128 sequences of 2048 tokens: 100 √128 / √2048 = 25.
+    """
+    size_I = (stats[Hessian].diagonal_I() / 2).sqrt()
+    return weight_OI.abs() * (size_I + GRADIENT_SHARE * stats[GradientSize].size_OI)
 
 
 SCORES: dict[str, Score] = {
@@ -79,4 +99,5 @@ SCORES: dict[str, Score] = {
     "ria": Score(ria),
     "obs": Score(obs),
     "esparse": Score(esparse, (Hessian, Entropy)),
+    "gblm": Score(gblm, (Hessian, GradientSize)),
 }

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from pocketlm.core.columns import Rounding
 from pocketlm.core.spec import Strict, matches
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
@@ -24,8 +25,8 @@ from pocketlm.prune.admm import alternate, solve
 from pocketlm.prune.allocation import ALLOCATIONS, Allocation
 from pocketlm.prune.dsnot import Moments, exchange
 from pocketlm.prune.patterns import Scope, kept
-from pocketlm.prune.scores import SCORES
-from pocketlm.prune.sweep import Rounding, prune_columns
+from pocketlm.prune.scores import SCORES, reached
+from pocketlm.prune.sweep import prune_columns
 from pocketlm.quant.gptq import ladder_notes
 from pocketlm.quant.grid import grid_of, packed, round_to_grid
 
@@ -37,7 +38,8 @@ class Magnitude(Strict):
 
     Attributes:
         sparsity: Share of zeros or N:M.
-        score: What a weight is worth: magnitude, wanda, obd, ria, obs or esparse.
+        score: What a weight is worth: magnitude, wanda, obd, ria, obs, esparse or
+            gblm.
         scope: Which weights compete where the sparsity is a share: of a row, or of the matrix.
         allocation: How the share is spread over the linears: uniform, owl, samsp, or global (one
             threshold). It becomes `overrides` before the run begins.
@@ -96,13 +98,33 @@ class Magnitude(Strict):
         return rows * columns - sparsity.pruned(rows * columns)
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear with its least weights set to zero."""
+        """The linear with its least weights set to zero; by magnitude where no token reached it."""
+        if self.needs and not reached(stats):
+            return self._without_data(state)
+        return self._with_data(state, stats)
+
+    def _with_data(self, state: LinearState, stats: Statistics) -> LinearState:
         mask_OI = self._mask_OI(state, stats)
         return pruned(state, state.reference_OI * mask_OI, mask_OI)
 
     def _mask_OI(self, state: LinearState, stats: Statistics) -> Tensor:
         score_OI = SCORES[self.score].of(state.reference_OI, stats)
         return kept(score_OI, self.sparsity_of(state.name), self.scope)
+
+    def _without_data(self, state: LinearState) -> LinearState:
+        note = Note("no_tokens", "no calibration token reached it: pruned by magnitude.")
+        width = self._competing(state.reference_OI.shape[1])
+        sparsity = self.sparsity_of(state.name)
+        parts = [
+            kept(score_OC, sparsity, self.scope)
+            for score_OC in state.reference_OI.abs().split(width, dim=1)
+        ]
+        mask_OI = torch.cat(parts, dim=1)
+        return pruned(state, state.reference_OI * mask_OI, mask_OI, note)
+
+    def _competing(self, columns: int) -> int:
+        """How many neighbouring columns of a weight compete at once."""
+        return columns
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A sort of the scores."""
@@ -130,6 +152,13 @@ class Esparse(Magnitude):
     scope: Scope = "row"
 
 
+class Gblm(Magnitude):
+    """Input size and the loss's gradient (GBLM-Pruner, arXiv:2311.04902); a backward pass more."""
+
+    score: str = "gblm"
+    scope: Scope = "row"
+
+
 class Dsnot(Wanda):
     """Wanda's mask, then kept and pruned weights change places (DSnoT, arXiv:2310.08915).
 
@@ -144,8 +173,8 @@ class Dsnot(Wanda):
         """What the score is made of, and the inputs' mean and variance."""
         return tuple(dict.fromkeys((*super().needs, Hessian, Moments)))
 
-    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear with another mask of the same count; its values stay."""
+    def _with_data(self, state: LinearState, stats: Statistics) -> LinearState:
+        """Another mask of the same count; values stay."""
         weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
         norm_I = stats[Hessian].diagonal_I().sqrt()
         mask_OI = self._mask_OI(state, stats)
@@ -174,27 +203,11 @@ class _OnHessian(Magnitude):
         """The Hessian of the inputs."""
         return (Hessian,)
 
-    def _without_data(self, state: LinearState) -> LinearState:
-        """A linear that no calibration token reached."""
-        note = Note("no_tokens", "no calibration token reached it: pruned by magnitude.")
-        width = self._competing(state.reference_OI.shape[1])
-        sparsity = self.sparsity_of(state.name)
-        parts = [
-            kept(score_OC, sparsity, self.scope)
-            for score_OC in state.reference_OI.abs().split(width, dim=1)
-        ]
-        mask_OI = torch.cat(parts, dim=1)
-        return pruned(state, state.reference_OI * mask_OI, mask_OI, note)
-
     def _hessian_II(self, hessian: Hessian) -> Tensor:
         """The Hessian, shrunk and damped."""
         hessian_II = hessian.shrunk_II(self.shrinkage)
         hessian_II.diagonal().add_(self.damping * hessian_II.diagonal().mean())
         return hessian_II
-
-    def _competing(self, columns: int) -> int:
-        """How many neighbouring columns of a weight compete."""
-        return columns
 
 
 class Sparsegpt(_OnHessian):
@@ -221,11 +234,9 @@ class Sparsegpt(_OnHessian):
         group = self.sparsity.of or 1
         return -(-self.block_columns // group) * group
 
-    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear, pruned; its kept weights moved."""
+    def _with_data(self, state: LinearState, stats: Statistics) -> LinearState:
+        """Kept weights have moved."""
         hessian = stats[Hessian]
-        if not bool((hessian.diagonal_I() > 0).any()):
-            return self._without_data(state)
         factor = hessian.inverse_factor(self.damping, None, self.shrinkage)
         done = prune_columns(
             state.reference_OI,
@@ -246,7 +257,7 @@ class Sparsegpt(_OnHessian):
         held = 4 * (5 * rows * columns + 5 * columns * columns)
         flops = (1.0 + 2 * self.steps) * rows * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)
-        return Cost(held, flops, calls=8 * columns, bytes_moved=moved)
+        return Cost(held, flops, calls=8 * columns, bytes_moved=moved, kernel=True)
 
 
 class SparsegptJoint(Sparsegpt):
@@ -258,21 +269,22 @@ class SparsegptJoint(Sparsegpt):
     preserves: ClassVar[frozenset[str]] = frozenset({"grid", "shape"})
     makes: ClassVar[frozenset[str]] = frozenset({"mask", "grid"})
 
-    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear on its grid, pruned; `refine` may follow."""
-        hessian, grid, spec = stats[Hessian], grid_of(state), state.spec
-        shape = (state.reference_OI.shape[0], state.reference_OI.shape[1])
-        if not bool((hessian.diagonal_I() > 0).any()):
-            state = self._without_data(state)
-            return state.with_current(round_to_grid(state.reference_OI, grid, spec))
-        factor = hessian.inverse_factor(self.damping, None, self.shrinkage)
+    def _without_data(self, state: LinearState) -> LinearState:
+        grid = grid_of(state)
+        state = super()._without_data(state)
+        return state.with_current(round_to_grid(state.reference_OI, grid, state.spec))
+
+    def _with_data(self, state: LinearState, stats: Statistics) -> LinearState:
+        """On its grid, pruned; `refine` may follow."""
+        grid, spec = grid_of(state), state.spec
+        factor = stats[Hessian].inverse_factor(self.damping, None, self.shrinkage)
         done = prune_columns(
             state.reference_OI,
             factor.upper_II,
             self.sparsity_of(state.name),
             self.scope,
             self.block_columns,
-            rounding=Rounding(spec, *grid.by_column(shape, spec)),
+            rounding=Rounding(spec, *grid.by_column(state.shape, spec)),
         )
         assert done.level_OI is not None
         state = replace(state, mask_OI=done.mask_OI)
@@ -291,13 +303,10 @@ class Alps(_OnHessian):
     rounds: int = Field(300, ge=1, le=10_000)
     steps: int = Field(20, ge=0, le=1000)
 
-    def compress(self, state: LinearState, stats: Statistics) -> LinearState:
-        """The linear, pruned; its kept weights moved."""
-        hessian = stats[Hessian]
-        if not bool((hessian.diagonal_I() > 0).any()):
-            return self._without_data(state)
+    def _with_data(self, state: LinearState, stats: Statistics) -> LinearState:
+        """Kept weights have moved."""
         weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
-        hessian_II = self._hessian_II(hessian)
+        hessian_II = self._hessian_II(stats[Hessian])
         mask_OI = alternate(weight_OI, hessian_II, sparsity, self.scope, self.rounds)
         solved_OI = solve(weight_OI, hessian_II, mask_OI, steps=self.steps)
         return pruned(state, solved_OI, mask_OI)

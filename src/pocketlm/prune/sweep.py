@@ -19,25 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pocketlm.core import feedback
-from pocketlm.core.levels import rounder
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.columns import Rounding
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.prune.patterns import Scope, kept
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A grid that kept weights are rounded to in the same sweep.
-
-    Attributes:
-        spec: Number format.
-        scale_IO: Scale of every weight, transposed.
-        zero_IO: Zero points alike; None where there are none.
-    """
-
-    spec: QuantSpec
-    scale_IO: Tensor
-    zero_IO: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -77,24 +61,17 @@ def prune_columns(
     """
     group = sparsity.of or 1
     width = -(-block_columns // group) * group
-    mask_IO = torch.ones_like(weight_OI.T, dtype=torch.bool)
-    if mask_OI is not None:
-        mask_IO = mask_OI.T.contiguous()
-    level_IO = None if rounding is None else torch.empty_like(weight_OI.T)
+    chosen_IO = mask_OI.T if mask_OI is not None else torch.ones_like(weight_OI.T, dtype=torch.bool)
+    mask_IO = chosen_IO.contiguous()
 
-    def begin(start: int, rest_CO: Tensor, upper_CC: Tensor) -> None:
-        if mask_OI is None:
-            score_OC = (rest_CO / upper_CC.diagonal()[:, None]).square().T
-            mask_IO[start : start + len(rest_CO)] = kept(score_OC, sparsity, scope).T
+    def choose(rest_CO: Tensor, upper_CC: Tensor) -> Tensor:
+        score_OC = (rest_CO / upper_CC.diagonal()[:, None]).square().T
+        return kept(score_OC, sparsity, scope).T
 
-    def settle(i: int, column_O: Tensor) -> Tensor:
-        kept_O = mask_IO[i].to(column_O.dtype)
-        if rounding is None or level_IO is None:
-            return column_O * kept_O
-        zero_O = None if rounding.zero_IO is None else rounding.zero_IO[i]
-        level_IO[i] = rounder(rounding.spec)(column_O, rounding.scale_IO[i], zero_O) * kept_O
-        return level_IO[i] * rounding.scale_IO[i]
-
-    swept_OI = feedback.sweep(weight_OI, upper_II, settle, None, width, begin)
-    level_OI = None if level_IO is None else level_IO.T.contiguous()
-    return Swept(swept_OI, mask_IO.T.contiguous(), level_OI)
+    settled_OI = feedback.sweep(
+        weight_OI, upper_II, None, width, rounding, mask_IO, choose if mask_OI is None else None
+    )
+    mask_OI = mask_IO.T.contiguous()
+    if rounding is None:
+        return Swept(settled_OI, mask_OI, None)
+    return Swept(settled_OI * rounding.scale_IO.T, mask_OI, settled_OI)

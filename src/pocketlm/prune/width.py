@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import Strict
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import CHANNELS, HEADS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.core.views import LinearView
+from pocketlm.prune.smaller import Smaller
 
 Dimension = Literal["channels", "heads"]
+S = TypeVar("S", bound=Stat)
 
 
-class Width(Strict):
+class Width(Smaller):
     """What all kinds of width pruning share.
 
     Attributes:
@@ -38,12 +39,6 @@ class Width(Strict):
         channels: How many channels to keep, instead of what the ratio leaves.
         heads: How many key and value heads to keep, instead of what the ratio leaves.
     """
-
-    kind: ClassVar[Literal["transform"]] = "transform"
-    needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = frozenset({"shape"})
-    needs_data: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
     dimensions: tuple[Dimension, ...] = Field(default=(CHANNELS, HEADS), min_length=1)
@@ -176,23 +171,7 @@ class InputWidth(Width):
         self, visit: Visit, structures: Sequence[Structure], sizes: Mapping[str, int]
     ) -> dict[str, Tensor]:
         """Gathers what flows into the readers of a block, then scores."""
-        group_of = {name: group.index for group in visit.block.groups for name in group.linears}
-        stats: dict[str, Stat] = {}
-        at_group: dict[int, list[Stat]] = {}
-        device = next(iter(visit.block.linears.values())).weight_OI().device
-        for structure in structures:
-            for name in structure.readers:
-                cut = structure.cut_of(visit.block.linears[name].tensor_name)
-                columns = visit.block.linears[name].in_features
-                stats[name] = self.statistic(cut.width, columns, device)
-                at_group.setdefault(group_of[name], []).append(stats[name])
-
-        def take(group: int, x_TI: Tensor) -> None:
-            for stat in at_group.get(group, ()):
-                stat.add(x_TI)
-
-        for _ in visit.run(take):
-            pass
+        stats = gather(visit, structures, self.statistic)
         found: dict[str, Tensor] = {}
         for structure in structures:
             total_U = torch.zeros(structure.units, dtype=torch.float64)
@@ -213,6 +192,38 @@ class InputWidth(Width):
     ) -> dict[str, Tensor]:
         """What else is to be kept of a structure, once it is known what is left of it."""
         return {}
+
+
+def gather(
+    visit: Visit,
+    structures: Sequence[Structure],
+    make: Callable[[int, int, torch.device], S],
+) -> dict[str, S]:
+    """Statistics of what flows into the readers of some structures of a block, by module path.
+
+    Args:
+        visit: The block, not run yet.
+        structures: Of that block.
+        make: An empty statistic, from the columns of a unit, all columns, and the device.
+    """
+    group_of = {name: group.index for group in visit.block.groups for name in group.linears}
+    stats: dict[str, S] = {}
+    at_group: dict[int, list[S]] = {}
+    device = next(iter(visit.block.linears.values())).weight_OI().device
+    for structure in structures:
+        for name in structure.readers:
+            cut = structure.cut_of(visit.block.linears[name].tensor_name)
+            columns = visit.block.linears[name].in_features
+            stats[name] = make(cut.width, columns, device)
+            at_group.setdefault(group_of[name], []).append(stats[name])
+
+    def take(group: int, x_TI: Tensor) -> None:
+        for stat in at_group.get(group, ()):
+            stat.add(x_TI)
+
+    for _ in visit.run(take):
+        pass
+    return stats
 
 
 def _best(scores_U: Tensor, count: int) -> Tensor:

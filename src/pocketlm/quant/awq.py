@@ -21,10 +21,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.linalg import product
 from pocketlm.core.spec import Strict
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.quant.grid import grouped, minmax_grid, round_to_grid, searched_grid, ungrouped
+from pocketlm.quant.grid import (
+    grouped,
+    kernel_serves,
+    minmax_grid,
+    multiples_tried,
+    round_to_grid,
+    searched_grid,
+    ungrouped,
+)
+
+SMALLEST, SHRINKS = 0.6, 5  # of the search for each trial's grid
 
 
 class Awq(Strict):
@@ -49,34 +60,44 @@ class Awq(Strict):
         diagonal_I = hessian.diagonal_I()
         if not bool((diagonal_I > 0).any()):
             return None
-        hessian_II = hessian.matrix_II()
         inputs_I = diagonal_I.sqrt()
         weights_I = _column_size(linears)
-        best_I, best_error = None, self._error(linears, torch.ones_like(inputs_I), hessian_II)
+        trials = [torch.ones_like(inputs_I)]
         for step in range(1, self.steps + 1):
             exponent = step / self.steps
-            for scale_I in (inputs_I**exponent, (inputs_I / weights_I) ** exponent):
-                scale_I = _centred(scale_I)
-                error = self._error(linears, scale_I, hessian_II)
-                if error < best_error:
-                    best_I, best_error = scale_I, error
-        return best_I
+            trials += [_centred(inputs_I**exponent), _centred((inputs_I / weights_I) ** exponent)]
+        weigh_II = hessian.matrix_II()
+        if weigh_II.is_cuda:
+            weigh_II = weigh_II.bfloat16()  # trials only compete with each other
+        errors = [self._error(linears, scale_I, diagonal_I, weigh_II) for scale_I in trials]
+        best = int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin())
+        return trials[best] if best else None
 
-    def _error(self, linears: Sequence[LinearState], scale_I: Tensor, hessian_II: Tensor) -> float:
+    def _error(
+        self, linears: Sequence[LinearState], scale_I: Tensor, diagonal_I: Tensor, weigh_II: Tensor
+    ) -> Tensor:
+        """The linears' squared output error, float64 []; one rounded weight is held at a time."""
         total = torch.zeros((), dtype=torch.float64, device=scale_I.device)
         for state in linears:
-            scaled_OI = state.reference_OI * scale_I
-            if self.clip:
-                importance_I = hessian_II.diagonal() / scale_I.square()
-                grid = searched_grid(
-                    scaled_OI, state.spec, state.scale_dtype, importance_I, smallest=0.6, steps=5
-                )
-            else:
-                grid = minmax_grid(scaled_OI, state.spec, state.scale_dtype)
-            rounded = round_to_grid(scaled_OI, grid, state.spec)
-            error_OI = rounded.dequantize() / scale_I - state.reference_OI
-            total += ((error_OI @ hessian_II) * error_OI).sum().double()
-        return float(total)
+            error_OI = self._left_over(state, scale_I, diagonal_I)
+            total += (product(error_OI, weigh_II, terms=1) * error_OI).sum().double()
+        return total
+
+    def _left_over(self, state: LinearState, scale_I: Tensor, diagonal_I: Tensor) -> Tensor:
+        """E = Q(W diag(s)) diag(s)⁻¹ - W [O, I]; by one kernel where it serves, then bfloat16."""
+        weight_OI, spec, dtype = state.reference_OI, state.spec, state.scale_dtype
+        if self.clip and kernel_serves(weight_OI, spec):
+            from pocketlm.quant.grid_kernel import left_over
+
+            multiples = list(multiples_tried(spec, SMALLEST, SHRINKS))
+            return left_over(weight_OI, spec, dtype, diagonal_I, multiples, scale_I)
+        scaled_OI = weight_OI * scale_I
+        if self.clip:
+            weigh_I = diagonal_I / scale_I.square()
+            grid = searched_grid(scaled_OI, spec, dtype, weigh_I, smallest=SMALLEST, steps=SHRINKS)
+        else:
+            grid = minmax_grid(scaled_OI, spec, dtype)
+        return round_to_grid(scaled_OI, grid, spec).dequantize() / scale_I - weight_OI
 
     def cost(self, rows: int, columns: int) -> Cost:
         """A rounding and a product with the Hessian for each trial."""
@@ -84,7 +105,7 @@ class Awq(Strict):
         held = 4 * (4 * rows * columns + columns * columns)
         searching = 10 * 160.0 if self.clip else 20.0
         flops = trials * rows * columns * (2.0 * columns + searching)
-        return Cost(held, flops, trials * (260 if self.clip else 20))
+        return Cost(held, flops, trials * (260 if self.clip else 20), kernel=self.clip)
 
 
 def _column_size(linears: Sequence[LinearState]) -> Tensor:
@@ -104,6 +125,6 @@ def _centred(scale_I: Tensor) -> Tensor:
 
     A dead input has no size; it takes the smallest live one, and at most a factor 10⁴ is spanned.
     """
-    live_I = scale_I[scale_I > 0]
-    scale_I = scale_I.clamp(min=max(float(live_I.min()), 1e-4 * float(live_I.max())))
+    least = torch.where(scale_I > 0, scale_I, torch.inf).min()
+    scale_I = torch.maximum(scale_I, torch.maximum(least, 1e-4 * scale_I.max()))
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()

@@ -79,4 +79,5 @@ class Clip(Strict):
     def cost(self, rows: int, columns: int) -> Cost:
         """2 · steps passes over the weight, some rows at a time; the factor is shared with gptq."""
         passes = 2 * self.steps
-        return Cost(9 * rows * columns, 160.0 * passes * rows * columns, 25 * passes)
+        flops = 160.0 * passes * rows * columns
+        return Cost(9 * rows * columns, flops, 25 * passes, kernel=True)

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pocketlm.core import feedback
-from pocketlm.core.levels import rounder
+from pocketlm.core.columns import Rounding
 from pocketlm.core.linalg import InverseFactor
 from pocketlm.core.spec import QuantSpec, Strict
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
@@ -72,7 +72,7 @@ class Gptq(Strict):
         held = 4 * (4 * rows * columns + 5 * columns * columns)
         flops = float(rows) * columns * columns + columns**3
         moved = 4.0 * rows * columns * (self.block_columns + 20)  # half a block, read and written
-        return Cost(held, flops, calls=9 * columns, bytes_moved=moved)
+        return Cost(held, flops, calls=9 * columns, bytes_moved=moved, kernel=True)
 
 
 def column_order(hessian: Hessian, order: str) -> Tensor | None:
@@ -116,19 +116,6 @@ def sweep(
     """
     rows, columns = weight_OI.shape
     order_I = torch.arange(columns, device=weight_OI.device) if order_I is None else order_I
-    nearest = rounder(spec)
-    scale_IO, zero_IO = grid.by_column((rows, columns), spec, order_I)
-    mask_IO = None if mask_OI is None else mask_OI.T[order_I].to(weight_OI.dtype)
-    level_IO = torch.empty_like(scale_IO)
-
-    def settle(i: int, column_O: Tensor) -> Tensor:
-        level_O = nearest(column_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
-        if mask_IO is not None:
-            level_O = level_O * mask_IO[i]
-        level_IO[i] = level_O
-        return level_O * scale_IO[i]
-
-    feedback.sweep(weight_OI, factor.upper_II, settle, order_I, block_columns)
-    level_OI = torch.empty_like(weight_OI)
-    level_OI[:, order_I] = level_IO.T
-    return level_OI
+    rounding = Rounding(spec, *grid.by_column((rows, columns), spec, order_I))
+    mask_IO = None if mask_OI is None else mask_OI.T[order_I]
+    return feedback.sweep(weight_OI, factor.upper_II, order_I, block_columns, rounding, mask_IO)

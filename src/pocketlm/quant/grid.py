@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pocketlm.core.columns import serves as kernel_takes
 from pocketlm.core.levels import codes_of, mirrored, rounder
 from pocketlm.core.scales import (
     Scale,
@@ -34,6 +35,7 @@ from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
 from pocketlm.quant.block_grid import block_scale, rounded_blocks
 
 ROWS_AT_ONCE_BYTES = 64 << 20  # working memory of the search
+WIDEST_IN_KERNEL = 1024  # weights of a group that a kernel keeps in registers
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,17 @@ def searched_grid(
         return Grid.stored_as(found)
     dtype = plain_scale_dtype(spec, dtype)
     rows, columns = weight_OI.shape
+    multiples = list(multiples_tried(spec, smallest, steps))
+    if kernel_serves(weight_OI, spec):
+        from pocketlm.quant.grid_kernel import search
+
+        return Grid(*search(weight_OI, spec, dtype, importance_I, multiples))
     outer = _divisor(weight_OI, spec, shared_absmax)
     height = spec.group_rows or rows
     at_once = max(height, ROWS_AT_ONCE_BYTES // (columns * 4 * 4) // height * height)
     parts = [
         _search_rows(
-            weight_OI[start : start + at_once], spec, dtype, importance_I, smallest, steps, outer
+            weight_OI[start : start + at_once], spec, dtype, importance_I, multiples, outer
         )
         for start in range(0, rows, at_once)
     ]
@@ -221,13 +228,19 @@ def searched_grid(
     return Grid(scale_OG, torch.cat(zeros) if zeros else None)
 
 
+def kernel_serves(weight_OI: Tensor, spec: QuantSpec) -> bool:
+    """Whether `grid_kernel` searches this grid: integers in whole groups of a row, on a GPU."""
+    plain = spec.type == "int" and spec.group_rows == 1 and spec.fits(weight_OI.shape[1])
+    narrow = (spec.group_size or weight_OI.shape[1]) <= WIDEST_IN_KERNEL
+    return plain and narrow and kernel_takes(weight_OI)
+
+
 def _search_rows(
     weight_OI: Tensor,
     spec: QuantSpec,
     dtype: torch.dtype,
     importance_I: Tensor | None,
-    smallest: float,
-    steps: int,
+    multiples: list[float],
     outer: Tensor | None,
 ) -> Grid:
     weight_RGn = grouped(weight_OI, spec)
@@ -244,7 +257,7 @@ def _search_rows(
     best = trial(1.0, False)
     best_error_RG = _error(weight_RGn, best, spec, importance_Gn)
     signs = (False, True) if _either_sign(spec) else (False,)
-    for multiple in _multiples(spec, smallest, steps):
+    for multiple in multiples:
         for flip in signs:
             other = trial(multiple, flip)
             error_RG = _error(weight_RGn, other, spec, importance_Gn)
@@ -254,7 +267,7 @@ def _search_rows(
     return best
 
 
-def _multiples(spec: QuantSpec, smallest: float, steps: int) -> Iterator[float]:
+def multiples_tried(spec: QuantSpec, smallest: float, steps: int) -> Iterator[float]:
     """The multiples of the min-max range that a search tries."""
     if spec.scale == "e8m0":
         yield from (0.5, 2.0)

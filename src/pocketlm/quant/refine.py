@@ -26,8 +26,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from pocketlm.core.columns import Rounding, descend
 from pocketlm.core.errors import UnsupportedLayer
-from pocketlm.core.levels import levels_of, rounder
+from pocketlm.core.levels import levels_of
+from pocketlm.core.linalg import product
 from pocketlm.core.spec import QuantSpec, Strict
 from pocketlm.core.state import Cost, LinearState, Note, Statistics
 from pocketlm.core.stats import Hessian, Stat
@@ -87,7 +89,7 @@ class Refine(Strict):
         held = 4 * (5 * rows * columns + columns * columns)
         flops = self.rounds * 8.0 * rows * columns * columns
         moved = self.rounds * 4.0 * rows * columns * (BLOCK_COLUMNS + 30)
-        return Cost(held, flops, self.rounds * 9 * columns, moved)
+        return Cost(held, flops, self.rounds * 9 * columns, moved, kernel=True)
 
 
 def renewed_scales(
@@ -113,12 +115,14 @@ def renewed_scales(
     rows, columns = weight_OI.shape
     groups = grid.scale_OG.shape[1]
     level_OGi = levels_of(current.codes_OI, spec).to(weight_OI.dtype).view(rows, groups, -1)
-    right_OG = ((weight_OI @ hessian_II).view(rows, groups, -1) * level_OGi).sum(-1)
+    right_OG = (product(weight_OI, hessian_II).view(rows, groups, -1) * level_OGi).sum(-1)
     left_OGG = torch.empty(rows, groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
     width = columns // groups
-    for group in range(groups):
-        moved_OI = level_OGi[:, group] @ hessian_II[group * width : (group + 1) * width]
-        left_OGG[:, group] = (moved_OI.view(rows, groups, -1) * level_OGi).sum(-1)
+    for group in range(groups):  # symmetric: what is right of the diagonal is below it too
+        start = group * width
+        moved_OI = level_OGi[:, group] @ hessian_II[start : start + width, start:]
+        beside_OG = (moved_OI.view(rows, groups - group, -1) * level_OGi[:, group:]).sum(-1)
+        left_OGG[:, group, group:] = left_OGG[:, group:, group] = beside_OG
     diagonal_OG = left_OGG.diagonal(dim1=1, dim2=2)
     # A group whose codes are all zero has no say: its row of the system becomes the identity.
     diagonal_OG += RIDGE * diagonal_OG.mean(-1, keepdim=True) + (diagonal_OG == 0)
@@ -162,26 +166,19 @@ def renewed_codes(
         Codes of no larger error on the same grid.
     """
     rows, columns = weight_OI.shape
-    grid, nearest = Grid.of(current), rounder(spec)
+    grid = Grid.of(current)
     weight_IO = weight_OI.T.contiguous()
-    scale_IO, zero_IO = grid.by_column((rows, columns), spec)
+    rounding = Rounding(spec, *grid.by_column((rows, columns), spec))
     error_IO = weight_IO - current.dequantize(weight_OI.dtype).T
     level_IO = torch.empty_like(weight_IO)
-    inverse_I = 1.0 / hessian_II.diagonal()
-    mask_IO = None if mask_OI is None else mask_OI.T.to(weight_IO.dtype)
     for start in range(0, columns, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, columns)
-        slope_CO = hessian_II[start:stop] @ error_IO
-        hessian_CC = hessian_II[start:stop, start:stop]
-        for i in range(start, stop):
-            # The error that column i should have, given all others, is error_i - slope_i / H_ii.
-            wanted_O = weight_IO[i] - error_IO[i] + slope_CO[i - start] * inverse_I[i]
-            level_O = nearest(wanted_O, scale_IO[i], None if zero_IO is None else zero_IO[i])
-            if mask_IO is not None:
-                level_O = level_O * mask_IO[i]
-            level_IO[i] = level_O
-            new_O = weight_IO[i] - level_O * scale_IO[i]
-            later = i - start + 1
-            slope_CO[later:].addr_(hessian_CC[i - start, later:], new_O - error_IO[i])
-            error_IO[i] = new_O
+        level_IO[start:stop] = descend(
+            weight_IO[start:stop],
+            error_IO[start:stop],
+            hessian_II[start:stop] @ error_IO,
+            hessian_II[start:stop, start:stop],
+            rounding.part(start, stop),
+            None if mask_OI is None else mask_OI[:, start:stop].T,
+        )
     return packed(level_IO.T.contiguous(), grid, spec)

@@ -26,6 +26,7 @@ from pocketlm.report.words import (
     interval_text,
     number_text,
     percent_text,
+    share_text,
 )
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -311,6 +312,13 @@ def _quality(metrics: ReportData | None) -> str:
         ]
     parts = [_table(("", "value (95 % interval)"), rows), quality.protocol.sentence()]
     parts += [f"Note: {note}" for note in quality.notes]
+    if metrics.tasks:
+        scores = [
+            (result.task, f"{percent_text(result.score.value)} ({share_text(result.score)})")
+            for result in metrics.tasks
+        ]
+        parts.append(_table(("task", "score (95 % interval)"), scores))
+        parts += [result.sentence() for result in metrics.tasks]
     if metrics.speed is not None:
         speed = metrics.speed
         parts.append(

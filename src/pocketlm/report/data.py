@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pocketlm.calibration.health import TextHealth
 from pocketlm.core.errors import ArtifactError
-from pocketlm.evaluate.results import QualityReport, Result, SpeedReport
+from pocketlm.evaluate.results import QualityReport, Result, SpeedReport, TaskResult
 from pocketlm.formats.shards import write_file
 
 FOLDER = "pocketlm"  # beside the weights
@@ -172,6 +172,7 @@ class ReportData(Result):
         original_speed: Of the original.
         speed: Of the result.
         answers: Sample prompts.
+        tasks: Of the result beside the original, on the same items.
         linears: Each compressed linear, in order.
         timings: Of the stages, in order.
         predictions: Plan against outcome.
@@ -200,6 +201,7 @@ class ReportData(Result):
     original_speed: SpeedReport | None = None
     speed: SpeedReport | None = None
     answers: tuple[Answer, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
     linears: tuple[LinearResult, ...] = ()
     timings: tuple[Timing, ...] = ()
     predictions: tuple[Prediction, ...] = ()

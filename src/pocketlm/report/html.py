@@ -37,6 +37,8 @@ def render(data: ReportData) -> str:
         signed=words.signed_text,
         percent=words.percent_text,
         interval=words.interval_text,
+        share=words.share_text,
+        points=words.points_text,
         tight=_tight,
     )
     size_original, size_compressed = charts.size_bars(data.sizes)

@@ -13,15 +13,18 @@ from pocketlm.calibration.overlap import overlap_warning
 from pocketlm.calibration.record import read_hashes
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import Windows, eval_windows
-from pocketlm.core.errors import ConfigError
+from pocketlm.core.errors import ConfigError, GateFailed, GateUndecided, PocketLMError
 from pocketlm.engine.artifact import HASHES
 from pocketlm.engine.events import EventLog, Listener
 from pocketlm.evaluate import hidden
+from pocketlm.evaluate.gates import GateResult, judge_gates, parse_gates, raise_for_gates
 from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
 from pocketlm.evaluate.results import QualityReport, Result
 from pocketlm.evaluate.speed import SpeedReport, measure_speed
+from pocketlm.evaluate.tasks import TaskResult, TaskSettings, figures, run_tasks
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.models.opening import resolve
 from pocketlm.report.build import LEDGER, read_ledger, write_all
 from pocketlm.report.data import FOLDER, METRICS, Answer, read_metrics
 from pocketlm.runtime.generate import generate
@@ -42,6 +45,10 @@ class Measurement(Result):
         original_speed: Of the original.
         answers: The prompt, answered greedily by both.
         report: The page, where the model is an artifact of ours.
+        gates: Bounds that were to be kept, with their outcome.
+        tasks: What tasks say, beside the original on the same items.
+        weight_bytes: Of the model's weight files.
+        original_weight_bytes: Of the original's.
     """
 
     model: str
@@ -51,6 +58,27 @@ class Measurement(Result):
     original_speed: SpeedReport | None
     answers: tuple[Answer, ...]
     report: Path | None
+    gates: tuple[GateResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+    weight_bytes: int | None = None
+    original_weight_bytes: int | None = None
+
+    def gate_failure(self) -> PocketLMError | None:
+        """What `raise_for_gates` would raise."""
+        try:
+            self.raise_for_gates()
+        except (GateFailed, GateUndecided) as error:
+            return error
+        return None
+
+    def raise_for_gates(self) -> None:
+        """Turns a gate that is not passed into an error.
+
+        Raises:
+            GateFailed: If one is failed.
+            GateUndecided: If none is failed, but one is inconclusive.
+        """
+        raise_for_gates(self.gates, self.model)
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,8 @@ class Settings:
     limit: int | None = None
     seq_len: int = 2048
     prompt: str | None = None
+    gates: Sequence[str] = ()
+    tasks: TaskSettings | None = None
     speed: bool = True
     device: str = "cpu"
     threads: int | None = None
@@ -85,16 +115,20 @@ def measure(
         What was found of each; also kept in its metrics, page and card, if it is an artifact.
 
     Raises:
-        ConfigError: If a model has another vocabulary, or reads the text as other tokens.
+        ConfigError: If a model has another vocabulary, reads the text as other tokens, or a gate
+            cannot be judged.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    names = () if settings.tasks is None else settings.tasks.names
+    gates = parse_gates(settings.gates, names, against is not None)
     log = EventLog(None, on_event)
+    answered = _tasks(models, against, settings, log)
     qualities = _qualities(models, against, settings, log)
     original_speed = None if against is None else _speed(against, settings, log)
     original_said = "" if against is None else _say(against, settings, log)
     found: list[Measurement] = []
-    for model, quality in zip(models, qualities, strict=True):
+    for model, quality, tasks in zip(models, qualities, answered, strict=True):
         answers: tuple[Answer, ...] = ()
         if settings.prompt is not None:
             said = _say(model, settings, log)
@@ -107,9 +141,35 @@ def measure(
             original_speed=original_speed,
             answers=answers,
             report=None,
+            gates=judge_gates(gates, quality, figures(tasks)),
+            tasks=tasks,
+            weight_bytes=_weight_bytes(model),
+            original_weight_bytes=None if against is None else _weight_bytes(against),
         )
         found.append(_keep(measurement, Path(model)))
     return found
+
+
+def _tasks(
+    models: Sequence[Source], against: Source | None, settings: Settings, log: EventLog
+) -> list[tuple[TaskResult, ...]]:
+    """What tasks say of each model; first, so that a task that cannot run is told at once."""
+    if settings.tasks is None:
+        return [()] * len(models)
+    began: dict[str, tuple[float, int]] = {}  # who answers → when, with how many known
+
+    def step(text: str, done: int, total: int) -> None:
+        if text not in began or done < began[text][1]:
+            began[text] = (time.monotonic(), done)
+            log.emit("stage", text, data={"stage": "evaluate"})
+        started, known = began[text]
+        each = (time.monotonic() - started) / max(1, done - known)
+        log.emit(
+            "progress", text, done=done, total=total, share=done / max(1, total),
+            seconds_left=each * (total - done),
+        )  # fmt: skip
+
+    return run_tasks(models, against, settings.tasks, step)
 
 
 def _qualities(
@@ -211,6 +271,13 @@ def _with_overlap(artifact: Path, windows: Windows) -> Windows:
     return windows if found is None else replace(windows, notes=(*windows.notes, found))
 
 
+def _weight_bytes(source: Source) -> int:
+    """Of the files that hold a model's tensors."""
+    path = resolve(source)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
 def _speed(source: Source, settings: Settings, log: EventLog) -> SpeedReport | None:
     if not settings.speed:
         return None
@@ -237,6 +304,7 @@ def _keep(found: Measurement, artifact: Path) -> Measurement:
             "speed": found.speed,
             "original_speed": found.original_speed,
             "answers": found.answers,
+            "tasks": found.tasks or read_metrics(artifact).tasks,
         }
     )
     return found.model_copy(update={"report": write_all(artifact, data)})

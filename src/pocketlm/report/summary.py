@@ -147,6 +147,12 @@ def before_after(data: ReportData) -> list[Row]:
                 interval=interval_text(divergence.kl_mean),
             ),
             Row(
+                "KL: 99 % of tokens below, nats",
+                "0",
+                number_text(divergence.kl_p99.value),
+                interval=interval_text(divergence.kl_p99),
+            ),
+            Row(
                 "Same top token",
                 "100 %",
                 percent_text(divergence.top1_agreement.value),

@@ -63,6 +63,16 @@ def interval_text(interval: Interval, signed: bool = False) -> str:
     return " to ".join(signed_text(end) if signed else number_text(end) for end in ends)
 
 
+def share_text(interval: Interval) -> str:
+    """The two ends of a share: ``41.2 % to 45.0 %``."""
+    return f"{percent_text(interval.low)} to {percent_text(interval.high)}"
+
+
+def points_text(change: float) -> str:
+    """A change of a share in percentage points: ``−1.2``."""
+    return f"{'+' if change >= 0 else '−'}{abs(100 * change):.1f}"
+
+
 def quantity_text(value: float | None, unit: str) -> str:
     """A figure in its unit: ``bytes``, ``seconds``, or one that is spelt after it."""
     if unit == "bytes":

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.generate import GenerationResult, generate_ids, prompt_ids
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
@@ -35,8 +36,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self._cache: Cache | None = None
-        self._cached_ids: list[int] = []
+        self._decoder = Decoder(model)
+        self._computed: list[int] = []  # ids whose keys and values the decoder holds
 
     def send(
         self, message: str, *, on_text: Callable[[str], None] | None = None, **options: Any
@@ -46,30 +47,24 @@ class Conversation:
         Args:
             message: What the user says.
             on_text: Called with each piece of the answer.
-            **options: As `generate` takes them: max_new_tokens, temperature, top_p, seed, stop.
+            **options: As `generate` takes them: max_new_tokens, temperature, top_k, top_p, seed,
+                stop.
 
         Returns:
             The answer, which is also appended to `messages`.
         """
         turns = [*self.messages, {"role": "user", "content": message}]
         ids = prompt_ids(self.tokenizer, turns)
-        cache = self._prefix_cache(ids)
+        self._decoder.cut(_common(self._computed, ids[:-1]))
         result = generate_ids(
-            self.model, self.tokenizer, ids, cache=cache, on_text=on_text, **options
+            self.model, self.tokenizer, ids, decoder=self._decoder, on_text=on_text, **options
         )
-        self._cache, self._cached_ids = cache, [*ids, *result.tokens[:-1]]
+        self._computed = [*ids, *result.tokens[:-1]]
         self.messages = [*turns, {"role": "assistant", "content": result.text}]
         return result
 
-    def _prefix_cache(self, ids: list[int]) -> Cache:
-        """The cache, cut to the tokens that `ids` begins with; a new one where it cannot be cut."""
-        from pocketlm.models.runtime_model import cut_cache, new_cache
 
-        same = 0
-        for old, new in zip(self._cached_ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            same += 1
-        if self._cache is None or not cut_cache(self._cache, same):
-            return new_cache(self.model)
-        return self._cache
+def _common(one: list[int], other: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -20,6 +20,7 @@ from pocketlm.engine.machine import available_ram_bytes
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.select import kernel_for
+from pocketlm.runtime.native import library
 
 REQUIRED = ("torch", "transformers", "safetensors", "pydantic")
 OPTIONAL = {
@@ -95,6 +96,7 @@ class DoctorReport(Value):
     devices: tuple[DeviceLine, ...]
     packages: tuple[PackageLine, ...]
     kernels: tuple[KernelLine, ...]
+    step_in_c: str
 
 
 def doctor() -> DoctorReport:
@@ -115,6 +117,7 @@ def doctor() -> DoctorReport:
             for name, enables in OPTIONAL.items()
         ),
         kernels=tuple(line for device in devices for line in kernel_lines(device.device)),
+        step_in_c=_step_in_c(),
     )
 
 
@@ -143,6 +146,12 @@ def kernel_lines(device: str) -> list[KernelLine]:
                 for (kernel, why), groups in found.items()
             ]
     return lines
+
+
+def _step_in_c() -> str:
+    """Whether decoding on the CPU has its step in C (runtime/native), or why not."""
+    compiled = library()
+    return f"no: {compiled}" if isinstance(compiled, str) else "yes"
 
 
 def _device_names() -> list[str]:

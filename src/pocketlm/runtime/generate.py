@@ -1,10 +1,9 @@
 """Writes text with a loaded model: prefill, then token by token, streamed and timed apart.
 
-A plain loop over the model's forward with transformers' own cache; greedy by default, and then
-equal to transformers' `generate` with the same weights. A stop string is cut off the answer; an
-end-of-text token stops without appearing in it. No beams or penalties: `model.generate` has them.
-
-Legend: T tokens of the prompt, V vocabulary.
+The loop over a Decoder; greedy by default, and then equal to transformers' `generate` with the same
+weights. A stop string is cut off the answer; an end-of-text token stops without appearing in it. On
+CUDA one step is under way while the last one's token becomes text; what it computed past the end is
+dropped. No beams or penalties: `model.generate` has them.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pocketlm.core.errors import ConfigError
-from pocketlm.runtime.sampling import check_sampling, next_token
+from pocketlm.runtime.decode import Decoder
+from pocketlm.runtime.sampling import Sampling
 from pocketlm.runtime.stream_text import TextStream
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEPT_AS = "_pocketlm_decoder"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
@@ -71,6 +72,7 @@ def generate(
         prompt: What to answer or to continue.
         max_new_tokens: The most tokens to write.
         temperature: 0 for greedy.
+        top_k: So many of the likeliest tokens to draw from; 0 for all.
         top_p: Nucleus to draw from.
         seed: For drawing; the same seed gives the same answer.
         stop: Strings that end the answer.
@@ -90,6 +92,7 @@ def generate(
         ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
         stop=stop,
@@ -118,34 +121,19 @@ def prompt_ids(
     return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
 
 
-@torch.inference_mode()
 def generate_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    on_text: Callable[[str], None] | None = None,
-    cache: Cache | None = None,
+    **options: Any,
 ) -> GenerationResult:
-    """Continues token ids; see `generate`.
+    """Continues token ids.
 
     Args:
         model: From `load`.
         tokenizer: Its tokenizer.
         ids: The whole prompt.
-        max_new_tokens: The most tokens to write.
-        temperature: 0 for greedy.
-        top_p: Nucleus to draw from.
-        seed: For drawing.
-        stop: Strings that end the answer.
-        on_text: Called with each piece of text as it becomes final.
-        cache: Holds the keys and values of a true prefix of `ids`, or nothing yet; is extended by
-            everything but the last new token.
+        **options: As `generate_rows` takes them; `on_text` gets the text alone.
 
     Returns:
         The answer.
@@ -153,37 +141,99 @@ def generate_ids(
     Raises:
         ConfigError: If a value is out of range or the prompt is empty.
     """
-    check_sampling(temperature, top_p, max_new_tokens)
-    if not ids:
+    on_text = options.pop("on_text", None)
+    if on_text is not None:
+        options["on_text"] = lambda _, text: on_text(text)
+    return generate_rows(model, tokenizer, [ids], **options)[0]
+
+
+def generate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+    decoder: Decoder | None = None,
+) -> list[GenerationResult]:
+    """Continues several prompts at once; a row that has ended waits for the others.
+
+    Args:
+        model: From `load`.
+        tokenizer: Its tokenizer.
+        rows: Ids of each prompt.
+        max_new_tokens: The most tokens to write, for each.
+        temperature: 0 for greedy.
+        top_k: So many of the likeliest tokens to draw from; 0 for all.
+        top_p: Nucleus to draw from.
+        seed: For drawing.
+        stop: Strings that end an answer.
+        on_text: Called with a row's index and each piece of its text as it becomes final.
+        decoder: Holds the keys and values of a true prefix of the only row; is extended by
+            everything but the last new token. None: the model's own, begun anew.
+
+    Returns:
+        The answers, in order.
+
+    Raises:
+        ConfigError: If a value is out of range or a prompt is empty.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise ConfigError(f"{max_new_tokens} is below 1.", where="max_new_tokens")
+    if not rows or not all(rows):
         raise ConfigError("is empty.", where="prompt")
-    generator = torch.Generator().manual_seed(seed)
+    if decoder is None:
+        decoder = decoder_for(model, len(rows))
+        decoder.cut(0)
+    held = decoder.length
+    decoder.restart(sampling, seed)
     ends = end_tokens(model, tokenizer)
-    answer = _Answer(TextStream(tokenizer, ids), tuple(stop), on_text)
-    held = cache.get_seq_length() if cache is not None else 0
-    feed = torch.tensor([list(ids[held:])], device=model.device)
-    inputs: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
-    tokens: list[int] = []
-    started = first_at = time.perf_counter()
-    stopped_by = "length"
-    while len(tokens) < max_new_tokens:
-        out = model(feed, use_cache=True, logits_to_keep=1, **inputs)
-        token = next_token(out.logits[0, -1], temperature, top_p, generator)
-        if not tokens:
-            first_at = time.perf_counter()
-        tokens.append(token)
-        if token in ends:
-            stopped_by = "end"
-            break
-        if answer.push(token):
-            stopped_by = "stop"
-            break
-        inputs = {"past_key_values": out.past_key_values}
-        feed = torch.tensor([[token]], device=model.device)
-    text = answer.finish()
+    answers = [
+        _Answer(TextStream(tokenizer, ids), ends, tuple(stop), _for_row(on_text, row))
+        for row, ids in enumerate(rows)
+    ]
+    started = time.perf_counter()
+    newest = decoder.prefill([ids[held:] for ids in rows], room=max_new_tokens)
+    ids_B, first_at, count = newest.read(), time.perf_counter(), 1
+    while _push(answers, ids_B) and count < max_new_tokens:
+        if count == 1 or not decoder.runs_ahead:
+            newest = decoder.step()
+        ahead = decoder.step() if decoder.runs_ahead and count + 1 < max_new_tokens else newest
+        ids_B, newest, count = newest.read(), ahead, count + 1
+    for answer in answers:
+        answer.finish()
     done = time.perf_counter()
-    return GenerationResult(
-        text, tuple(tokens), len(ids) - held, first_at - started, done - first_at, stopped_by
-    )
+    longest = max(map(len, rows))
+    decoder.cut(longest + count - 1)
+    return [
+        GenerationResult(
+            answer.text,
+            tuple(answer.tokens),
+            len(ids) - held,
+            first_at - started,
+            done - first_at,
+            answer.stopped_by,
+        )
+        for ids, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def decoder_for(model: PreTrainedModel, rows: int) -> Decoder:
+    """The model's decoder: its cache and its graphs outlive a call; one number of rows at a time.
+
+    It is kept as an attribute of the model and dies with it.
+    """
+    found = model.__dict__.get(KEPT_AS)
+    if found is None or found.rows != rows:
+        model.__dict__.pop(KEPT_AS, None)  # before the next takes memory
+        found = model.__dict__[KEPT_AS] = Decoder(model, rows)
+    return found
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -194,44 +244,63 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     return frozenset(int(end) for end in ends if end is not None)
 
 
+def _push(answers: Sequence[_Answer], ids: Sequence[int]) -> bool:
+    """Hands each row its token; False where all have ended."""
+    for answer, token in zip(answers, ids, strict=True):
+        if answer.stopped_by == "length":
+            answer.push(token)
+    return any(answer.stopped_by == "length" for answer in answers)
+
+
+def _for_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
+    return None if on_text is None else lambda text: on_text(row, text)
+
+
 class _Answer:
-    """The text so far; holds back what could be the beginning of a stop string."""
+    """The text of a row so far; holds back what could be the beginning of a stop string."""
 
     def __init__(
-        self, stream: TextStream, stop: tuple[str, ...], on_text: Callable[[str], None] | None
+        self,
+        stream: TextStream,
+        ends: frozenset[int],
+        stop: tuple[str, ...],
+        on_text: Callable[[str], None] | None,
     ) -> None:
-        self._stream, self._stop, self._on_text = stream, stop, on_text
-        self._text, self._shown = "", 0
-        self._stopped = False
+        self._stream, self._ends, self._stop, self._on_text = stream, ends, stop, on_text
+        self.text, self._shown = "", 0
+        self.tokens: list[int] = []
+        self.stopped_by = "length"
 
-    def push(self, token: int) -> bool:
-        """Takes a token; True where a stop string is complete."""
-        self._text += self._stream.push(token)
-        return self._cut() or self._show(hold=True)
+    def push(self, token: int) -> None:
+        """Takes a token; `stopped_by` tells whether it was the last."""
+        self.tokens.append(token)
+        if token in self._ends:
+            self.stopped_by = "end"
+            return
+        self.text += self._stream.push(token)
+        self._cut()
+        self._show(hold=self.stopped_by == "length")
 
-    def finish(self) -> str:
-        """The whole answer; shows what was held back."""
-        if not self._stopped:
-            self._text += self._stream.flush()
+    def finish(self) -> None:
+        """Shows what was held back."""
+        if self.stopped_by != "stop":
+            self.text += self._stream.flush()
             self._cut()
         self._show(hold=False)
-        return self._text
 
-    def _cut(self) -> bool:
-        places = [at for at in map(self._text.find, self._stop) if at >= 0]
+    def _cut(self) -> None:
+        places = [at for at in map(self.text.find, self._stop) if at >= 0]
         if places:
-            self._text, self._stopped = self._text[: min(places)], True
-        return self._stopped
+            self.text, self.stopped_by = self.text[: min(places)], "stop"
 
-    def _show(self, *, hold: bool) -> bool:
-        final = len(self._text)
+    def _show(self, *, hold: bool) -> None:
+        final = len(self.text)
         if hold:
-            final -= max((_overlap(self._text, stop) for stop in self._stop), default=0)
+            final -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
         if final > self._shown:
             if self._on_text is not None:
-                self._on_text(self._text[self._shown : final])
+                self._on_text(self.text[self._shown : final])
             self._shown = final
-        return False
 
 
 def _overlap(text: str, stop: str) -> int:

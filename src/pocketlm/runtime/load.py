@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.factored import LowRank, Sum
+from pocketlm.core.permuted import Permuted
 from pocketlm.core.tensors import PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.engine.machine import choose_device
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.embedding import PackedEmbedding
 from pocketlm.runtime.factored import LowRankLinear, RoundedInputs, SumLinear
 from pocketlm.runtime.linear import PackedLinear
+from pocketlm.runtime.permuted import PermutedLinear
 from pocketlm.runtime.semi_structured import make_sparse, refuses
 
 if TYPE_CHECKING:
@@ -77,6 +79,9 @@ def load(
     def make_linear(
         weight: WeightTensor, bias: Tensor | None, quantizer: InputQuantizer | None
     ) -> nn.Module:
+        if isinstance(weight, Permuted):
+            inner = make_linear(weight.values, bias, quantizer)
+            return PermutedLinear(inner, weight.order_I.to(place))
         if isinstance(weight, Sum):  # the base and the factors see the same rounded inputs
             return SumLinear(
                 make_linear(weight.base, bias, quantizer), make_linear(weight.low, None, quantizer)
@@ -167,7 +172,9 @@ def _mostly_int4(directory: Path) -> bool:
 
 
 def _weights(section: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Type and bits of each group, of both formats."""
+    """Type and bits of each group, as the formats name them."""
+    if "bits" in section:
+        return [dict(section)]
     if "config_groups" in section:
         groups = [group.get("weights") or {} for group in section["config_groups"].values()]
         return [{**weights, "bits": weights["num_bits"]} for weights in groups if weights]

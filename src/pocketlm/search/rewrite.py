@@ -37,15 +37,20 @@ def with_grids(
     for spec in weights:
         names = [name for name in grids if grids[name] == spec]
         if spec != common:
-            overrides.update({pattern: spec for pattern in _patterns(names, block_paths)})
+            overrides.update({pattern: spec for pattern in patterns(names, block_paths)})
     rewritten = recipe.model_copy(update={"weights": common, "overrides": overrides})
     # Patterns run over the numbers of experts; one that differs from the others gets its own line.
     strayed = {name: spec for name, spec in grids.items() if rewritten.spec_for(name) != spec}
     return rewritten.model_copy(update={"overrides": overrides | strayed})
 
 
-def _patterns(names: Sequence[str], block_paths: Sequence[str]) -> list[str]:
-    """Patterns over linears: those of the same blocks share one."""
+def patterns(names: Sequence[str], block_paths: Sequence[str]) -> list[str]:
+    r"""Patterns over linears: those of the same blocks share one.
+
+    Args:
+        names: Module paths; all experts of a layer, or none: their numbers become ``\d+``.
+        block_paths: Of the model.
+    """
     # what is before the block's number → path inside the block → numbers
     found: dict[str, dict[str, list[str]]] = {}
     exact: list[str] = []
@@ -59,12 +64,12 @@ def _patterns(names: Sequence[str], block_paths: Sequence[str]) -> list[str]:
         numbers = found.setdefault(head, {}).setdefault(inner, [])
         if number not in numbers:
             numbers.append(number)
-    patterns = list(exact)
+    made = list(exact)
     for head, by_inner in found.items():
         alike: dict[tuple[str, ...], list[str]] = {}
         for inner, numbers in by_inner.items():
             alike.setdefault(tuple(numbers), []).append(inner)
         for numbers, inners in alike.items():
             paths = "|".join(re.escape(inner).replace(r"\#", r"\d+") for inner in inners)
-            patterns.append(rf"re:{re.escape(head)}\.({'|'.join(numbers)})\.({paths})$")
-    return patterns
+            made.append(rf"re:{re.escape(head)}\.({'|'.join(numbers)})\.({paths})$")
+    return made

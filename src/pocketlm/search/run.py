@@ -137,6 +137,7 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
                 recipe,
                 question.target,
                 ends=model.ends(),
+                shortcuts=model.shortcuts,
             )
         except UnsupportedLayer as error:
             refusal = error

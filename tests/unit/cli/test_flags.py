@@ -133,3 +133,19 @@ def test_no_size():
     with pytest.raises(ConfigError, match="--size: 'eight' is no size"):
         parse_bytes("eight", "--size")
     assert parse_bytes(None, "--size") is None
+
+
+def test_tasks_and_gates_reach_the_api(api, cli, tmp_path):
+    api.answers["evaluate"] = RuntimeError("far enough")
+    cli(
+        "eval", "out", "--against", "model", "--gate", "kl<0.05", "--gate", "piqa>0.5", "--tasks",
+        "piqa, gsm8k", "--task-dir", "benchmarks/tasks", "--task-data", tmp_path, "--items", "7",
+        "--margin", "0.02", "--cache-dir", tmp_path / "cache",
+    )  # fmt: skip
+    args, options = api.calls["evaluate"]
+    assert args == ("out", "model")
+    assert options["gates"] == ["kl<0.05", "piqa>0.5"]
+    assert options["tasks"] == ["piqa", "gsm8k"]
+    assert (options["task_dir"], options["task_data"]) == (Path("benchmarks/tasks"), tmp_path)
+    assert (options["items"], options["margin"]) == (7, 0.02)
+    assert options["cache_dir"] == tmp_path / "cache"

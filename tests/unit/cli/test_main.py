@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from pocketlm.cli.main import VERBS
-from pocketlm.core.errors import ConfigError, NumericError, ResourceError, SourceError
+from pocketlm.core.errors import (
+    ConfigError,
+    GateFailed,
+    GateUndecided,
+    NumericError,
+    ResourceError,
+    SourceError,
+)
 
 FOLDER = Path("src/pocketlm/cli")
 
@@ -74,6 +81,8 @@ def test_usage_errors_are_json_on_request(cli, capsys):
         (ConfigError("a.", where="b", remedy="Do c."), 2, "ConfigError"),
         (SourceError("a.", where="b", remedy="Do c."), 2, "SourceError"),
         (NumericError("a.", where="b", remedy="Do c."), 3, "NumericError"),
+        (GateFailed("a.", where="b", remedy="Do c."), 4, "GateFailed"),
+        (GateUndecided("a.", where="b", remedy="Do c."), 5, "GateUndecided"),
     ],
 )
 def test_typed_errors_keep_their_three_parts(api, cli, capsys, raised, code, kind):
@@ -153,3 +162,46 @@ def test_what_libraries_print_stays_out_of_the_json(api, cli, capsys, monkeypatc
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"blocks": 3}
     assert "a library says hello" in captured.err
+
+
+def test_bench_hands_its_flags_over(cli, monkeypatch):
+    asked = {}
+
+    def bench(model, **options):
+        asked.update(options, model=model)
+        raise ConfigError("enough.")
+
+    monkeypatch.setattr("pocketlm.api.bench", bench)
+    assert (
+        cli("bench", "out", "--batch", "4", "--prompt", "9", "--new", "7", "--context", "20") == 2
+    )
+    assert asked == {
+        "model": "out",
+        "batch": 4,
+        "prompt_tokens": 9,
+        "new_tokens": 7,
+        "context": 20,
+        "runs": 3,
+        "device": "auto",
+        "dtype": None,
+        "threads": None,
+    }
+
+
+def test_roofline_draws_and_writes(cli, capsys, tmp_path):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    LlamaConfig(**sizes, num_attention_heads=4, vocab_size=128).save_pretrained(tmp_path)
+    plot = tmp_path / "r.svg"
+    assert cli("roofline", str(tmp_path), "--device", "l4", "--plot", str(plot)) == 0
+    shown = capsys.readouterr().out
+    assert "NVIDIA L4" in shown
+    assert "mlp.down_proj" in shown
+    assert plot.read_text().startswith("<svg")
+    assert cli("roofline", str(tmp_path), "--device", "l4", "--weight-bits", "4.5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weight_bits"] == 4.5
+    assert cli("roofline", str(tmp_path), "--device", "l5") == 2
+    assert "Known: auto, h100" in capsys.readouterr().err
+    assert cli("roofline", str(tmp_path), "--device", "l4", "--measure") == 2
+    assert "data sheet" in capsys.readouterr().err

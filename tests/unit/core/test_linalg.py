@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pocketlm.core import linalg
 from pocketlm.core.errors import NumericError
 from pocketlm.core.linalg import inverse_factor
 
@@ -59,3 +60,16 @@ def test_not_finite_is_an_error(value: float) -> None:
 def test_zeros_are_an_error() -> None:
     with pytest.raises(NumericError, match="every rung"):
         inverse_factor(torch.zeros(8, 8), 0.01)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64, 130])
+def test_triangles_are_inverted_by_halves(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "SOLVED_SIDE", 8)
+    generator = torch.Generator().manual_seed(columns)
+    upper_II = torch.randn(columns, columns, generator=generator, dtype=torch.float64).triu()
+    upper_II.diagonal().add_(columns)
+    inverse_II = upper_II.clone()
+    linalg.invert_upper(inverse_II)
+    expected_II = torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(inverse_II @ upper_II, expected_II, rtol=0, atol=1e-10)
+    assert torch.equal(inverse_II, inverse_II.triu())

@@ -44,7 +44,7 @@ class Compress:
         self,
         output: Path,
         *,
-        steps: tuple[object, ...] = ("clip", "gptq", "refine"),
+        steps: tuple[object, ...] = ("gptq",),
         bits: int = 4,
         weights: dict[str, object] | None = None,
         activations: dict[str, object] | None = None,

@@ -140,13 +140,14 @@ def test_tuning_lowers_the_blocks_error(tmp_path: Path, compress) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "activation_bytes"), [("transformers", 1 << 30), ("pocketlm", 1000)]
+    ("method", "target", "activation_bytes"),
+    [("sparsegpt", "transformers", 1 << 30), ("gblm", "pocketlm", 1000)],
 )
 def test_stopped_pruning_goes_on_to_the_same_bytes(
-    tmp_path: Path, compress, target: str, activation_bytes: int
+    tmp_path: Path, compress, method: str, target: str, activation_bytes: int
 ) -> None:
     settings = {
-        "steps": ({"method": "sparsegpt", "sparsity": 0.5}, {"method": "tune", "iters": 3}),
+        "steps": ({"method": method, "sparsity": 0.5}, {"method": "tune", "iters": 3}),
         "target": target, "floats": True, "activation_bytes": activation_bytes,
     }  # fmt: skip
     compress(tmp_path / "whole", **settings)

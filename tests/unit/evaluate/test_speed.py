@@ -55,8 +55,15 @@ def test_figures_fit_together(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(report.decode_runs) == 3
     assert report.decode_tokens_per_second == sorted(report.decode_runs)[1]
     assert report.prefill_tokens_per_second > 0
-    bytes_per_second = report.weight_bytes_per_token * report.decode_tokens_per_second
+    cache = (
+        2 * 2 * 2 * 8 * (16 + 4) * 4
+    )  # layers, keys and values, heads, width, mean length, bytes
+    assert report.cache_bytes_per_step == cache
+    bytes_per_second = (report.weight_bytes_per_token + cache) * report.decode_tokens_per_second
     assert report.achieved_bytes_per_second == pytest.approx(bytes_per_second)
+    assert report.token_seconds_p50 <= report.token_seconds_p99
+    assert report.first_token_seconds == pytest.approx(16 / report.prefill_tokens_per_second)
+    assert report.loop == "the step in C over a static cache" or "lean" in report.loop
     assert report.peak_memory_bytes is None or report.peak_memory_bytes > 50e6
     assert report.dtype == "float32"
     assert "16 tokens, 8 new ones" in report.sentence()
@@ -64,8 +71,11 @@ def test_figures_fit_together(directory: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_child_measures(directory: Path) -> None:
-    report = measure_speed(directory, prompt_tokens=16, new_tokens=4, runs=1, threads=1)
+    report = measure_speed(
+        directory, prompt_tokens=16, new_tokens=4, runs=1, threads=1, batch=3, context=40
+    )
     assert (report.prompt_tokens, report.new_tokens, report.runs) == (16, 4, 1)
+    assert (report.batch, report.context) == (3, 40)
     assert report.hardware.endswith(" 1 threads")
 
 

@@ -80,12 +80,10 @@ STORED = ("a.weight_packed", "a.weight_scale", "a.weight_shape")
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
-        ({"quant_method": "gptq"}, "quantized by 'gptq'"),
+        ({"quant_method": "exl3"}, "quantized by 'exl3'"),
         (section() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        (section() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (section(type="float"), "weights are 'float'"),
         (section(strategy="tensor"), "per 'tensor'"),
-        (section(actorder="group"), "activation order"),
         (section() | {"format": "x", "config_groups": {"g": {"targets": []}}}, "the format is 'x'"),
     ],
 )
@@ -112,8 +110,30 @@ def test_configuration_and_tensors_must_agree() -> None:
         CompressedIndex.build(config, STORED[:2])
     with pytest.raises(ArtifactError, match=r"a\.weight_zero_point' does not belong"):
         CompressedIndex.build(config, (*STORED, "a.weight_zero_point"))
-    with pytest.raises(UnsupportedModel, match="g_idx"):
+    with pytest.raises(ArtifactError, match=r"a\.weight_g_idx' does not belong"):
         CompressedIndex.build(config, ("a.weight_g_idx", *STORED))
+    by_group = {"quantization_config": section(actorder="group")}
+    with pytest.raises(ArtifactError, match=r"a\.weight_g_idx' is missing"):
+        CompressedIndex.build(by_group, STORED)
+    with pytest.raises(ArtifactError, match="has no quantization_config"):
+        CompressedIndex.build({}, ["a.qweight"])
+
+
+def test_activation_order_by_group_is_read() -> None:
+    torch.manual_seed(0)
+    spec = QuantSpec(group_size=16, symmetric=False)
+    packed = round_to_nearest(torch.randn(8, 64), spec)
+    group_I = torch.randperm(64) // 16
+    scale_OI, zero_OI = packed.scale_OG[:, group_I], packed.zero_OG[:, group_I].float()
+    expected = scale_OI * (packed.codes_OI.float() - zero_OI)  # as releases before 0.19 decoded it
+    stored = compressed_tensors.encode("a.weight", packed)
+    stored["a.weight_g_idx"] = group_I.int()
+    config = {"quantization_config": compressed_tensors.config_section({"a": spec}, [])}
+    words = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    words["actorder"] = "group"
+    index = CompressedIndex.build(config, stored)
+    assert index is not None
+    assert torch.equal(index.decode("a", stored.__getitem__).dequantize(), expected)
 
 
 def test_a_group_size_that_the_tensors_do_not_have_is_an_error(tmp_path: Path) -> None:

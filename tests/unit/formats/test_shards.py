@@ -15,7 +15,7 @@ from tests.unit.formats.artifacts import entry
 from pocketlm.core.errors import ArtifactError, ResourceError
 from pocketlm.formats import shards
 from pocketlm.formats.safetensors_header import read_header
-from pocketlm.formats.shards import Entry, assemble, write_file
+from pocketlm.formats.shards import Entry, assemble, write_file, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -156,3 +156,14 @@ def test_holes_and_overlaps_are_errors(tmp_path: Path) -> None:
     for first, second, data in (([0, 4], [5, 8], 8), ([0, 4], [3, 8], 8), ([0, 4], [4, 8], 9)):
         with pytest.raises(ArtifactError, match="damaged"):
             read_header(write(first, second, data))
+
+
+def test_tensors_are_written_from_memory(tmp_path: Path) -> None:
+    given = {**tensors(), "mask": torch.rand(2, 5) < 0.5, "turned": torch.randn(4, 6).T}
+    digest = write_tensors(tmp_path / "block.safetensors", given)
+    assert digest == hashlib.sha256((tmp_path / "block.safetensors").read_bytes()).hexdigest()
+    found = load_file(tmp_path / "block.safetensors")
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)

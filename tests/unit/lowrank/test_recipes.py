@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pocketlm.catalog import known_methods, method_class
-from pocketlm.recipes import build_recipe
+from pocketlm.core.errors import ConfigError
+from pocketlm.recipes import build_recipe, read_recipe
+from pocketlm.stages import split
 
 
 def test_every_method_can_be_shown_with_its_defaults() -> None:
@@ -34,3 +36,21 @@ def test_repairs_come_after_what_they_repair() -> None:
     assert names(method="lqer", bits=3) == ["clip", "gptq", "refine", "lqer"]
     assert names(method="lorc") == ["rtn", "lorc"]
     assert names(method="caldera") == ["clip", "gptq", "caldera", "gptq", "caldera"]
+
+
+def test_a_share_is_the_ratio_of_what_makes_factors() -> None:
+    recipe = build_recipe(method="svd_llm", sparsity=0.3)
+    assert [(s.method, s.options) for s in recipe.steps] == [("svd_llm", {"ratio": 0.3})]
+    assert recipe.weights is None
+
+
+@pytest.mark.parametrize("method", ["svd", "wanda"])
+def test_a_recipe_that_quantizes_nothing_needs_no_number_format(method: str) -> None:
+    assert read_recipe({"steps": ["depth", method]}).weights is None
+    assert read_recipe({"steps": [method, "rtn"]}).weights is not None
+
+
+def test_what_cannot_follow_a_smaller_model_is_refused_before_work() -> None:
+    recipe = read_recipe({"steps": ["depth", "gptq", "wanda"]})
+    with pytest.raises(ConfigError, match="wanda comes after gptq"):
+        split(recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pocketlm.core.state import LinearState, Statistics
-from pocketlm.core.stats import Hessian
+from pocketlm.core.stats import GradientSize, Hessian
 from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
 
@@ -18,11 +18,15 @@ def inputs(tokens: int = 200, columns: int = 32, seed: int = 0) -> torch.Tensor:
     return x_TI * torch.randn(columns, generator=generator).exp()
 
 
-def statistics(x_TI: torch.Tensor, device: str = "cpu") -> Statistics:
+def statistics(
+    x_TI: torch.Tensor, device: str = "cpu", gradient_OI: torch.Tensor | None = None
+) -> Statistics:
     stats = [kind(x_TI.shape[1], device) for kind in (Hessian, Moments, Entropy)]
     for stat in stats:
         stat.add(x_TI.to(device))
-    return Statistics(*stats)
+    if gradient_OI is None:
+        return Statistics(*stats)
+    return Statistics(*stats, GradientSize(gradient_OI.abs().to(device)))
 
 
 def weight(rows: int = 12, columns: int = 32, seed: int = 1) -> torch.Tensor:

@@ -10,13 +10,14 @@ from tests.unit.prune.linears import inputs, state_of, statistics, weight
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.stored import SparsitySpec
+from pocketlm.prune.allocation import ALLOCATIONS
 from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
-from pocketlm.prune.patterns import kept
+from pocketlm.prune.patterns import kept, ranks
 from pocketlm.prune.scores import SCORES
-from pocketlm.prune.steps import Alps, Dsnot, Esparse, Magnitude, Ria, Sparsegpt, Wanda
+from pocketlm.prune.steps import Alps, Dsnot, Esparse, Gblm, Magnitude, Ria, Sparsegpt, Wanda
 
-STEPS = (Magnitude, Wanda, Ria, Esparse, Dsnot, Sparsegpt, Alps)
+STEPS = (Magnitude, Wanda, Ria, Esparse, Gblm, Dsnot, Sparsegpt, Alps)
 
 
 @given(
@@ -47,7 +48,7 @@ def test_every_group_keeps_its_best(text: str, keep: int, of: int) -> None:
 @pytest.mark.parametrize("text", ["0.5", "0.3", "2:4"])
 def test_a_step_keeps_exactly_what_it_says(step_class: type[Magnitude], text: str) -> None:
     weight_OI, step = weight(), step_class.parse({"sparsity": text})
-    after = step.compress(state_of(weight_OI), statistics(inputs()))
+    after = step.compress(state_of(weight_OI), statistics(inputs(), gradient_OI=weight()))
     assert after.mask_OI is not None
     assert after.current is not None
     assert int(after.mask_OI.sum()) == step.kept("x", (12, 32))
@@ -58,17 +59,19 @@ def test_a_step_keeps_exactly_what_it_says(step_class: type[Magnitude], text: st
 @pytest.mark.parametrize("step_class", STEPS)
 def test_pruning_nothing_changes_nothing(step_class: type[Magnitude]) -> None:
     weight_OI = weight()
-    after = step_class.parse({"sparsity": 0}).compress(state_of(weight_OI), statistics(inputs()))
+    stats = statistics(inputs(), gradient_OI=weight())
+    after = step_class.parse({"sparsity": 0}).compress(state_of(weight_OI), stats)
     assert after.current is not None
     torch.testing.assert_close(after.current.dequantize(), weight_OI, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_follow_a_permutation_of_rows_and_columns(score: str) -> None:
-    weight_OI, x_TI = weight(), inputs()
+    weight_OI, x_TI, slope_OI = weight(), inputs(), weight(seed=2)
     rows, columns = torch.randperm(12), torch.randperm(32)
-    plain_OI = SCORES[score].of(weight_OI, statistics(x_TI))
-    moved_OI = SCORES[score].of(weight_OI[rows][:, columns], statistics(x_TI[:, columns]))
+    plain_OI = SCORES[score].of(weight_OI, statistics(x_TI, gradient_OI=slope_OI))
+    moved = statistics(x_TI[:, columns], gradient_OI=slope_OI[rows][:, columns])
+    moved_OI = SCORES[score].of(weight_OI[rows][:, columns], moved)
     torch.testing.assert_close(moved_OI, plain_OI[rows][:, columns], rtol=2e-3, atol=1e-6)
 
 
@@ -86,12 +89,40 @@ def test_the_mask_follows_a_permutation(step_class: type[Magnitude]) -> None:
     assert changed <= (4 if step_class is Alps else 0)  # eigenvectors round; 384 weights
 
 
+@pytest.mark.parametrize("step_class", [Wanda, Ria, Esparse, Dsnot, Sparsegpt, Alps])
+def test_without_a_token_the_least_weights_go(step_class: type[Magnitude]) -> None:
+    weight_OI, step = weight(), step_class.parse({"sparsity": "2:4"})
+    after = step.compress(state_of(weight_OI), statistics(torch.zeros(0, 32)))
+    assert after.mask_OI is not None
+    assert torch.equal(after.mask_OI, kept(weight_OI.abs(), step.sparsity))
+    assert [note.kind for note in after.notes] == ["no_tokens"]
+
+
+@pytest.mark.parametrize(("name", "reach"), [("samsp", 1e-6), ("global", 0.35)])
+def test_a_linear_without_tokens_does_not_upset_the_others(name: str, reach: float) -> None:
+    """Three alike and one that nothing reached: it is no extreme."""
+    allocation, weight_OI = ALLOCATIONS[name](), weight()
+    stats = {str(i): statistics(inputs(seed=0)) for i in range(3)}
+    stats["idle"] = statistics(torch.zeros(0, 32))
+    looks = allocation.look(dict.fromkeys(stats, weight_OI), stats)
+    shares = allocation.spread(looks, dict.fromkeys(stats, weight_OI.numel()), 0.5)
+    assert all(abs(share - 0.5) < reach for share in shares.values()), shares
+
+
 def test_wanda_by_hand() -> None:
     x_TI = torch.tensor([[3.0, 1.0], [4.0, 0.0]])  # |x|₂ = 5 and 1
     weight_OI = torch.tensor([[0.1, 0.4], [0.1, 0.6]])
     after = Wanda().compress(state_of(weight_OI), statistics(x_TI))
     assert after.mask_OI is not None
     assert after.mask_OI.tolist() == [[True, False], [False, True]]
+
+
+def test_gblm_by_hand() -> None:
+    x_TI = torch.tensor([[3.0, 1.0], [5.0, 1.0]])  # root mean squares √17 and 1
+    weight_OI, slope_OI = torch.tensor([[0.1, 0.4]]), torch.tensor([[0.2, 0.0]])
+    score_OI = SCORES["gblm"].of(weight_OI, statistics(x_TI, gradient_OI=slope_OI))
+    expected_OI = torch.tensor([[0.1 * (17**0.5 + 25 * 0.2), 0.4]])
+    torch.testing.assert_close(score_OI, expected_OI)
 
 
 def test_entropy_tells_a_spread_channel_from_a_constant_one() -> None:
@@ -136,3 +167,10 @@ def test_overrides_rule_by_pattern() -> None:
     step = Wanda.parse({"sparsity": 0.5, "overrides": {"down_proj": 0.25}})
     assert step.sparsity_of("model.layers.0.mlp.down_proj").zeros == 0.25
     assert step.sparsity_of("model.layers.0.mlp.up_proj").zeros == 0.5
+
+
+@pytest.mark.parametrize("of", [1, 4, 8])
+def test_ranks_are_a_stable_sorts(of: int) -> None:
+    score_NM = torch.randint(0, 3, (200, of), generator=torch.Generator().manual_seed(of)).float()
+    expected_NM = torch.argsort(torch.argsort(score_NM, dim=1, stable=True), dim=1)
+    assert torch.equal(ranks(score_NM), expected_NM)

@@ -57,7 +57,7 @@ def test_tied_head_is_untied_and_said(saved, compress, tmp_path: Path) -> None:
 def test_refused_where_norms_do_not_allow_it(family: str) -> None:
     outline = ModelOutline(open_model(build(family)))
     with pytest.raises(PocketLMError) as caught:
-        outline.rotate(torch.eye(32, dtype=torch.float64))
+        outline.rotate([torch.eye(32, dtype=torch.float64)])
     assert caught.value.where
 
 
@@ -69,7 +69,7 @@ def test_wrong_rotation_is_not_proved(monkeypatch) -> None:
         lambda self, norm: torch.ones(32, dtype=torch.float64),
     )
     with pytest.raises(UnsupportedLayer, match=r"layers\.0"):
-        outline.rotate(torch.eye(32, dtype=torch.float64))
+        outline.rotate([torch.eye(32, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("options", [{"hidden": 33}, {"ratio": 0.5, "multiple_of": 64}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from tests.unit.prune.conftest import BLOCKS, plain
 
 from pocketlm.calibration.windows import Windows
+from pocketlm.engine import gradients
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.streamed_survey import StreamedSurvey
 from pocketlm.models import open_model
+from pocketlm.models.opening import reopen
 from pocketlm.models.outline import ModelOutline
 
 TOKENS_NT = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -46,11 +50,12 @@ def test_removal_losses(survey, saved) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
-def test_gradients(survey, saved, family: str) -> None:
-    """Backward block by block gives what autograd gives on the whole model."""
+def test_gradients(survey, saved, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward block by block, logits a few at a time, gives autograd's on the whole model."""
+    monkeypatch.setattr(gradients, "LOGIT_BYTES", 7 * 4 * gradients.LOGIT_COPIES * 96)
 
-    def look(index, block, gradients):
-        return {name: gradient.clone() for name, gradient in gradients.items()}
+    def look(index, block, sums):
+        return {name: gradient.clone() for name, gradient in sums.items()}
 
     found = {n: g for one in survey(family).gradients(look) for n, g in one.items()}
     model = plain(saved(family))
@@ -60,6 +65,25 @@ def test_gradients(survey, saved, family: str) -> None:
     expected = next(p.grad for n, p in model.named_parameters() if n.endswith(f"{inner}.weight"))
     expected = expected.T if family == "gpt2" else expected
     torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_kept_gradients_are_root_mean_squares_over_sequences(
+    saved, tmp_path: Path, family: str
+) -> None:
+    gradients.keep_gradients(open_model(saved(family)), TOKENS_NT, tmp_path / "g", lambda *_: None)
+    model, sums = plain(saved(family)), 0.0
+    inner = {"gpt2": "h.1.mlp.c_proj"}.get(family, "layers.1.self_attn.o_proj")
+    weight = next(p for n, p in model.named_parameters() if n.endswith(f"{inner}.weight"))
+    for tokens_T in TOKENS_NT:
+        logits_TV = model(tokens_T[None], use_cache=False).logits[0]
+        one = F.cross_entropy(logits_TV[:-1], tokens_T[1:])
+        sums = sums + torch.autograd.grad(one, weight)[0].square()
+    expected = (sums / len(TOKENS_NT)).sqrt()
+    kept = gradients.read_gradients(tmp_path / "g", 1)
+    found = next(value for name, value in kept.items() if name.endswith(inner))
+    expected = expected.T if family == "gpt2" else expected
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-7)
 
 
 @pytest.mark.parametrize("activation_bytes", [1 << 20, 1])
@@ -84,3 +108,17 @@ def test_distance_of_itself(survey) -> None:
     made = survey("llama")
     assert abs(made.distance(made.outline.keep_blocks(range(BLOCKS))) - 1) < 1e-6
     assert made.distance(made.outline.keep_blocks([0, 3])) < 0.99
+
+
+def test_a_changed_model_is_freed_at_once(saved) -> None:
+    """A search opens hundreds of them: none may wait for the garbage collector."""
+    model = open_model(saved("llama"))
+    changed = reopen(model, ModelOutline(model).keep_blocks([0, 3]))
+    changed.begin(TOKENS_NT[:1])
+    embedding = weakref.ref(changed.skeleton.model.get_input_embeddings().weight)
+    gc.disable()
+    try:
+        del changed
+        assert embedding() is None
+    finally:
+        gc.enable()

@@ -167,7 +167,8 @@ def test_unproved_coupling_is_refused_by_name() -> None:
 def test_wrong_coupling_is_not_proved(monkeypatch) -> None:
     """The proof tells a wrong layout from the right one: it is no formality."""
     outline = outline_of("phi3")
-    monkeypatch.setattr(outline, "_group", _as_width(outline._group))
+    couplings = outline.couplings
+    monkeypatch.setattr(couplings, "_group", _as_width(couplings._group))
     with pytest.raises(UnsupportedLayer, match="cannot be proved"):
         outline.structures(CHANNELS)
 

@@ -7,10 +7,12 @@ import pytest
 from pocketlm.calibration.health import TextHealth
 from pocketlm.evaluate.bootstrap import Interval
 from pocketlm.evaluate.results import (
+    Comparison,
     Divergence,
     QualityProtocol,
     QualityReport,
     SpeedReport,
+    TaskResult,
     WorstToken,
 )
 from pocketlm.report.data import (
@@ -118,6 +120,31 @@ def quality() -> QualityReport:
     )
 
 
+def task() -> TaskResult:
+    """A task on which the model lost a little."""
+    return TaskResult(
+        task="arc_easy",
+        metric="acc_norm",
+        items=2376,
+        fewshot=0,
+        items_sha256="cd" * 32,
+        score=Interval(value=0.432, low=0.412, high=0.452),
+        comparison=Comparison(
+            original=Interval(value=0.447, low=0.427, high=0.467),
+            change=Interval(value=-0.0152, low=-0.0301, high=-0.0003),
+            p_value=0.045,
+            flips=311,
+            gained=101,
+            lost=137,
+            verdict="regression",
+            margin=0.01,
+            more_items=None,
+        ),
+        versions={"task": "1.0", "lm-eval": "0.4.13"},
+        compute_dtype="float32",
+    )
+
+
 @pytest.fixture
 def bare() -> ReportData:
     """A run that measured nothing."""
@@ -171,6 +198,7 @@ def full(bare: ReportData, quality: QualityReport) -> ReportData:
             "quality": quality,
             "original_speed": speed(11.2, 1_300_000_000),
             "speed": speed(27.9, 720_000_000),
+            "tasks": (task(),),
             "answers": (
                 Answer(
                     prompt="What is the capital of France?",

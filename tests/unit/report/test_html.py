@@ -68,6 +68,8 @@ def test_everything_measured_is_on_it(full: ReportData) -> None:
         "210 places", "evaluation on 60 windows, not 100.",
         "method: gptq", "model.layers.29.mlp.down_proj.weight",
         "1 kept, 210 quantized", "pocketlm compress smollm2-135m",
+        "43.2 %", "−1.5", "−3.0 to −0.0", "flipped answers: 311",
+        "Regression at a margin of 1 point",
         "9,545 different ones", "30 × 576", "33 to 146",
     ):  # fmt: skip
         assert wanted in text, wanted

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pocketlm.core.errors import ConfigError
 from pocketlm.runtime.chat import Conversation
 from pocketlm.runtime.generate import generate, generate_ids, prompt_ids
-from pocketlm.runtime.sampling import next_token
+from pocketlm.runtime.sampling import Sampling
 from pocketlm.runtime.stream_text import TextStream
 
 TEMPLATE = (
@@ -131,9 +131,11 @@ def test_same_seed_same_answer(model, tokenizer):
 def test_nucleus_keeps_the_likeliest_only():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     draw = torch.Generator().manual_seed(0)
-    seen = {next_token(logits, 1.0, 0.6, draw) for _ in range(200)}
-    assert seen == {0, 1}
-    assert {next_token(logits, 1.0, 1.0, draw) for _ in range(300)} == {0, 1, 2, 3}
+    many = logits.expand(400, 4)
+    assert set(Sampling(1.0, top_p=0.6).draw(many, draw).tolist()) == {0, 1}
+    assert set(Sampling(1.0, top_k=3).draw(many, draw).tolist()) == {0, 1, 2}
+    assert set(Sampling(1.0, top_k=3, top_p=0.5).draw(many, draw).tolist()) == {0}
+    assert set(Sampling(1.0).draw(many, draw).tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}])

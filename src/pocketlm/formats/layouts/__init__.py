@@ -31,8 +31,15 @@ ROLES = (
     "weight_super_minimum",
     "weight_mask",
     "weight_values",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "biases",
 )
-
+SCALES = ("weight_scale", "scales")
+"""The roles of a weight's scales."""
 
 FACTORS = ("left", "right")
 """The factors of a weight, as parts of its name: ``x.left.<role>``."""

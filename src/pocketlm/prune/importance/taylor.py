@@ -1,6 +1,8 @@
 """LLM-Pruner (arXiv:2305.11627, section 3.2): what the loss would lose to first order.
 
-    score_u = Σ over all weights w of the unit, in every coupled linear, of |w ∂L/∂w|    (eq. 5)
+    score_u = Σ over all weights w of the unit, in every coupled linear, of |w ∂L/∂w|
+
+(its element-wise importance, of which the term of second order is left out, summed over a group.)
 
 Its recovery by LoRA is training and not here. Cost: one pass forward and one backward.
 """

@@ -79,7 +79,10 @@ class Int4Cpu:
         """The product [M, O]."""
         scale_zero_GO2 = buffers["scale_zero_GO2"]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x_MI, buffers["packed"], grid.columns // scale_zero_GO2.shape[0], scale_zero_GO2
+            x_MI.contiguous(),
+            buffers["packed"],
+            grid.columns // scale_zero_GO2.shape[0],
+            scale_zero_GO2,
         )
 
     def matmul_tiles(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -150,6 +153,8 @@ class Int8Cpu:
 
     def matmul(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """The product [M, O]."""
-        return torch.ops.aten._weight_int8pack_mm(x_MI, buffers["codes_OI"], buffers["scale_O"])
+        return torch.ops.aten._weight_int8pack_mm(
+            x_MI.contiguous(), buffers["codes_OI"], buffers["scale_O"]
+        )
 
     matmul_tiles = matmul

@@ -24,6 +24,7 @@ from pocketlm.runtime.kernels.codes import Float8Codes, Int8Codes
 from pocketlm.runtime.kernels.cpu import Int4Cpu, Int8Cpu
 from pocketlm.runtime.kernels.cuda import Int4Cuda
 from pocketlm.runtime.kernels.reference import Reference
+from pocketlm.runtime.kernels.triton.kernel import TritonWeights
 
 log = logging.getLogger("pocketlm.runtime")
 
@@ -52,7 +53,8 @@ class Row:
 
 
 # Where `tiles_from` is a number it was measured: Xeon (Cascade Lake, AVX-512, no bfloat16 units),
-# one thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096, groups of 64 and 128.
+# one thread, torch 2.13, 2026-11-22, weights of 576 x 576 to 4096 x 4096, groups of 64 and 128; on
+# CUDA an H200, weights of 14336 x 4096 and 4096 x 14336 (benchmarks/RESULTS.md).
 TABLE = (
     Row(Int4Cpu(), "cpu", (BF16,), range(2, 5), 192, "int4 product of PyTorch, float32 inside"),
     Row(
@@ -70,6 +72,14 @@ TABLE = (
         range(2, 9),
         12,
         "embedding bags of PyTorch (FBGEMM), exact float32",
+    ),
+    Row(
+        TritonWeights(),
+        "cuda",
+        (BF16, FP16),
+        range(2, 9),
+        2048,
+        "our Triton products: unpacked in registers, 5 to 7 bits in bytes",
     ),
     Row(Int4Cuda(), "cuda", (BF16,), range(2, 5), None, "int4 product of PyTorch (tinygemm)"),
     Row(
@@ -144,7 +154,8 @@ def kernel_for(grid: Grid, dtype: torch.dtype, device: torch.device | str = "cpu
         if grid.bits not in row.bits:
             refused[name] = f"takes {row.bits.start} to {row.bits.stop - 1} bits"
             continue
-        reason = row.kernel.refuses(grid, dtype, device) or probe(row.kernel, dtype, device)
+        reason = row.kernel.refuses(grid, dtype, device)
+        reason = reason or probe(row.kernel, dtype, device, grid.bits, grid.symmetric)
         if reason is None:
             return Choice(row.kernel, row.tiles_from, row.reason, refused)
         refused[name] = reason
@@ -167,11 +178,24 @@ def _warn_once(message: str) -> None:
     log.warning("%s Weights are decoded tile by tile, which is slow.", message)
 
 
-_PROBE_SHAPES = {"cpu-int8": (8, 256, 256)}  # kernel → bits, columns, group; else 4, 256, 64
+_PROBE_SHAPES = {"cpu-int8": (256, 256), "triton": (1024, 128)}  # columns, group; else 256, 64
 
 
-def probe(kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device) -> str | None:
+def probe(
+    kernel: Kernel | CodeKernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int = 8,
+    symmetric: bool = True,
+) -> str | None:
     """Tries a kernel on a small weight against the definition.
+
+    Args:
+        kernel: The kernel.
+        dtype: Of the activations.
+        device: Where it runs.
+        bits: Of a code of the weight.
+        symmetric: Whether the weight has no zero points.
 
     Returns:
         What is wrong with it on this machine; None if nothing.
@@ -180,30 +204,34 @@ def probe(kernel: Kernel | CodeKernel, dtype: torch.dtype, device: torch.device)
         return None
     if isinstance(kernel, CodeKernel):
         return _probe_codes(kernel.name, dtype, str(device))
-    return _probe(kernel.name, dtype, str(device))
+    return _probe(kernel.name, bits, symmetric, dtype, str(device))
 
 
-@lru_cache(maxsize=64)
-def _probe(name: str, dtype: torch.dtype, device_name: str) -> str | None:
+@lru_cache(maxsize=256)
+def _probe(
+    name: str, bits: int, symmetric: bool, dtype: torch.dtype, device_name: str
+) -> str | None:
     kernel = next(row.kernel for row in TABLE if row.kernel.name == name)
     device = torch.device(device_name)
-    bits, columns, group = _PROBE_SHAPES.get(name, (4, 256, 64))
+    columns, group = _PROBE_SHAPES.get(name, (256, 64))
     rows, half = 80, 1 << (bits - 1)
     generator = torch.Generator().manual_seed(0)
     codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, generator=generator)
     scale_OG = torch.randn(rows, columns // group, generator=generator).to(dtype)
-    weight = PackedInt(codes_OI, scale_OG, None, bits)
-    x_MI = torch.randn(3, columns, generator=generator).to(device, dtype)
+    zero_OG = torch.randint(-half, half, scale_OG.shape, dtype=torch.int8, generator=generator)
+    weight = PackedInt(codes_OI, scale_OG, None if symmetric else zero_OG, bits)
+    x_MI = torch.randn(70, columns, generator=generator).to(device, dtype)
     grid = Grid.of(weight)
     try:
         buffers = kernel.pack(weight, dtype, device)
-        few_MO = kernel.matmul(x_MI, buffers, grid)
-        many_MO = kernel.matmul_tiles(x_MI, buffers, grid)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        return f"fails here: {str(error).splitlines()[0]}"
+        found = [kernel.matmul(x_MI[:few], buffers, grid) for few in (3, 12, 70)]
+        found.append(kernel.matmul_tiles(x_MI, buffers, grid))
+    except Exception as error:  # compilers raise what they like
+        return f"fails here: {(str(error) or type(error).__name__).splitlines()[0]}"
     truth_MO = x_MI.cpu().double() @ weight.dequantize(torch.float64).T
-    for y_MO in (few_MO, many_MO):
-        error = (y_MO.cpu().double() - truth_MO).norm() / truth_MO.norm()
+    for y_MO in found:
+        expected_MO = truth_MO[: y_MO.shape[0]]
+        error = (y_MO.cpu().double() - expected_MO).norm() / expected_MO.norm()
         if not error < 8 * torch.finfo(dtype).eps:
             return f"gives wrong numbers here (relative error {error:.1e})"
     return None

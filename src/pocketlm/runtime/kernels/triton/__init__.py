@@ -1,0 +1,1 @@
+"""Our own CUDA products, written in Triton with explicit layouts (Gluon)."""

@@ -1,0 +1,180 @@
+"""The product for many rows of activations: Hopper's wgmma, weights unpacked into its operand A.
+
+A program makes 16 W outputs for N activations. Units of weights and tiles of activations come
+through a ring in shared memory (cp.async); a warp takes its 16 rows of weights from there, unpacks
+and scales them in registers while the tensor cores still work on the step before, and they enter
+wgmma as operand A; activations are operand B as they lie. Scaled weights are rounded to the
+activations' dtype, as `dequantize()` rounds them; sums are float32.
+
+Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from pocketlm.runtime.kernels.triton.unpack import copy_ahead, scaled, unpack
+
+
+@gluon.jit
+def _first_units(ptr, tile, tiles, units, W: gl.constexpr, C: gl.constexpr, WORDS: gl.constexpr,
+                 LAYOUT: gl.constexpr):  # fmt: skip
+    """Where the units of the first step lie, [W, 1, C, words of 16 bits]."""
+    w = gl.minimum(gl.arange(0, W)[:, None, None, None], tiles - 1 - tile * W)
+    c = gl.arange(0, C)[None, None, :, None]
+    word = gl.arange(0, WORDS)[None, None, None, :]
+    base = ptr + (tile * W).to(gl.int64) * units * WORDS
+    return base + gl.set_auto_layout((w * units + c) * WORDS + word, LAYOUT)
+
+
+@gluon.jit
+def _first_rows(ptr, tile, tiles, groups, W: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the scales or zero points of the first group lie, [16 W]."""
+    row = gl.arange(0, 16 * W)
+    at = gl.minimum(tile * W + row // 16, tiles - 1) * groups * 16 + row % 16
+    return ptr + gl.set_auto_layout(at, LAYOUT)
+
+
+@gluon.jit
+def _of_rows(shared, A: gl.constexpr, like: gl.constexpr):
+    """Scales or zero points of the rows of operand A, [16 W, 1], in the dtype `like`."""
+    return gl.expand_dims(shared.load(gl.SliceLayout(1, A)).to(gl.float32).to(like), 1)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def prefill_kernel(
+    x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
+    rows, outputs, units, groups, x_stride, y_stride,
+    STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
+    C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
+
+    With SPLITS > 1 program (i, j, k) sums the k-th part of the columns into y [SPLITS, M, O].
+    """
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
+    K: gl.constexpr = C * UNIT
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[W, 1], instr_shape=[16, N, 16]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    TILE_X: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128 if K >= 64 else 64, element_bitwidth=16, rank=2
+    )
+    LINES: gl.constexpr = K // 8 if K < 64 else 8  # lanes along a row of activations, 16 bytes each
+    LOAD_X: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LINES, LINES], [W, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    LOAD_Q: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, WORDS // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
+    )
+    LOAD_T: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, UNIT // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
+    )
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LOAD_S: gl.constexpr = gl.BlockedLayout([4], [32], [W], [0])
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, N, K], TILE_X)
+    qs = gl.allocate_shared_memory(gl.int16, [STAGES, W, 1, C, WORDS], PLAIN)
+    ss = gl.allocate_shared_memory(s_ptr.dtype.element_ty, [STAGES, W * 16], LINE)
+    ts, zs = qs, ss
+    if WIDTH == 3:
+        ts = gl.allocate_shared_memory(gl.int16, [STAGES, W, 1, C, UNIT], PLAIN)
+    if ZEROS:
+        zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, W * 16], LINE)
+    tile = gl.program_id(0)
+    first = gl.program_id(1) * N
+    tiles, all_steps = gl.cdiv(outputs, 16), units // C
+    start = all_steps * gl.program_id(2) // SPLITS
+    steps = all_steps * (gl.program_id(2) + 1) // SPLITS - start
+
+    n = gl.arange(0, N)[:, None]
+    k = gl.arange(0, K)[None, :]
+    x_row = gl.minimum(first + n, rows - 1)
+    x_at = x_ptr + gl.set_auto_layout(x_row.to(gl.int64) * x_stride + k, LOAD_X)
+    q_at = _first_units(q_ptr, tile, tiles, units, W, C, WORDS, LOAD_Q)
+    s_at = _first_rows(s_ptr, tile, tiles, groups, W, LOAD_S)
+    t_at, z_at = q_at, s_at
+    if WIDTH == 3:
+        t_at = _first_units(top_ptr, tile, tiles, units, W, C, UNIT, LOAD_T)
+    if ZEROS:
+        z_at = _first_rows(z_ptr, tile, tiles, groups, W, LOAD_S)
+
+    for i in gl.static_range(STAGES - 1):
+        if i < steps:
+            step = start + i
+            copy_ahead(xs.index(i), x_at + step * K)
+            copy_ahead(qs.index(i), q_at + step * (C * WORDS))
+            copy_ahead(ss.index(i), s_at + step // STEPS * 16)
+            if WIDTH == 3:
+                copy_ahead(ts.index(i), t_at + step * (C * UNIT))
+            if ZEROS:
+                copy_ahead(zs.index(i), z_at + step // STEPS * 16)
+        async_copy.commit_group()
+
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    q = qs.index(0).load(LOAD_Q)
+    s = _of_rows(ss.index(0), A, DTYPE)
+    top, z = q, s
+    if WIDTH == 3:
+        top = ts.index(0).load(LOAD_T)
+    if ZEROS:
+        z = _of_rows(zs.index(0), A, DTYPE)
+    v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
+    v = scaled(gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True), s, z, ZEROS)
+    acc = gl.zeros([W * 16, N], gl.float32, ACC)
+    for i in range(steps):
+        acc = warpgroup_mma(v, xs.index(i % STAGES).permute((1, 0)), acc, is_async=True)
+        # While that runs: the next step's weights, and a copy into what step i - 1 has left.
+        async_copy.wait_group(STAGES - 3)
+        fence_async_shared()
+        following = (i + 1) % STAGES
+        q = qs.index(following).load(LOAD_Q)
+        s = _of_rows(ss.index(following), A, DTYPE)
+        top, z = q, s
+        if WIDTH == 3:
+            top = ts.index(following).load(LOAD_T)
+        if ZEROS:
+            z = _of_rows(zs.index(following), A, DTYPE)
+        ahead = i + STAGES - 1
+        if ahead < steps:
+            free, step = ahead % STAGES, start + ahead
+            copy_ahead(xs.index(free), x_at + step * K)
+            copy_ahead(qs.index(free), q_at + step * (C * WORDS))
+            copy_ahead(ss.index(free), s_at + step // STEPS * 16)
+            if WIDTH == 3:
+                copy_ahead(ts.index(free), t_at + step * (C * UNIT))
+            if ZEROS:
+                copy_ahead(zs.index(free), z_at + step // STEPS * 16)
+        async_copy.commit_group()
+        v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
+        v = gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True)
+        v = scaled(v, s, z, ZEROS)
+        acc, v = warpgroup_mma_wait(0, [acc, v])  # v too: it is to be made before the wait
+
+    output = gl.set_auto_layout(gl.arange(0, W * 16), gl.SliceLayout(1, ACC))
+    row = gl.set_auto_layout(gl.arange(0, N), gl.SliceLayout(0, ACC))
+    output = gl.expand_dims(output, 1) + tile * (W * 16)
+    row = gl.expand_dims(row, 0) + first
+    mask = (row < rows) & (output < outputs)
+    at = (row + gl.program_id(2) * rows).to(gl.int64) * y_stride + output
+    gl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def add_parts_kernel(parts_ptr, y_ptr, count, SPLITS: gl.constexpr):
+    """Y = the sum of [SPLITS, …] float32 over the first axis, in order; 1024 values a program."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    at = gl.program_id(0) * 1024 + gl.set_auto_layout(gl.arange(0, 1024), LAYOUT)
+    total = gl.zeros([1024], gl.float32, LAYOUT)
+    for part in gl.static_range(SPLITS):
+        total += gl.load(parts_ptr + part * count.to(gl.int64) + at, mask=at < count, other=0.0)
+    gl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < count)

@@ -1,0 +1,268 @@
+"""One step of a plain decoder with nothing in it but its arithmetic.
+
+transformers' forward spends hundreds of microseconds a block on Python and on small operations; at
+one token that is more than the products take. Here a block is: norm, one product for queries, keys
+and values, rotation, attention over the static cache, product, norm, one product for gate and up,
+product. On CUDA what lies between products is fused by torch.compile, once for all blocks, and
+attention is decode_kernels.py.
+A step is trusted only after its logits were compared with those of the model's own forward.
+
+Legend: B rows, H heads of queries, K heads of keys, G = H / K, D head width, N positions seen,
+C hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketlm.runtime.joined import joined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pocketlm.models.decoder_parts import Block, Parts
+    from pocketlm.models.static_cache import StaticCache
+    from pocketlm.runtime.native.step import NativeStep
+
+# Of logits, relative: a step that means something else is off by far more.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def normed(x_BC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
+    """RMS norm: x / rms(x) in float32, times the weight in the weight's dtype."""
+    x32_BC = x_BC.float()
+    inverse_B1 = torch.rsqrt(x32_BC.square().mean(-1, keepdim=True) + epsilon)
+    return (x32_BC * inverse_B1).to(weight_C.dtype) * weight_C
+
+
+def added_norm(
+    x_BC: Tensor, y_BC: Tensor, weight_C: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    x_BC = x_BC + y_BC
+    return x_BC, normed(x_BC, weight_C, epsilon)
+
+
+def rotated(x_BHD: Tensor, cos_B1D: Tensor, sin_B1D: Tensor) -> Tensor:
+    """Rotary positions on the first widths that the angles have, halves paired."""
+    width = cos_B1D.shape[-1]
+    part, rest = x_BHD[..., :width], x_BHD[..., width:]
+    low, high = part.chunk(2, -1)
+    turned = part * cos_B1D + torch.cat((-high, low), -1) * sin_B1D
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
+
+
+def split_heads(
+    qkv_BX: Tensor,
+    cos_B1D: Tensor,
+    sin_B1D: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    epsilon: float,
+    heads: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, K, G, D], keys and values [B, K, 1, D] from the joined product."""
+    H, K, D = heads
+    x_BHD = qkv_BX.view(-1, H + 2 * K, D)
+    q_BHD, k_BKD, v_BKD = x_BHD.split((H, K, K), 1)
+    if norms is not None:
+        q_BHD, k_BKD = normed(q_BHD, norms[0], epsilon), normed(k_BKD, norms[1], epsilon)
+    q_BHD, k_BKD = rotated(q_BHD, cos_B1D, sin_B1D), rotated(k_BKD, cos_B1D, sin_B1D)
+    return q_BHD.reshape(-1, K, H // K, D), k_BKD[:, :, None], v_BKD[:, :, None]
+
+
+def gated(gate_up_BX: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) · up."""
+    gate_BF, up_BF = gate_up_BX.chunk(2, -1)
+    return activation(gate_BF) * up_BF
+
+
+class _Joined(nn.Module):
+    """Outputs side by side where the products could not be joined."""
+
+    def __init__(self, linears: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, I] → […, all O]."""
+        return torch.cat([linear(x) for linear in self.linears], -1)
+
+
+class _LeanBlock:
+    def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
+        self.parts, self.window = block, block.window
+        self.qkv = joined(block.qkv) or _Joined(block.qkv)
+        self.gate_up = joined(block.gate_up) or _Joined(block.gate_up)
+        self.keys, self.values = keys, values
+        self.head_norms, self.head_epsilon = None, 0.0
+        if block.head_norms is not None:
+            first, second = block.head_norms
+            self.head_norms = (first.weight, second.weight)
+            self.head_epsilon = first.epsilon
+
+
+class LeanStep:
+    """A step over the static cache of one decoder.
+
+    Args:
+        parts: Of the model.
+        cache: Whose tensors are read and written.
+    """
+
+    name = "the lean step"
+
+    def __init__(self, parts: Parts, cache: StaticCache) -> None:
+        self.parts = parts
+        self.blocks = [
+            _LeanBlock(block, part.keys, part.values)
+            for block, part in zip(parts.blocks, cache.parts, strict=True)
+        ]
+        like = parts.norm.weight
+        self.cos_ND, self.sin_ND = parts.angles(cache.capacity, like)
+        self.heads = (parts.heads, parts.kv_heads, parts.head_dim)
+        self.fused = _fused() if like.is_cuda else _EAGER
+        self.kernels = _kernels(self.heads[2], self.cos_ND) if like.is_cuda else None
+
+    def at(self, ids_B: Tensor, length: int, pad_B: Tensor | None) -> Tensor:
+        """Logits [B, V] of ids at position `length`, known to the host."""
+        if pad_B is None:
+            cos_B1D, sin_B1D = self.cos_ND[length][None, None], self.sin_ND[length][None, None]
+        else:
+            place_B = length - pad_B
+            cos_B1D, sin_B1D = self.cos_ND[place_B][:, None], self.sin_ND[place_B][:, None]
+
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
+            block.keys[:, :, length : length + 1] = k
+            block.values[:, :, length : length + 1] = v
+            first = 0 if block.window is None else max(0, length + 1 - block.window)
+            mask = None
+            if pad_B is not None:
+                columns_N = torch.arange(first, length + 1, device=pad_B.device)
+                mask = (columns_N >= pad_B[:, None])[:, None, None]
+            seen = slice(first, length + 1)
+            return self._attention(q, block.keys[:, :, seen], block.values[:, :, seen], mask)
+
+        return self._run(ids_B, attend)
+
+    def at_slot(self, ids_B: Tensor, slot_1: Tensor, seen: int, pad_B: Tensor) -> Tensor:
+        """The same at a place that only the device knows; attention reads `seen` positions."""
+        if self.kernels is not None:
+            return self._run(ids_B, self._by_kernels(slot_1, pad_B))
+        place_B = slot_1 - pad_B
+        cos_B1D, sin_B1D = self.cos_ND[place_B][:, None], self.sin_ND[place_B][:, None]
+        columns_N = torch.arange(seen, device=ids_B.device)
+        valid_BN = (columns_N <= slot_1) & (columns_N >= pad_B[:, None])
+        masks: dict[int | None, Tensor] = {}
+
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
+            block.keys.index_copy_(2, slot_1, k)
+            block.values.index_copy_(2, slot_1, v)
+            if block.window not in masks:
+                within = valid_BN
+                if block.window is not None:
+                    within = within & (columns_N > slot_1 - block.window)
+                masks[block.window] = within[:, None, None]
+            mask = masks[block.window]
+            return self._attention(q, block.keys[:, :, :seen], block.values[:, :, :seen], mask)
+
+        return self._run(ids_B, attend)
+
+    def _by_kernels(self, slot_1: Tensor, pad_B: Tensor) -> Callable[[_LeanBlock, Tensor], Tensor]:
+        kernels: Any = self.kernels
+
+        def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
+            q_BHD = kernels.rotate_and_store(
+                qkv_BX, (self.cos_ND, self.sin_ND), block.head_norms, block.head_epsilon,
+                self.heads, block.keys, block.values, slot_1, pad_B,
+            )  # fmt: skip
+            return kernels.attend(
+                q_BHD, block.keys, block.values, slot_1, pad_B, self.parts.scale, block.window
+            )
+
+        return attend
+
+    def _split(
+        self, block: _LeanBlock, qkv_BX: Tensor, cos_B1D: Tensor, sin_B1D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.fused.split_heads(
+            qkv_BX, cos_B1D, sin_B1D, block.head_norms, block.head_epsilon, self.heads
+        )
+
+    def _run(
+        self,
+        ids_B: Tensor,
+        attend: Callable[[_LeanBlock, Tensor], Tensor],
+    ) -> Tensor:
+        parts, fused = self.parts, self.fused
+        x_BC = parts.embedding(ids_B)
+        first = parts.blocks[0].attention_norm
+        h_BC = fused.normed(x_BC, first.weight, first.epsilon)
+        norms = [block.attention_norm for block in parts.blocks[1:]] + [parts.norm]
+        for block, after in zip(self.blocks, norms, strict=True):
+            y_BC = block.parts.output(attend(block, block.qkv(h_BC)))
+            norm = block.parts.mlp_norm
+            x_BC, h_BC = fused.added_norm(x_BC, y_BC, norm.weight, norm.epsilon)
+            y_BC = block.parts.down(fused.gated(block.gate_up(h_BC), parts.activation))
+            x_BC, h_BC = fused.added_norm(x_BC, y_BC, after.weight, after.epsilon)
+        return parts.head(h_BC)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, K, G, D] over [B, K, N, D] → [B, H · D]; the heads of a group are its queries."""
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.parts.scale)
+        return o.reshape(o.shape[0], -1)
+
+
+class _Functions:
+    """What lies between products, as it is or compiled."""
+
+    def __init__(self, wrap: Callable[[Any], Any]) -> None:
+        self.normed, self.added_norm = wrap(normed), wrap(added_norm)
+        self.split_heads, self.gated = wrap(split_heads), wrap(gated)
+
+
+_EAGER = _Functions(lambda function: function)
+
+
+def _kernels(head_dim: int, cos_ND: Tensor) -> Any:
+    """The module of Triton kernels, where they take such heads."""
+    try:
+        from pocketlm.runtime import decode_kernels
+    except ImportError:  # no Triton
+        return None
+    refused = decode_kernels.refuses(head_dim, cos_ND.shape[-1], cos_ND.dtype)
+    return decode_kernels if refused is None else None
+
+
+@functools.lru_cache(maxsize=1)
+def _fused() -> _Functions:
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return _EAGER
+    return _Functions(functools.partial(torch.compile, dynamic=False))
+
+
+def lean_steps(
+    model: PreTrainedModel, cache: StaticCache, rows: int
+) -> Iterator[LeanStep | NativeStep | str]:
+    """Steps to try, the fastest first; between them, why one is not there."""
+    from pocketlm.models.decoder_parts import decoder_parts
+
+    parts = decoder_parts(model)
+    if isinstance(parts, str):
+        yield f"steps run through transformers' forward: {parts}."
+        return
+    if model.device.type == "cpu":
+        from pocketlm.runtime.native.step import native_step
+
+        step = native_step(parts, cache, rows)
+        yield f"no step in C: {step}." if isinstance(step, str) else step
+    yield LeanStep(parts, cache)
