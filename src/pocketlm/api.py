@@ -371,10 +371,12 @@ def export(
     """Writes a compressed model in another form.
 
     Args:
-        path: An artifact, or what another tool compressed: GPTQ, AWQ, compressed-tensors, GGUF.
+        path: An artifact, or what another tool compressed: GPTQ, AWQ, compressed-tensors, GGUF; for
+            "gguf" any model, as for `compress`.
         output: Where the exported model goes.
         to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
-            codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx".
+            codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "gguf" (a file for
+            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture.
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
         target: The engine that is to load it, such as "vllm"; None: the format's limits only.
 
@@ -385,9 +387,12 @@ def export(
         PocketLMError: If there is no such form, the model cannot be read, or the form or target
             cannot take it.
     """
+    from pocketlm.catalog import build_step
     from pocketlm.engine.export import export as export_model
+    from pocketlm.recipes import END_STEPS
 
-    return export_model(path, Path(output).absolute(), to, dtype, target)
+    steps = [build_step(step.method, step.options) for step in END_STEPS]
+    return export_model(path, Path(output).absolute(), to, dtype, target, steps=steps)
 
 
 def report(path: str | Path) -> Path:

@@ -25,10 +25,12 @@ from pocketlm.engine.grids import (
 from pocketlm.engine.ledger import StageAccount
 from pocketlm.engine.machine import available_ram_bytes, choose_device
 from pocketlm.engine.memory import hidden_width
+from pocketlm.engine.mixture import with_mixture
 from pocketlm.engine.options import Job
 from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
+from pocketlm.formats.capabilities import target_name
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.shortcut import shortcuts_note
@@ -147,6 +149,7 @@ def prepare(
             source, device=place, trust_remote_code=trust_remote_code, revision=revision
         )
     after = after or After(source=name_of(source))
+    target, recipe = target_name(target), with_mixture(recipe, model)
     shapes = model.linear_shapes()
     grids = choose_grids(
         shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts

@@ -20,6 +20,8 @@ from pocketlm.core.spec import (
     parse_scheme,
 )
 from pocketlm.core.stored import SparsitySpec
+from pocketlm.formats.gguf_mix import MIXES
+from pocketlm.formats.gguf_types import FLOATS, SPECS
 
 DEFAULT = "w4a16"
 PRUNING = "sparsegpt"  # what --sparsity stands for
@@ -55,6 +57,7 @@ END_STEPS = tuple(StepSpec(method=name) for name in ("clip", "rtn"))
 METHOD_SCHEMES = {"llm_int8": "LLM_INT8"}
 
 # What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
+QUANTIZED_MIXES = tuple(mix for mix, (base, _) in MIXES.items() if base not in FLOATS)
 SCHEME_STEPS: dict[str, tuple[StepSpec, ...]] = {
     "W8A8": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
     "W8A8_STATIC": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
@@ -64,8 +67,17 @@ SCHEME_STEPS: dict[str, tuple[StepSpec, ...]] = {
 
 
 def presets() -> dict[str, Recipe]:
-    """Recipes by name: each scheme in small letters (w4a16, w8a8, nvfp4, …), with its method."""
-    return {name.lower(): _preset(name) for name in SCHEMES}
+    """Recipes by name: each scheme in small letters (w4a16, w8a8, nvfp4, …), with its method.
+
+    The mixtures of GGUF files (q4_k_m, …) are among them.
+    """
+    schemes = {name.lower(): _preset(name) for name in SCHEMES}
+    return schemes | {mix.lower(): _mixture(mix) for mix in QUANTIZED_MIXES}
+
+
+def _mixture(mix: str) -> Recipe:
+    base, _ = MIXES[mix]
+    return Recipe(steps=CHAINS["gptq"], weights=SPECS[base], mix=mix)
 
 
 def _preset(scheme: str) -> Recipe:
@@ -238,6 +250,10 @@ def build_recipe(
             if not any(_makes(step, "grid") for step in chain.steps):
                 pruned = chain if asked_zeros is None else _pruned(chain, asked_zeros)
                 return pruned.model_copy(update={"ignore": (*chain.ignore, *ignore)})
+    if scheme is not None and scheme.upper() in QUANTIZED_MIXES:
+        return _in_mixture(
+            recipe, method, scheme.upper(), (bits, group_size, symmetric), ignore, asked_zeros
+        )
     inputs = None if scheme is None else parse_inputs(scheme)
     default = DEFAULT if scheme is None or inputs is None else scheme
     base = read_recipe(default if recipe is None else recipe)
@@ -277,6 +293,40 @@ def build_recipe(
         changes["symmetric"] = symmetric
     weights = QuantSpec.parse({**_fields(grid), **changes}, where="grid")
     return base.model_copy(update={"weights": weights, "ignore": (*base.ignore, *ignore)})
+
+
+def scheme_bits(scheme: str) -> int | None:
+    """Bits of a scheme's codes; None where it is a mixture of GGUF types.
+
+    Raises:
+        ConfigError: If the name is no known scheme.
+    """
+    return None if scheme.upper() in QUANTIZED_MIXES else parse_scheme(scheme).bits
+
+
+def _in_mixture(
+    recipe: str | Path | dict[str, Any] | Recipe | None,
+    method: str | None,
+    mix: str,
+    grid: tuple[int | bool | None, ...],
+    ignore: tuple[str, ...],
+    zeros: SparsitySpec | None,
+) -> Recipe:
+    """The recipe for a mixture of GGUF types, which say bits and groups themselves."""
+    if any(flag is not None for flag in grid):
+        raise ConfigError(
+            f"{mix} says bits and groups of every tensor.",
+            where="--scheme",
+            remedy="Leave out --bits, --group-size and --sym.",
+        )
+    made = _mixture(mix)
+    if recipe is not None:
+        steps = read_recipe(recipe).steps
+        made = made.model_copy(update={"steps": steps})
+    elif method is not None:
+        made = made.model_copy(update={"steps": _chain(method, None).steps})
+    made = made if zeros is None else _pruned(made, zeros)
+    return made.model_copy(update={"ignore": ignore})
 
 
 def _fields(spec: QuantSpec) -> dict[str, Any]:

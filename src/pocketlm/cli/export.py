@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 To = Annotated[
     str,
-    typer.Option("--to", help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx."),
+    typer.Option(
+        "--to",
+        help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx, gguf, or gguf:TYPE "
+        "such as gguf:Q4_K_M.",
+    ),
 ]
 For = Annotated[
     str | None,
@@ -41,7 +45,11 @@ def run(
     dense: every weight decoded, factors multiplied: an ordinary checkpoint for any tool. The other
     forms keep the codes. The model may come from another tool: GPTQ, AWQ, compressed-tensors.
 
+    gguf: one file for llama.cpp, of any model. gguf:Q4_K_M and its like: in the types that
+    llama-quantize would take.
+
     Example: [bold]pocketlm export out --to gptq --target vllm -o out-gptq[/bold]
+    Example: [bold]pocketlm export out --to gguf -o model.gguf[/bold]
     """
     from pocketlm import api
 

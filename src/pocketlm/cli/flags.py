@@ -9,10 +9,11 @@ from typing import Any
 
 from pocketlm.cli.units import parse_bytes
 from pocketlm.core.errors import ConfigError, nearest
-from pocketlm.core.spec import Recipe, parse_scheme
+from pocketlm.core.spec import Recipe
 from pocketlm.core.stored import SparsitySpec
+from pocketlm.recipes import scheme_bits
 
-TARGETS = ("transformers", "vllm", "llama.cpp", "pocketlm")
+TARGETS = ("transformers", "vllm", "llama.cpp", "gguf", "pocketlm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -228,9 +229,10 @@ def recipe_flags(
     bits = bits if isinstance(bits, int) else None
     if bits is not None and not 2 <= bits <= 8:
         raise ConfigError(f"{bits} is not from 2 to 8.", where="--bits")
-    if scheme is not None and bits is not None and parse_scheme(scheme).bits != bits:
+    known = None if scheme is None else scheme_bits(scheme)
+    if bits is not None and known not in (None, bits):
         raise ConfigError(
-            f"the scheme {scheme} has {parse_scheme(scheme).bits} bits, --bits says {bits}.",
+            f"the scheme {scheme} has {known} bits, --bits says {bits}.",
             where="--scheme and --bits",
             remedy="Give one of them.",
         )
@@ -246,8 +248,6 @@ def recipe_flags(
         and not Path(recipe).exists()
     ):
         raise ConfigError("no such file.", where=f"--recipe {recipe}")
-    if scheme is not None:
-        parse_scheme(scheme)
     return {
         "recipe": recipe,
         "method": method,

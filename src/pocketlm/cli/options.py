@@ -47,7 +47,7 @@ Scheme = Annotated[
     str | None,
     typer.Option(
         "--scheme",
-        help="W2A16 … W8A16, NVFP4, MXFP4, FP8_BLOCK, NF4 …: see docs/methods.md.",
+        help="W2A16 … W8A16, NVFP4, MXFP4, FP8_BLOCK, NF4, Q4_K_M …: see docs/methods.md.",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -110,7 +110,7 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        help="The engine that will load it: transformers, vllm, llama.cpp, pocketlm.",
+        help="The engine that will load it: transformers, vllm, llama.cpp (or gguf), pocketlm.",
         rich_help_panel=_RECIPE,
     ),
 ]

@@ -10,6 +10,9 @@ levels to stored codes and back.
 - nf: the quantiles of QLoRA (arXiv:2305.14314, eq. 4 and appendix E; NF2 and NF3 by the same rule).
 - bnb_fp: FP4 of bitsandbytes, whose bit patterns are in the order of its table. Between two levels
   of a table the midpoint goes to the lower one, as in bitsandbytes.
+- iq4_nl: the 16 integers of llama.cpp's IQ4_NL, closer together around zero.
+- k: level = code - zero; the zero of a symmetric format is 2^(bits-1), that of an asymmetric one
+  the minimum over the scale, no integer.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 NF = {2: NF2, 3: NF3, 4: NF4}
+IQ4_NL = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
+    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
 BNB_FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # as E2M1: sign apart
 
 E4M3_MAX = 448.0
@@ -49,8 +56,12 @@ Rounder = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def largest_level(spec: QuantSpec) -> float:
     """The largest magnitude of a level; the scale of a tile is its largest weight over this."""
-    if spec.type == "int":
+    if spec.type == "int" or (spec.type == "k" and spec.symmetric):
         return float(-spec.code_min)
+    if spec.type == "k":
+        return float((1 << spec.bits) - 1)
+    if spec.type == "iq4_nl":
+        return -IQ4_NL[0]
     return _MINIFLOATS[spec.bits][2] if spec.type == "float" else 1.0
 
 
@@ -61,8 +72,12 @@ def mirrored(spec: QuantSpec) -> bool:
 
 def level_ends(spec: QuantSpec) -> tuple[float, float]:
     """The lowest and the highest level, zero points apart."""
-    if spec.type == "int":
+    if spec.type == "int" or (spec.type == "k" and spec.symmetric):
         return float(spec.code_min), float(spec.code_max)
+    if spec.type == "k":
+        return 0.0, largest_level(spec)
+    if spec.type == "iq4_nl":
+        return IQ4_NL[0], IQ4_NL[-1]
     return -largest_level(spec), largest_level(spec)
 
 
@@ -86,7 +101,7 @@ def level_gap(x: Tensor, spec: QuantSpec) -> Tensor:
     Returns:
         Distances in levels, of the shape of `x`; 1 for integers.
     """
-    if spec.type == "int":
+    if spec.type in ("int", "k"):
         return torch.ones_like(x)
     if spec.type == "float":
         mantissa_bits, least_step, largest = _MINIFLOATS[spec.bits]
@@ -103,8 +118,10 @@ def rounder(spec: QuantSpec) -> Rounder:
     `scale` and `zero` broadcast against `x`; the zero point is None where there is none. Values
     beyond the largest level become it. Works on float32 (float64 for integers too).
     """
-    if spec.type == "int":
+    if spec.type == "int" or (spec.type == "k" and spec.symmetric):
         return _integer_rounder(spec.code_min, spec.code_max)
+    if spec.type == "k":
+        return _minimum_rounder(1 << spec.bits)
     if spec.type == "float":
         return _minifloat_rounder(*_MINIFLOATS[spec.bits])
     return _table_rounder(spec)
@@ -116,6 +133,14 @@ def _integer_rounder(code_min: int, code_max: int) -> Rounder:
         if zero is None:
             return level.clamp_(code_min, code_max)
         return level.add_(zero).clamp_(code_min, code_max).sub_(zero)
+
+    return nearest
+
+
+def _minimum_rounder(codes: int) -> Rounder:
+    def nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        assert zero is not None
+        return (x / scale).add_(zero).round_().clamp_(0, codes - 1).sub_(zero)
 
     return nearest
 
@@ -157,6 +182,8 @@ def _code_table(kind: str, bits: int) -> Tensor:
     """The levels of a table by code, float32 [2^bits], on the CPU."""
     if kind == "nf":
         return torch.tensor(NF[bits])
+    if kind == "iq4_nl":
+        return torch.tensor(IQ4_NL)
     half = torch.tensor(E2M1 if kind == "float" else BNB_FP4)
     return torch.cat([half, -half])
 
@@ -166,7 +193,7 @@ def _sorted_table(kind: str, bits: int) -> tuple[Tensor, Tensor]:
     """The distinct levels of a table in rising order, and the code of each (zero as +0)."""
     table = _code_table(kind, bits)
     order = torch.argsort(table, stable=True)
-    if kind != "nf":
+    if kind not in ("nf", "iq4_nl"):
         order = order[order != 8]  # minus zero
     return table[order], order.to(torch.uint8)
 
@@ -184,6 +211,8 @@ def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tens
     """
     if spec.type == "int":
         return (level if zero is None else level + zero).to(torch.int8)
+    if spec.type == "k":
+        return (level + (-spec.code_min if zero is None else zero)).round().to(torch.uint8)
     if spec.bits == 8:
         return level.to(torch.float8_e4m3fn).view(torch.uint8)
     if spec.type == "float":
@@ -197,9 +226,15 @@ def codes_of(level: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tens
 
 
 def levels_of(codes: Tensor, spec: QuantSpec, zero: Tensor | None = None) -> Tensor:
-    """The levels, float32, that codes stand for: the inverse of `codes_of`."""
+    """The levels, float32, that codes stand for: the inverse of `codes_of`.
+
+    Of "k" with minima and no zero given these are the codes themselves.
+    """
     if spec.type == "int":
         return codes.float() if zero is None else codes.float() - zero
+    if spec.type == "k":
+        shift = -spec.code_min if spec.symmetric else 0
+        return codes.float() - (shift if zero is None else zero)
     if spec.bits == 8:
         return codes.view(torch.float8_e4m3fn).to(torch.float32)
     table = _code_table(spec.type, spec.bits).to(codes.device)

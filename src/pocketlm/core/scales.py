@@ -7,8 +7,12 @@ kind          stored, one a tile      outer                   what it means
                                                               compressed-tensors)
 ``dynamic8``  uint8 c                 float32 [⌈R·G / 256⌉]   map[c] · outer[block] + offset
                                                               (QLoRA, arXiv:2305.14314, section 3)
+``k``         int8 s                  float16 [R, S]          s · outer[super-block] (llama.cpp)
 
-Legend: R tiles below each other, G tiles beside each other.
+Formats of llama.cpp without a zero point have a minimum of each tile, w = scale · code - minimum:
+a float16 beside "float", an integer over another float16 of the super-block beside "k".
+
+Legend: R tiles below each other, G tiles and S super-blocks of 256 columns beside each other.
 """
 
 from __future__ import annotations
@@ -39,12 +43,16 @@ class Scale:
         stored_RG: One value a tile.
         outer: What several of them share; None for "float" and "e8m0".
         offset: float32 [1], what all of them share; "dynamic8" only.
+        minimum_RG: One value a tile, as stored; None where the format has no minima.
+        outer_minimum: What minima share; "k" only.
     """
 
     kind: ScaleType
     stored_RG: Tensor
     outer: Tensor | None = None
     offset: Tensor | None = None
+    minimum_RG: Tensor | None = None
+    outer_minimum: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """What multiplies the levels, float32 [stop - start, G], for some rows of tiles."""
@@ -54,6 +62,8 @@ class Scale:
         if self.kind == "e8m0":
             return stored.view(torch.float8_e8m0fnu).to(torch.float32)
         assert self.outer is not None
+        if self.kind == "k":
+            return _times_outer(stored, self.outer[start:stop])
         if self.kind == "e4m3":
             return stored.to(torch.float32) / self.outer
         assert self.offset is not None
@@ -67,6 +77,15 @@ class Scale:
         """What multiplies the levels, float32 [R, G]."""
         return self.rows(0, self.stored_RG.shape[0])
 
+    def minima(self, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """What is taken off each weight, float32 [stop - start, G]; None where there is nothing."""
+        if self.minimum_RG is None:
+            return None
+        stored = self.minimum_RG[start:stop]
+        if self.outer_minimum is None:
+            return stored.to(torch.float32)
+        return _times_outer(stored, self.outer_minimum[start:stop])
+
     def values_OG(self, rows: int, spec: QuantSpec) -> Tensor:
         """The same for each row of the weight, float32 [O, G]."""
         return spread_rows(self.values_RG(), rows, spec)
@@ -74,7 +93,8 @@ class Scale:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that is stored."""
-        return tuple(t for t in (self.stored_RG, self.outer, self.offset) if t is not None)
+        known = (self.stored_RG, self.outer, self.offset, self.minimum_RG, self.outer_minimum)
+        return tuple(tensor for tensor in known if tensor is not None)
 
     @property
     def stored_bits(self) -> int:
@@ -83,9 +103,16 @@ class Scale:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Scale:
         """The same scales with a function applied to every tensor, such as a move."""
-        outer = None if self.outer is None else function(self.outer)
-        offset = None if self.offset is None else function(self.offset)
-        return Scale(self.kind, function(self.stored_RG), outer, offset)
+        rest = (self.outer, self.offset, self.minimum_RG, self.outer_minimum)
+        moved = [None if tensor is None else function(tensor) for tensor in rest]
+        return Scale(self.kind, function(self.stored_RG), *moved)
+
+
+def _times_outer(stored_RG: Tensor, outer_RS: Tensor) -> Tensor:
+    """Integers times the float16 of their super-block, float32 [R, G]."""
+    rows, groups = stored_RG.shape
+    stored_RSg = stored_RG.to(torch.float32).view(rows, outer_RS.shape[1], -1)
+    return (stored_RSg * outer_RS.to(torch.float32)[:, :, None]).view(rows, groups)
 
 
 def spread_rows(values_RG: Tensor, rows: int, spec: QuantSpec) -> Tensor:

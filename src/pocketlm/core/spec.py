@@ -60,10 +60,12 @@ class Strict(BaseModel):
             raise ConfigError(what, where=where) from None
 
 
-NumberType = Literal["int", "float", "nf", "bnb_fp"]
-ScaleType = Literal["float", "e8m0", "e4m3", "dynamic8"]
+NumberType = Literal["int", "float", "nf", "bnb_fp", "iq4_nl", "k"]
+ScaleType = Literal["float", "e8m0", "e4m3", "dynamic8", "k"]
 
 DOUBLE_BLOCK = 256  # scales that share one constant where they are quantized themselves
+SUPER_BLOCK = 256  # columns whose scales are integers over one float16 (llama.cpp's K-quants)
+SUB_SCALE_BITS = {2: 4, 3: 6, 4: 6, 5: 6, 6: 8}  # bits of a K-quant's codes → of its scales
 
 # What may stand together beside integers: (type, bits) → scale → group size (None: any).
 _FLOATS: dict[tuple[str, int], dict[str, int | None]] = {
@@ -73,23 +75,34 @@ _FLOATS: dict[tuple[str, int], dict[str, int | None]] = {
     ("nf", 3): {"float": None, "dynamic8": None},
     ("nf", 4): {"float": None, "dynamic8": None},
     ("bnb_fp", 4): {"float": None, "dynamic8": None},
+    ("iq4_nl", 4): {"float": 32},
+    ("k", 2): {"k": 16},
+    ("k", 3): {"k": 16},
+    ("k", 4): {"k": 32, "float": 32},
+    ("k", 5): {"k": 32, "float": 32},
+    ("k", 6): {"k": 16},
 }
+_SYMMETRIC_K = (3, 6)  # bits of the K-quants that have no minima
 
 
 class QuantSpec(Strict):
     """A number format: w ≈ scale · (level - zero), one scale for each tile of the weight.
 
     Attributes:
-        bits: Bits of a code: 2 to 8 for "int", 4 or 8 for "float", 2 to 4 for "nf", else 4.
-        symmetric: True: zero is 0; integers alone may be asymmetric.
+        bits: Bits of a code: 2 to 8 for "int", 4 or 8 for "float", 2 to 4 for "nf", 2 to 6 for
+            "k", else 4.
+        symmetric: True: zero is 0; integers and "k" alone may be asymmetric.
         group_size: Columns of a tile; None: all of them.
         type: What a code stands for. "int": -2^(bits-1) to 2^(bits-1)-1; "float": E2M1 (4 bits) or
             E4M3 (8 bits); "nf": quantiles of the normal distribution (QLoRA, arXiv:2305.14314);
-            "bnb_fp": the 4-bit float of bitsandbytes.
+            "bnb_fp": the 4-bit float of bitsandbytes; "iq4_nl": llama.cpp's table of 16 levels;
+            "k": integers as llama.cpp's blocks have them, from 0 on and less a minimum of the group
+            where asymmetric (Q2_K, Q4_K, Q5_K, Q4_1, Q5_1), else around 0 (Q3_K, Q6_K).
         group_rows: Rows of a tile; None: all of them. Other than 1 for 8-bit floats alone.
         scale: What a scale is stored as. "float": the 16-bit float of the weights; "e8m0": a power
             of two in 8 bits (OCP MX); "e4m3": an 8-bit float, over one float32 of the whole tensor
-            (NVFP4); "dynamic8": quantized again to 8 bits in blocks of 256 (QLoRA, section 3).
+            (NVFP4); "dynamic8": quantized again to 8 bits in blocks of 256 (QLoRA, section 3);
+            "k": an integer over a float16 of 256 columns, as is a minimum (K-quants).
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -127,6 +140,10 @@ class QuantSpec(Strict):
         """The format's short name, such as ``INT4``, ``FP8_BLOCK``, ``NVFP4`` or ``NF4_DQ``."""
         if self.type == "int":
             return f"INT{self.bits}"
+        if self.type == "iq4_nl":
+            return "IQ4_NL"
+        if self.type == "k":
+            return f"Q{self.bits}_{'K' if self.scale == 'k' else 1}"
         if self.type != "float":
             number = f"NF{self.bits}" if self.type == "nf" else "FP4"
             return f"{number}_DQ" if self.scale == "dynamic8" else number
@@ -151,9 +168,18 @@ class QuantSpec(Strict):
         """
         below, beside = self.tiles(shape)
         scales = below * beside
-        each = (scale_bits if self.scale == "float" else 8) + (0 if self.symmetric else self.bits)
         constants = {"e4m3": 1, "dynamic8": -(-scales // DOUBLE_BLOCK) + 1}.get(self.scale, 0)
-        return shape[0] * shape[1] * self.bits + scales * each + 32 * constants
+        if self.scale == "k":
+            constants = -(-shape[1] // SUPER_BLOCK) * shape[0] / (2 if self.symmetric else 1)
+        each = self._scale_bits(scale_bits)
+        return shape[0] * shape[1] * self.bits + scales * each + int(32 * constants)
+
+    def _scale_bits(self, scale_bits: int) -> int:
+        """Stored bits of a tile's scale and zero point or minimum; an integer scale has a byte."""
+        scale = scale_bits if self.scale == "float" else 8
+        if self.symmetric:
+            return scale
+        return 2 * scale if self.type == "k" else scale + self.bits
 
     def bits_per_weight(self, columns: int, scale_bits: int = 16, rows: int | None = None) -> float:
         """Real bits of one weight, everything counted.
@@ -167,17 +193,21 @@ class QuantSpec(Strict):
             return self.stored_bits((rows, columns), scale_bits) / (rows * columns)
         if self.group_rows is None:
             return float(self.bits)
-        each = (scale_bits if self.scale == "float" else 8) + (0 if self.symmetric else self.bits)
-        constants = 32 / DOUBLE_BLOCK if self.scale == "dynamic8" else 0
-        return self.bits + (each + constants) / (self.group_rows * (self.group_size or columns))
+        constants = 32 / DOUBLE_BLOCK if self.scale == "dynamic8" else 0.0
+        shared = (16 if self.symmetric else 32) / SUPER_BLOCK if self.scale == "k" else 0.0
+        each = self._scale_bits(scale_bits) + constants
+        return self.bits + shared + each / (self.group_rows * (self.group_size or columns))
 
     def fit(self, columns: int) -> QuantSpec:
         """The same format with a group size that divides `columns`.
 
         The group size stays when it divides; else it becomes the largest smaller one of
-        128, 64, 32 that does; else the whole row shares a scale. The caller announces it. Formats
-        with groups of their own, and blocks of rows, which may end short, stay as they are.
+        128, 64, 32 that does; else the whole row shares a scale. The caller announces it. K-quants
+        become what llama-quantize takes instead. Other formats with groups of their own, and blocks
+        of rows, which may end short, stay as they are.
         """
+        if self.scale == "k" and not self.fits(columns) and columns % 32 == 0:
+            return K_FALLBACKS[self.bits]
         if self.group_size is None or self.fits(columns) or self.fixed_groups:
             return self
         smaller = [g for g in GROUP_SIZES if g < self.group_size and columns % g == 0]
@@ -186,6 +216,8 @@ class QuantSpec(Strict):
     @property
     def by_rows(self) -> bool:
         """Whether a row is stored by itself: no zero points, and no scale or constant shared."""
+        if self.type == "k":
+            return True
         return self.symmetric and self.group_rows == 1 and self.scale in ("float", "e8m0")
 
     @property
@@ -195,6 +227,8 @@ class QuantSpec(Strict):
 
     def fits(self, columns: int) -> bool:
         """Whether rows of so many columns can be cut into this format's groups."""
+        if self.scale == "k":
+            return columns % SUPER_BLOCK == 0
         return self.group_size is None or self.group_rows != 1 or columns % self.group_size == 0
 
 
@@ -208,8 +242,12 @@ def _contradiction(spec: QuantSpec) -> str | None:
         if known is None:
             bits = [str(bits) for name, bits in _FLOATS if name == spec.type]
             return f"'{spec.type}' has {' or '.join(bits)} bits, not {spec.bits}"
-        if not spec.symmetric:
-            return f"{kind} has no zero points; only 'int' may be asymmetric"
+        if spec.type == "k":
+            if spec.symmetric != (spec.bits in _SYMMETRIC_K):
+                form = "asymmetric" if spec.symmetric else "symmetric"
+                return f"{kind} is {form}"
+        elif not spec.symmetric:
+            return f"{kind} has no zero points; only 'int' and 'k' may be asymmetric"
     if spec.scale not in known:
         listed = [f"'{s}'" + (f" in groups of {g}" if g else "") for s, g in known.items()]
         return f"{kind} takes the scale {' or '.join(listed)}, not '{spec.scale}'"
@@ -314,7 +352,34 @@ def _schemes() -> dict[str, QuantSpec]:
     }
 
 
-SCHEMES = _schemes()
+def _k_quant(bits: int, scale: ScaleType = "k") -> QuantSpec:
+    symmetric = bits in _SYMMETRIC_K
+    group_size = _FLOATS["k", bits][scale]
+    return QuantSpec(bits=bits, type="k", symmetric=symmetric, group_size=group_size, scale=scale)
+
+
+# llama.cpp's types that hold number formats, by its names. TQ2_0 holds the codes -1, 0, 1 and 2.
+GGUF_TYPES: dict[str, QuantSpec] = {
+    "Q4_0": QuantSpec(bits=4, group_size=32),
+    "Q5_0": QuantSpec(bits=5, group_size=32),
+    "Q8_0": QuantSpec(bits=8, group_size=32),
+    "Q4_1": _k_quant(4, "float"),
+    "Q5_1": _k_quant(5, "float"),
+    **{f"Q{bits}_K": _k_quant(bits) for bits in SUB_SCALE_BITS},
+    "IQ4_NL": QuantSpec(bits=4, type="iq4_nl", group_size=32),
+    "TQ2_0": QuantSpec(bits=2, group_size=SUPER_BLOCK),
+}
+
+# What a K-quant becomes where 256 does not divide the columns: llama-quantize's own choice.
+K_FALLBACKS = {
+    2: GGUF_TYPES["Q4_0"],
+    3: GGUF_TYPES["Q4_0"],
+    4: GGUF_TYPES["Q5_0"],
+    5: GGUF_TYPES["Q5_1"],
+    6: GGUF_TYPES["Q8_0"],
+}
+
+SCHEMES = _schemes() | GGUF_TYPES
 
 # How the inputs are rounded, of schemes that round them; a name ending in A16 is the weights alone.
 INPUTS = {
@@ -374,6 +439,8 @@ class Recipe(Strict):
             compressed where an override spells their path, or its last part, and only there.
         ignore: Patterns of linears kept as they are.
         activations: How the inputs of every compressed linear are rounded; None: not at all.
+        mix: llama.cpp's name of a mixture of types, such as ``Q4_K_M``: grids of linears, embedding
+            and head by its rules, which become overrides once the model is known; None: no mixture.
     """
 
     steps: tuple[StepSpec, ...] = Field(min_length=1)
@@ -381,6 +448,12 @@ class Recipe(Strict):
     overrides: dict[str, QuantSpec] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     activations: ActivationSpec | None = None
+    mix: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_mix(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out a mixture where there is none: files written before stay as they are."""
+        return {key: value for key, value in plain(self).items() if key != "mix" or value}
 
     @field_validator("steps", mode="before")
     @classmethod

@@ -156,9 +156,10 @@ class PackedInt:
 
 @dataclass(frozen=True)
 class PackedFloat:
-    """Codes of a float or of a table, with a scale for each tile: FP8, MXFP4, NVFP4, NF4 …
+    """Codes that are no plain integers, with a scale for each tile: FP8, MXFP4, NF4, Q4_K …
 
-    w[o, i] = scale[o // group_rows, i // group_size] * level(code[o, i])
+    w[o, i] = scale[o // group_rows, i // group_size] * level(code[o, i]), in llama.cpp's formats
+    without a zero point less a minimum of the tile.
 
     Attributes:
         codes_OI: uint8, the bit pattern of each level, one in a byte.
@@ -185,6 +186,9 @@ class PackedFloat:
     def is_finite(self) -> bool:
         """Whether every scale is a number, and every code one too (E4M3 has a NaN)."""
         scales = bool(torch.isfinite(self.scale.values_RG()).all())
+        minima = self.scale.minima()
+        if minima is not None:
+            return scales and bool(torch.isfinite(minima).all())
         return scales and (self.bits < 8 or not bool(((self.codes_OI & 0x7F) == 0x7F).any()))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -240,6 +244,9 @@ def decode_rows(
     width = spec.group_size or columns
     if columns % width == 0:
         weight_oGi = weight_oI.view(rows, -1, width).mul_(scale_oG[:, :, None])
+        minimum_oG = scale.minima(first, last)
+        if minimum_oG is not None:
+            weight_oGi.sub_(minimum_oG.to(work)[:, :, None])
         return weight_oGi.view(rows, columns).to(dtype)
     return weight_oI.mul_(scale_oG.repeat_interleave(width, 1)[:, :columns]).to(dtype)
 

@@ -89,6 +89,7 @@ def compress_block(
     *,
     activations: Mapping[str, ActivationSpec] | None = None,
     kept_dtype: torch.dtype | None = None,
+    scale_dtype: torch.dtype | None = None,
     seed: int = 0,
     gradients: Mapping[str, Tensor] | None = None,
     report: Callable[[float, float | None], None] = lambda share, loss: None,
@@ -103,6 +104,7 @@ def compress_block(
         device: Where statistics are gathered.
         activations: Module path → how its inputs are rounded, of the linears whose are.
         kept_dtype: In which tensors beside the linears are stored; None: their own.
+        scale_dtype: In which plain scales are stored; None: as the weights' dtype has it.
         seed: Of block steps.
         gradients: Module path → how large the loss's gradient is in each weight; None where no
             step asks.
@@ -129,7 +131,7 @@ def compress_block(
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
                 block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype,
-                gradients, tell,
+                scale_dtype, gradients, tell,
             )  # fmt: skip
             if sweep is not None and one is todo[-1]:
                 sweep.finish()
@@ -138,7 +140,7 @@ def compress_block(
             assert batches is not None
             inputs.set_all()
             states = {
-                view.name: _state(view, specs, inputs, results, notes, shared)
+                view.name: _state(view, specs, inputs, results, notes, shared, scale_dtype)
                 for views in _chosen(block, specs)
                 for shared in (shared_absmax(views, specs),)
                 for view in views
@@ -182,6 +184,7 @@ def _linear_pass(
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     kept_dtype: torch.dtype | None,
+    scale_dtype: torch.dtype | None,
     gradients: Mapping[str, Tensor] | None,
     tell: Callable[[int, int, float | None], None],
 ) -> dict[str, Compressed]:
@@ -201,7 +204,7 @@ def _linear_pass(
         stats, seen = _gather(group, chosen[0], steps, sweep, inputs, exchange, device)
         shared = shared_absmax(chosen, specs)
         for view in chosen:
-            state = _state(view, specs, inputs, earlier, notes, shared)
+            state = _state(view, specs, inputs, earlier, notes, shared, scale_dtype)
             if seen is not None and seen.few and FEW_TOKENS not in state.notes:
                 state = replace(state, notes=(*state.notes, FEW_TOKENS))
             own = stats
@@ -264,6 +267,7 @@ def _state(
     earlier: Mapping[str, Compressed],
     notes: Mapping[str, tuple[Note, ...]],
     shared: float | None,
+    scale_dtype: torch.dtype | None,
 ) -> LinearState:
     """A linear before a pass: its original weight after folds, and what earlier passes made."""
     quantizer = inputs.of(view.name)
@@ -271,7 +275,7 @@ def _state(
         view.name,
         view.weight_OI(),
         specs[view.name],
-        scale_dtype_for(view.dtype),
+        scale_dtype or scale_dtype_for(view.dtype),
         notes=notes.get(view.name, ()),
         shared_absmax=shared,
         inputs=None if quantizer is None else quantizer.spec,

@@ -1,5 +1,7 @@
 """Writes a compressed model again in another form, tensor by tensor, and says what that costs.
 
+``gguf`` is one file for llama.cpp (`engine/export_gguf.py`).
+
 ``dense`` undoes every compression of the storage: codes are decoded, factors multiplied, zeros
 written out. What comes out is an ordinary checkpoint that any tool loads; what was lost when it was
 compressed stays lost, and what was gained in bytes and speed is given back. The other forms keep
@@ -17,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pocketlm.core.errors import ConfigError, OutputBusy, UnsupportedLayer, nearest
+from pocketlm.core.state import LinearStep
 from pocketlm.core.stored import LowRankSpec, SumSpec
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.engine.artifact import CARD, partial_path
 from pocketlm.engine.conversion import CACHE_NOTE, PACKED_FORMS, convert
+from pocketlm.engine.export_gguf import WrittenTensor, write
 from pocketlm.formats import kv_cache
-from pocketlm.formats.capabilities import capability
+from pocketlm.formats.capabilities import capability, target_name
+from pocketlm.formats.gguf_mix import require_mix
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
 from pocketlm.models.stored import StoredModel, open_stored
 
+GGUF = "gguf"  # beside `FORMS`: one file, with types of its own
 CHUNK_BYTES = 16 << 20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,6 +52,7 @@ class Export(BaseModel):
         products_before: Multiplications a token in the decoded linears, in the artifact.
         products_after: The same now.
         notes: What else changed, as sentences.
+        tensors: What became of each tensor of a GGUF file; empty for other forms.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,6 +66,7 @@ class Export(BaseModel):
     products_before: int
     products_after: int
     notes: list[str]
+    tensors: dict[str, WrittenTensor] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,16 +106,19 @@ def export(
     dtype: str | None = None,
     target: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    steps: Sequence[LinearStep] = (),
 ) -> Export:
     """Writes a compressed model in another form; the output takes its name once it is whole.
 
     Args:
         source: An artifact, or what another tool compressed.
         output: Where the exported model goes; must not be there, or be empty.
-        form: One of `FORMS`.
+        form: One of `FORMS`, "gguf", or "gguf:" and a mixture of types such as Q4_K_M.
         dtype: Of decoded weights, "bfloat16", "float16" or "float32"; None: the artifact's.
         target: The engine that is to load it; None: the form's own limits only.
         on_progress: Called with bytes written and bytes in all.
+        steps: What rounds values to a GGUF type: linear steps that need no data.
 
     Returns:
         What was made, with its price.
@@ -120,14 +131,19 @@ def export(
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
     """
-    if form not in FORMS:
+    name, _, mix = form.partition(":")
+    if name not in (*FORMS, GGUF) or (mix and name != GGUF):
         raise ConfigError(
-            f"there is no export to '{form}'.", where="--to", remedy=nearest(form, FORMS)
+            f"there is no export to '{form}'.", where="--to", remedy=nearest(name, (*FORMS, GGUF))
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"weights are not written in '{dtype}'.", where="--dtype", remedy=nearest(dtype, DTYPES)
         )
+    if name == GGUF:
+        if target is not None and target_name(target) != "llama.cpp":
+            _require_target(GGUF, target)
+        return _gguf(source, output, mix, dtype, on_progress, steps)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputBusy(
             "is not empty.", where=str(output), remedy="Give another -o; nothing is replaced."
@@ -140,6 +156,42 @@ def export(
         return _write(model, output, FORMS[form](model, Asked(form, dtype, target)), on_progress)
     finally:
         model.close()
+
+
+def _gguf(
+    source: str | Path,
+    output: Path,
+    mix: str,
+    dtype: str | None,
+    on_progress: Callable[[int, int], None] | None,
+    steps: Sequence[LinearStep],
+) -> Export:
+    """Writes a GGUF file, of any model, compressed or not."""
+    asked = require_mix(mix) if mix else None
+    if output.is_dir():
+        output = output / f"{Path(source).name.removesuffix('.gguf')}-{asked or 'held'}.gguf"
+    if output.exists():
+        raise OutputBusy(
+            "is there already.", where=str(output), remedy="Give another -o; nothing is replaced."
+        )
+    if output.suffix != ".gguf":
+        raise ConfigError(
+            "a GGUF file ends in .gguf.", where=str(output), remedy=f"Give -o {output}.gguf."
+        )
+    made = write(source, output, asked, dtype, steps, on_progress)
+    kept = sum(tensor.kept for tensor in made.tensors.values())
+    return Export(
+        output=output,
+        form=f"gguf:{asked}" if asked else "gguf",
+        dtype=dtype or "as stored",
+        decoded=len(made.tensors) - kept,
+        bytes_before=made.bytes_before,
+        bytes_after=made.bytes_after,
+        products_before=0,
+        products_after=0,
+        notes=made.notes,
+        tensors=dict(made.tensors),
+    )
 
 
 def _require_target(form: str, target: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
-from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
+from pocketlm.core.spec import SUPER_BLOCK, ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.state import PruningStep, Step
 from pocketlm.core.stored import (
     DenseSpec,
@@ -30,8 +30,10 @@ from pocketlm.formats.capabilities import (
     is_expert,
 )
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
+from pocketlm.formats.gguf_hold import native
 from pocketlm.formats.packing import fills_bytes
 
+OWN_FORMAT = ("pocketlm", "llama.cpp")  # targets whose artifacts are in our format
 MIN_COLUMNS = 32  # a narrower weight fills no word of the packed formats
 
 
@@ -156,21 +158,16 @@ def choose_grids(
             specs[name] = None
         elif shape[1] < MIN_COLUMNS:
             kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
-        elif asked.fixed_groups and not asked.fits(shape[1]):
+        elif not (fitted := _fitted(asked, shape[1], target)).fits(shape[1]):
             kept[name] = (
-                f"groups of {asked.group_size}, as {asked.name} has them, do not divide "
+                f"groups of {fitted.group_size}, as {fitted.name} has them, do not divide "
                 f"{shape[1]} columns"
             )
-        elif asked.type != "int" and not fills_bytes(shape[1], asked.bits):
-            kept[name] = f"{shape[1]} codes of {asked.bits} bits do not fill whole bytes"
+        elif fitted.type != "int" and not fills_bytes(shape[1], fitted.bits):
+            kept[name] = f"{shape[1]} codes of {fitted.bits} bits do not fill whole bytes"
         else:
-            fitted = asked.fit(shape[1])
             if fitted != asked:
-                becomes = fitted.group_size or "the whole row"
-                notes[name] = (
-                    f"groups of {asked.group_size} do not divide {shape[1]} columns: "
-                    f"the group is {becomes}."
-                )
+                notes[name] = _fitting_note(asked, fitted, shape[1])
             if recipe.activations is not None:
                 if is_expert(name) and capability(target).expert_inputs is None:
                     text = f"{target} does not round inputs of experts: they stay as they come."
@@ -199,6 +196,28 @@ def choose_grids(
     for name, text in check_factors(grids, shapes, target).items():
         notes[name] = f"{notes[name]} {text}" if name in notes else text
     return grids
+
+
+def _fitted(asked: QuantSpec, columns: int, target: str) -> QuantSpec:
+    """The grid that a linear gets: GGUF files have their own in the place of wider groups."""
+    return (native(asked) if target == "llama.cpp" else asked).fit(columns)
+
+
+def _fitting_note(asked: QuantSpec, fitted: QuantSpec, columns: int) -> str:
+    if fitted.name != asked.name:
+        why = f"{SUPER_BLOCK} does not divide {columns} columns"
+        if asked.scale != "k":
+            why = "GGUF files have minima in the place of zero points"
+        return f"{why}: {asked.name} becomes {fitted.name} in groups of {fitted.group_size}."
+    if asked.fits(columns):
+        return (
+            f"GGUF files have a scale for each {fitted.group_size} columns: the group is "
+            f"{fitted.group_size}, not {asked.group_size or 'the whole row'}."
+        )
+    return (
+        f"groups of {asked.group_size} do not divide {columns} columns: "
+        f"the group is {fitted.group_size or 'the whole row'}."
+    )
 
 
 def choose_ends(ends: Sequence[End], recipe: Recipe) -> dict[str, QuantSpec]:
@@ -258,7 +277,7 @@ def _factorises(steps: Sequence[Step]) -> bool:
 def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
     """The first format that holds the whole recipe: an engine's own before ours."""
     asked = [spec for spec in (recipe.weights, *recipe.overrides.values()) if spec is not None]
-    if target == "pocketlm" and (asked or sparsity is not None):
+    if target in OWN_FORMAT and (asked or sparsity is not None):
         return "pocketlm"
     if not asked:
         return "dense"

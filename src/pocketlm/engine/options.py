@@ -62,6 +62,11 @@ class Job:
         return stats or self.needs_original or self.calibrates_inputs
 
     @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """In which plain scales are stored: GGUF has float16 alone; None: by the weights' dtype."""
+        return torch.float16 if self.target == "llama.cpp" else None
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether a step asks for the loss's gradient in the weights."""
         return any(kind is GradientSize for step in self.steps for kind in step.needs)

@@ -230,6 +230,7 @@ class Runner:
                 self._model.device,
                 activations=self._grids.inputs,
                 kept_dtype=self._job.dtype,
+                scale_dtype=self._job.scale_dtype,
                 seed=self._job.seed,
                 gradients=self._gradients(index),
                 report=self._inside(index, first, total),
@@ -268,7 +269,7 @@ class Runner:
             compress_end(
                 task,
                 partial(model.source.rows, task.end.tensor),
-                model.source.infos()[task.end.tensor].dtype,
+                self._job.scale_dtype or model.source.infos()[task.end.tensor].dtype,
                 self._grids.format_name,
                 self._job.end_steps,
                 self._journal,

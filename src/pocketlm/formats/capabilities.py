@@ -99,6 +99,14 @@ def capabilities() -> Mapping[str, Capability]:
     return {name: Capability.parse(data, where=name) for name, data in json.loads(text).items()}
 
 
+ALIASES = {"gguf": "llama.cpp"}  # of targets
+
+
+def target_name(target: str) -> str:
+    """The name of a target by any of its names."""
+    return ALIASES.get(target, target)
+
+
 def capability(target: str) -> Capability:
     """What one target takes.
 
@@ -184,7 +192,10 @@ def check_layer(
     if spec.type != "int":
         if spec.name not in known.floats:
             listed = ", ".join(known.floats) or "integers"
-            raise refuse(f"{target} does not run {spec.name}.", f"It runs {listed}.")
+            remedy = f"It runs {listed}."
+            if spec.type in ("k", "iq4_nl"):
+                remedy = "It is llama.cpp's: give --target llama.cpp, then export --to gguf."
+            raise refuse(f"{target} does not run {spec.name}.", remedy)
         if known.whole_blocks and spec.name == "FP8_BLOCK":
             _demand_whole_blocks(spec, shape, target, where)
         return

@@ -119,7 +119,7 @@ def pack_bytes(codes_RC: Tensor, bits: int) -> Tensor:
 
     Args:
         codes_RC: uint8 [R, C], C as `fills_bytes` wants it.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 6, or 8.
 
     Returns:
         uint8 [R, C·bits/8].
@@ -141,7 +141,7 @@ def unpack_bytes(bytes_RB: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_bytes`: uint8 [R, C]."""
     if bits == 8:
         return bytes_RB
-    if bits < 4:
+    if bits != 4:
         eights = bytes_RB.new_zeros(bytes_RB.numel() // bits, 8)
         eights[:, :bits] = bytes_RB.reshape(-1, bits)
         lanes = _spread_lanes(eights.flatten().view(torch.int64), bits)

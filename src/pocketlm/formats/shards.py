@@ -81,7 +81,7 @@ def assemble(
     shards = [_aligned(shard) for shard in _split(entries, max_shard_bytes)]
     owners = _owners(shards)
     bytes_total = sum(entry.bytes_stored for entry in entries)
-    _require_room(directory, bytes_total)
+    require_room(directory, bytes_total)
     digests: dict[str, str] = {}
     bytes_done = 0
     for index, shard in enumerate(shards):
@@ -91,13 +91,13 @@ def assemble(
             if on_progress is not None:
                 on_progress(done_before + count, bytes_total)
 
-        digests[name] = _write_durably(directory / name, _stream(shard, report), bytes_total)
+        digests[name] = write_durably(directory / name, _stream(shard, report), bytes_total)
         bytes_done += sum(entry.bytes_stored for entry in shard)
     if len(shards) > 1:
         weight_map = {name: _file_name(owner, len(shards)) for name, owner in owners.items()}
         index_data = {"metadata": {"total_size": bytes_total}, "weight_map": weight_map}
         text = json.dumps(index_data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        digests[INDEX] = _write_durably(directory / INDEX, [text.encode()], len(text))
+        digests[INDEX] = write_durably(directory / INDEX, [text.encode()], len(text))
     return digests
 
 
@@ -114,7 +114,7 @@ def write_file(path: Path | str, data: bytes) -> str:
     Raises:
         ResourceError: If the disk is full.
     """
-    return _write_durably(Path(path), [data], len(data))
+    return write_durably(Path(path), [data], len(data))
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> str:
@@ -132,7 +132,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> str:
     """
     entries = _aligned([_entry(name, tensor) for name, tensor in tensors.items()])
     bytes_total = sum(entry.bytes_stored for entry in entries)
-    return _write_durably(Path(path), _stream(entries, lambda count: None), bytes_total)
+    return write_durably(Path(path), _stream(entries, lambda count: None), bytes_total)
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:
@@ -186,7 +186,20 @@ def _stream(shard: list[Entry], report: Callable[[int], None]) -> Iterator[bytes
         done += given
 
 
-def _write_durably(path: Path, chunks: Iterable[bytes | memoryview], bytes_needed: int) -> str:
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview], bytes_needed: int) -> str:
+    """Writes a file beside its name, syncs it and renames it: it is absent or complete.
+
+    Args:
+        path: Where to.
+        chunks: Its bytes in order.
+        bytes_needed: How many they are, for the error where the disk is full.
+
+    Returns:
+        The sha256 of the bytes.
+
+    Raises:
+        ResourceError: If the disk is full, or writing fails.
+    """
     digest = hashlib.sha256()
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -221,7 +234,12 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _require_room(directory: Path, bytes_needed: int) -> None:
+def require_room(directory: Path, bytes_needed: int) -> None:
+    """Refuses to start what the disk cannot hold.
+
+    Raises:
+        ResourceError: If too little is free.
+    """
     if shutil.disk_usage(directory).free < bytes_needed:
         raise _disk_full(directory, bytes_needed)
 

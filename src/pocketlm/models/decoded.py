@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, SourceError
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.stored import WeightSpec
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
@@ -139,6 +141,37 @@ class DecodedSource:
         weight_OI = rows.dequantize()
         require_finite(name, weight_OI, WHERE)
         return weight_OI
+
+    def form(self, name: str) -> WeightSpec | None:
+        """In what form a tensor is compressed; None where it is not."""
+        module = self._module_of.get(name)
+        return None if module is None else self._index.modules[module].spec
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of all tensors as the artifact holds them."""
+        return sum(info.bytes_stored for info in self._stored.infos().values())
+
+    def pieces(self, name: str, bytes_at_once: int | None = None) -> Iterator[WeightTensor]:
+        """A compressed weight as it is stored, some rows at a time where they stand alone.
+
+        Args:
+            name: A tensor whose `form` is known.
+            bytes_at_once: Of the rows in float32; None: the whole weight in one piece.
+
+        Raises:
+            ArtifactError: If the tensors contradict each other.
+        """
+        module = self._module_of[name]
+        known, (rows, columns) = self._index.modules[module], self._infos[name].shape
+        by_rows = isinstance(known.spec, QuantSpec) and known.spec.by_rows
+        if bytes_at_once is None or not by_rows or rows * columns * 4 <= bytes_at_once:
+            yield self._index.decode(module, self._stored.read)
+            return
+        step = max(1, bytes_at_once // (columns * 4))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
 
     def chunks(self, name: str, bytes_at_once: int) -> Iterator[bytes | memoryview]:
         """The tensor's raw bytes, in order."""

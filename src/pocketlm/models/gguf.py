@@ -26,6 +26,7 @@ from pocketlm.models.gguf_header import (
     read_header,
     write_small_header,
 )
+from pocketlm.models.gguf_metadata import complete
 from pocketlm.models.gguf_rope import rope_parameters
 
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that hold values
@@ -71,6 +72,9 @@ class GgufFile:
         for tensor in self.header.tensors:
             if tensor.offset + stored_bytes(self.file, tensor) > self.file.bytes_total:
                 raise damaged(self.file, f"ends before tensor '{tensor.name}' does")
+        blocks = self.header.metadata.get(f"{self.architecture}.block_count", 0)
+        if not isinstance(blocks, int) or blocks > len(self.header.tensors):
+            raise damaged(self.file, f"states {blocks} blocks, more than it has tensors")
 
     def config(self) -> tuple[PretrainedConfig, dict[str, Any]]:
         """Transformers' configuration, and the parsed dictionary that its converters want.
@@ -88,7 +92,7 @@ class GgufFile:
             try:
                 parsed = load_gguf_checkpoint(str(small))["config"]
                 config = AutoConfig.from_pretrained(directory, gguf_file=small.name)
-            except (ValueError, KeyError, NotImplementedError) as error:
+            except Exception as error:  # its code checks no value of a file
                 what = f"transformers cannot read '{self.architecture}' from GGUF: {error}"
                 raise UnsupportedModel(what, where=str(self.path)) from error
         if "vocab_size" not in parsed and tokens:
@@ -96,6 +100,7 @@ class GgufFile:
         inner = self.header.metadata.get(f"{self.architecture}.expert_feed_forward_length")
         if inner and "moe_intermediate_size" in config.to_dict():  # transformers keeps its default
             config.moe_intermediate_size = parsed["moe_intermediate_size"] = inner
+        parsed.update(complete(config, self.header.metadata, self.architecture))
         self._scale_rope(config)
         return config, parsed
 

@@ -19,6 +19,8 @@ from pocketlm.models.bytes import PositionalFile
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 PIECE_BYTES = 1 << 20
+HEADER_BYTES = 256 << 20  # the largest vocabularies take a tenth of it
+MAX_NESTING = 4  # of lists in lists; llama.cpp writes none
 REMEDY = "Download or copy the file again."
 SCALARS = {
     0: "B",
@@ -93,6 +95,8 @@ class Cursor:
         end = self.position + count
         if count < 0 or end > self._file.bytes_total:
             raise damaged(self._file, "ends inside its header")
+        if end > HEADER_BYTES:  # a wrong length would read weights, perhaps all of them
+            raise damaged(self._file, f"has a header of more than {HEADER_BYTES >> 20} MiB")
         while len(self._data) < end:
             have = len(self._data)
             more = min(max(PIECE_BYTES, end - have), self._file.bytes_total - have)
@@ -117,8 +121,14 @@ class Cursor:
         """The next string."""
         return self.take(self.count(1)).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
-        """The next metadata value of a kind."""
+    def value(self, kind: int, nesting: int = 0) -> Any:
+        """The next metadata value of a kind.
+
+        Raises:
+            SourceError: If the kind is unknown, or the value is not whole.
+        """
+        if nesting > MAX_NESTING:
+            raise damaged(self._file, "holds lists in lists without end")
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -130,7 +140,7 @@ class Cursor:
             each = struct.calcsize(f"<{SCALARS[inner]}")
             length = self.count(each)
             return list(struct.unpack(f"<{length}{SCALARS[inner]}", self.take(length * each)))
-        return [self.value(inner) for _ in range(self.count(8))]
+        return [self.value(inner, nesting + 1) for _ in range(self.count(8))]
 
 
 def damaged(file: PositionalFile, what: str) -> SourceError:

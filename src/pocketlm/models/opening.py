@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.changes import Changes
-from pocketlm.core.errors import ConfigError, SourceError
+from pocketlm.core.errors import ConfigError, PocketLMError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorSource
 from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.models.adapter import Model, most_common_dtype
@@ -249,7 +249,13 @@ def _from_directory(
 def _from_gguf(path: Path, dtype: torch.dtype) -> Parts:
     gguf = GgufFile(path)
     hf_config, parsed = gguf.config()
-    skeleton = build_skeleton(hf_config, dtype)
+    try:
+        skeleton = build_skeleton(hf_config, dtype)
+    except PocketLMError:
+        raise
+    except Exception as error:  # metadata may hold any number, and transformers divides by some
+        what = f"transformers cannot build the model that it describes: {error}."
+        raise UnsupportedModel(what, where=str(path)) from error
     source = GgufSource(gguf, parsed, skeleton.model)
     return Parts(
         source=source,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.levels import level_ends, level_gap, rounder
 from pocketlm.core.reconstruct import Parameter, Schedule, reconstruct
 from pocketlm.core.spec import QuantSpec
@@ -109,6 +110,9 @@ class LearnedGrid:
         multipliers: One [R, G] for each end; none where the grid stays.
         offsets: v [R, G, n], in gaps; None: none.
         shape: Applied to the multipliers, such as a sigmoid.
+
+    Raises:
+        UnsupportedLayer: If scales are stored together (K-quants).
     """
 
     def __init__(
@@ -119,6 +123,12 @@ class LearnedGrid:
         offsets: Parameter | None = None,
         shape: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
+        if state.spec.scale == "k":
+            raise UnsupportedLayer(
+                f"scales of {state.spec.name} are integers over one float: none is learned.",
+                where=state.name,
+                remedy="Take gptq, or a format such as Q4_0 or IQ4_NL.",
+            )
         self.parameters: Sequence[Parameter] = (
             *multipliers,
             *(() if offsets is None else (offsets,)),

@@ -32,6 +32,7 @@ from pocketlm.core.scales import (
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import LinearState
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
+from pocketlm.quant.block_grid import block_scale, rounded_blocks
 
 ROWS_AT_ONCE_BYTES = 64 << 20  # working memory of the search
 WIDEST_IN_KERNEL = 1024  # weights of a group that a kernel keeps in registers
@@ -44,7 +45,8 @@ class Grid:
     Attributes:
         scale_OG: What multiplies the levels: of an integer grid in its stored dtype, [O, G]; else
             float32 [R, G], as decoded from `stored`.
-        zero_OG: int8; None where the grid is symmetric.
+        zero_OG: int8, or float32 where minima are no multiples of the scale ("k"); None where the
+            grid is symmetric.
         stored: The scales as they are stored; None for integers, whose scales are plain floats.
     """
 
@@ -57,7 +59,13 @@ class Grid:
         """The grid of a quantized weight."""
         if isinstance(packed, PackedInt):
             return cls(packed.scale_OG, packed.zero_OG)
-        return cls(packed.scale.values_RG(), None, packed.scale)
+        return cls.stored_as(packed.scale)
+
+    @classmethod
+    def stored_as(cls, scale: Scale) -> Grid:
+        """The grid of scales, and perhaps minima, as they are stored."""
+        values_RG, minima_RG = scale.values_RG(), scale.minima()
+        return cls(values_RG, None if minima_RG is None else minima_RG / values_RG, scale)
 
     def by_column(
         self, shape: tuple[int, int], spec: QuantSpec, order_I: Tensor | None = None
@@ -139,6 +147,9 @@ def minmax_grid(
     Returns:
         Scales and zero points [R, G].
     """
+    if spec.type == "k":
+        return Grid.stored_as(block_scale(weight_OI, spec, steps=0))
+    dtype = plain_scale_dtype(spec, dtype)
     weight_RGn = grouped(weight_OI, spec)
     low_RG, high_RG = weight_RGn.amin(-1), weight_RGn.amax(-1)
     if spec.type == "int":
@@ -147,6 +158,11 @@ def minmax_grid(
     absmax_RG = torch.maximum(high_RG, -low_RG)
     scale_RG = scale_for(absmax_RG, spec, dtype, outer)
     return _stored_grid(-scale_RG if flip else scale_RG, spec, dtype, outer)
+
+
+def plain_scale_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales that are plain floats: llama.cpp's own formats have float16 alone."""
+    return torch.float16 if spec.type in ("k", "iq4_nl") else dtype
 
 
 def better_of(one: Grid, other: Grid, other_RG: Tensor) -> Grid:
@@ -186,6 +202,10 @@ def searched_grid(
     Returns:
         Scales and zero points [R, G].
     """
+    if spec.type == "k":
+        found = block_scale(weight_OI, spec, importance_I, smallest=smallest, steps=steps)
+        return Grid.stored_as(found)
+    dtype = plain_scale_dtype(spec, dtype)
     rows, columns = weight_OI.shape
     multiples = list(multiples_tried(spec, smallest, steps))
     if kernel_serves(weight_OI, spec):
@@ -291,7 +311,7 @@ def renewed(grid: Grid, scale_RG: Tensor, spec: QuantSpec) -> Grid:
     """A grid with other scales, rounded as they are stored; its shared constants stay.
 
     Args:
-        grid: Not of "dynamic8", whose scales hang together.
+        grid: Not of "dynamic8", whose scales hang together, nor with minima.
         scale_RG: float32; what is not finite or cannot be stored keeps the old scale.
         spec: The number format.
     """
@@ -300,7 +320,9 @@ def renewed(grid: Grid, scale_RG: Tensor, spec: QuantSpec) -> Grid:
         good_OG = torch.isfinite(kept_OG) & (kept_OG.abs() >= smallest_scale(kept_OG.dtype))
         return Grid(torch.where(good_OG, kept_OG, grid.scale_OG), grid.zero_OG)
     dtype, outer = grid.stored.stored_RG.dtype, grid.stored.outer
-    good_RG = torch.isfinite(scale_RG) & ((scale_RG > 0) | (spec.scale == "float"))
+    good_RG = torch.isfinite(scale_RG) & ((scale_RG > 0) | (spec.scale in ("float", "k")))
+    if spec.scale == "k":
+        return Grid.stored_as(rounded_blocks(torch.where(good_RG, scale_RG, grid.scale_OG), spec))
     rounded_RG = rounded_scale(scale_RG, spec, dtype, outer)
     return _stored_grid(torch.where(good_RG, rounded_RG, grid.scale_OG), spec, dtype, outer)
 
@@ -358,7 +380,10 @@ def packed(level_OI: Tensor, grid: Grid, spec: QuantSpec) -> Packed:
         spec: Number format and tiles.
     """
     if grid.stored is not None:
-        return PackedFloat(codes_of(level_OI, spec), grid.stored, spec)
+        zero_OI = None
+        if grid.zero_OG is not None:
+            zero_OI = grid.zero_OG.repeat_interleave(spec.group_size or level_OI.shape[1], 1)
+        return PackedFloat(codes_of(level_OI, spec, zero_OI), grid.stored, spec)
     zero_OG1 = None if grid.zero_OG is None else grid.zero_OG[:, :, None]
     codes_OGi = codes_of(grouped(level_OI, spec), spec, zero_OG1)
     return PackedInt(codes_OGi.view(level_OI.shape), grid.scale_OG, grid.zero_OG, spec.bits)

@@ -19,7 +19,7 @@ from pocketlm.core.scales import Scale
 from pocketlm.core.tensors import PackedFloat, PackedInt, WeightTensor, decode_rows
 from pocketlm.formats.packing import unpack, unpack_bytes
 from pocketlm.runtime.kernels.base import Grid
-from pocketlm.runtime.kernels.reference import Reference
+from pocketlm.runtime.kernels.reference import SCALE_BUFFERS, Reference
 
 
 class PackedEmbedding(nn.Module):
@@ -61,7 +61,11 @@ class PackedEmbedding(nn.Module):
             codes_UD = unpack(words_UW, grid.bits, grid.columns)
             return PackedInt(codes_UD, scale_UG, None, grid.bits).dequantize(self.dtype)
         codes_UD = unpack_bytes(buffers["bytes_OB"][ids_U], grid.spec.bits)
-        scale = Scale(grid.spec.scale, buffers["scale_RG"][ids_U])
+        rest = [
+            None if (kept := buffers.get(name)) is None else kept[ids_U]
+            for name in list(SCALE_BUFFERS)[1:]
+        ]
+        scale = Scale(grid.spec.scale, buffers["scale_RG"][ids_U], *rest)
         return decode_rows(codes_UD, 0, scale, grid.spec, self.dtype, len(ids_U))
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import (
+    GGUF_TYPES,
     INPUTS,
     SCHEMES,
     QuantSpec,
@@ -92,7 +93,11 @@ def test_tiles_may_end_beyond_the_weight() -> None:
     [
         ({"type": "float"}, "'e8m0' in groups of 32 or 'e4m3' in groups of 16, not 'float'"),
         ({"type": "float", "bits": 6}, "'float' has 4 or 8 bits, not 6"),
-        ({"type": "float", "bits": 8, "symmetric": False}, "only 'int' may be asymmetric"),
+        ({"type": "float", "bits": 8, "symmetric": False}, "only 'int' and 'k' may be asymmetric"),
+        ({"type": "k", "bits": 4, "symmetric": True, "group_size": 32}, "4 bits is asymmetric"),
+        ({"type": "k", "bits": 6, "scale": "k", "group_size": 32}, "groups of 16, not 32"),
+        ({"type": "k", "bits": 3, "symmetric": False}, "3 bits is symmetric"),
+        ({"type": "iq4_nl", "group_size": 64}, "groups of 32, not 64"),
         ({"type": "float", "scale": "e4m3", "group_size": 32}, "has groups of 16, not 32"),
         ({"type": "float", "scale": "e8m0", "group_size": None}, "has groups of 32, not None"),
         ({"type": "nf", "bits": 5}, "'nf' has 2 or 3 or 4 bits, not 5"),
@@ -119,7 +124,27 @@ def test_formats_survive_json(name: str) -> None:
     assert QuantSpec.parse(spec.model_dump()) == spec
     assert INPUTS.get(name) == parse_inputs(name)
     if name not in INPUTS:
-        assert spec.name in {name, name.replace("W", "INT").removesuffix("A16")}
+        plain = {"Q4_0": "INT4", "Q5_0": "INT5", "Q8_0": "INT8", "TQ2_0": "INT2"}
+        said = plain.get(name, name.replace("W", "INT").removesuffix("A16"))
+        assert spec.name in {name, said}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("Q2_K", 3.125), ("Q3_K", 3.5625), ("Q4_K", 4.625), ("Q6_K", 6.5625), ("Q5_1", 6.0)],
+)
+def test_bits_of_llama_cpps_formats(name: str, bits: float) -> None:
+    """Scales of an artifact take a byte each, of a file four or six bits."""
+    spec = GGUF_TYPES[name]
+    assert spec.bits_per_weight(512) == bits == spec.bits_per_weight(512, rows=8)
+    assert spec.by_rows
+
+
+def test_k_quants_fall_back_as_in_llama_quantize() -> None:
+    fitted = {name: GGUF_TYPES[name].fit(576) for name in ("Q3_K", "Q4_K", "Q5_K", "Q6_K")}
+    expected = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    assert fitted == {name: GGUF_TYPES[other] for name, other in expected.items()}
+    assert not GGUF_TYPES["Q4_K"].fit(40).fits(40)
 
 
 def test_integers_are_written_as_before() -> None:

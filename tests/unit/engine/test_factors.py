@@ -261,8 +261,8 @@ def test_export_counts_what_it_costs(sources: dict[str, Path], tmp_path: Path) -
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
     with pytest.raises(OutputBusy, match="not empty"):
         api.export(tmp_path / "out", tmp_path / "dense")
-    with pytest.raises(ConfigError, match="no export to 'gguf'"):
-        api.export(tmp_path / "out", tmp_path / "other", to="gguf")
+    with pytest.raises(ConfigError, match="no export to 'onx'"):
+        api.export(tmp_path / "out", tmp_path / "other", to="onx")
     with pytest.raises(ConfigError, match="dense already"):
         api.export(sources["llama"], tmp_path / "other")
     assert not (tmp_path / "other").exists()

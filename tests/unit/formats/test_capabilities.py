@@ -29,7 +29,7 @@ def test_every_target_states_its_evidence() -> None:
         (QuantSpec(bits=4, group_size=64), (48, 128), "vllm-cpu", "multiples of 32"),
         (QuantSpec(bits=4, group_size=128), (64, 192), "transformers", "do not divide 192"),
         (QuantSpec(bits=4, symmetric=False), (12, 128), "vllm", "12 rows do not fill"),
-        (QuantSpec(bits=4), (64, 128), "llama.cpp", "none of the formats"),
+        (QuantSpec(bits=4), (64, 128), "llama.cpp", "It loads pocketlm"),
         (QuantSpec(bits=4, group_size=8), (64, 16), "transformers", "too narrow"),
     ],
 )

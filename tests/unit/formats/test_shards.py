@@ -125,7 +125,7 @@ def test_an_interrupted_write_keeps_the_older_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shards._write_durably(path, chunks(), 3)
+        shards.write_durably(path, chunks(), 3)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     assert write_file(path, b"new") == hashlib.sha256(b"new").hexdigest()

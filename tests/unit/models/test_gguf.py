@@ -269,8 +269,13 @@ def unknown_type(raw: bytes) -> bytes:
     return raw[:at] + struct.pack("<I", 999) + raw[at + 4 :]
 
 
+def many_blocks(raw: bytes) -> bytes:
+    at = raw.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    return raw[:at] + struct.pack("<I", 1 << 31) + raw[at + 4 :]
+
+
 DAMAGES = [cut, cut_in_header, other_magic, other_version, many_tensors, many_keys, long_string]
-DAMAGES += [long_array, wide_tensor, unknown_type]
+DAMAGES += [long_array, wide_tensor, unknown_type, many_blocks]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -19,6 +19,15 @@ from pocketlm.core.tensors import Packed, PackedInt, decode_rows
 from pocketlm.formats.packing import pack, pack_bytes, unpack, unpack_bytes
 from pocketlm.runtime.kernels.base import Grid, rows_per_tile
 
+SCALE_BUFFERS = {
+    "scale_RG": "stored_RG",
+    "outer": "outer",
+    "offset": "offset",
+    "minimum_RG": "minimum_RG",
+    "outer_minimum": "outer_minimum",
+}
+"""Name of a buffer → field of the scales, in the order of the fields."""
+
 
 class Reference:
     """Decodes rows, multiplies, forgets."""
@@ -32,9 +41,8 @@ class Reference:
     def pack(self, weight: Packed, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Words [O, W] or bytes [O, B], scales as stored, zero points [O, G] if there are any."""
         if not isinstance(weight, PackedInt):
-            names = ("scale_RG", "outer", "offset")
-            scales = zip(names, weight.scale.tensors, strict=False)
-            buffers = {name: tensor.to(device) for name, tensor in scales}
+            named = {name: getattr(weight.scale, part) for name, part in SCALE_BUFFERS.items()}
+            buffers = {name: kept.to(device) for name, kept in named.items() if kept is not None}
             buffers["bytes_OB"] = pack_bytes(weight.codes_OI, weight.bits).to(device)
             return buffers
         buffers = {
@@ -69,7 +77,8 @@ class Reference:
         if spec is None:
             return self.decode(buffers, grid, start, stop).dequantize(dtype)
         codes_oI = unpack_bytes(buffers["bytes_OB"][start:stop], spec.bits)
-        scale = Scale(spec.scale, buffers["scale_RG"], buffers.get("outer"), buffers.get("offset"))
+        rest = [buffers.get(name) for name in list(SCALE_BUFFERS)[1:]]
+        scale = Scale(spec.scale, buffers["scale_RG"], *rest)
         return decode_rows(codes_oI, start, scale, spec, dtype, grid.rows)
 
     def decode(self, buffers: Mapping[str, Tensor], grid: Grid, start: int, stop: int) -> PackedInt:
