@@ -1,8 +1,7 @@
 """llama-quantize, through the library of llama-cpp-python: the peer of our GGUF files.
 
 Calls `llama_model_quantize`, which is all that the program llama-quantize does, with an importance
-matrix handed over in memory. Runs in an environment that has llama-cpp-python 0.3.36 and numpy; the
-library in node-llama-cpp's packages would do as well, its binding does not expose the function.
+matrix handed over in memory. Runs in an environment that has llama-cpp-python 0.3.36 and numpy.
 """
 
 from __future__ import annotations
