@@ -122,7 +122,8 @@ def work(arguments: argparse.Namespace) -> None:
 
     run = theirs if bits is None else ours
     run(4)
-    told = {"bytes": weight_bytes_per_token(model)[0], "loop": decoder.loop, "notes": decoder.notes}
+    loop = "generate, bfloat16" if bits is None else decoder.loop
+    told = {"bytes": weight_bytes_per_token(model)[0], "loop": loop, "notes": decoder.notes}
     print("ready", json.dumps(told), flush=True)
     for line in sys.stdin:
         stamps.clear()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.unit.runtime.helpers import random_packed
 
+from pocketlm.runtime.joined import joined
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.select import kernel_for
 from pocketlm.runtime.kernels.triton.kernel import (
@@ -164,6 +165,18 @@ def test_replays_in_a_graph():
         expected_MO = linear(torch.cat([linear(x_MI)] * 4, 1))
         torch.cuda.synchronize()
         assert torch.equal(y_MO, expected_MO)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
+def test_joined_linears_are_the_single_ones(bits, symmetric):
+    weights = [random_packed(rows, 1024, 128, bits, symmetric) for rows in (256, 64, 64)]
+    singles = [PackedLinear(weight, dtype=torch.bfloat16, device=CUDA) for weight in weights]
+    one = joined(singles)
+    assert one is not None
+    for tokens in (1, 12, 40):
+        x_MI = activations(tokens, 1024, torch.bfloat16)
+        apart = torch.cat([single(x_MI) for single in singles], -1)
+        assert (one(x_MI) - apart).norm() < 8e-3 * apart.norm()
 
 
 def test_no_copy_of_the_weight_stays():

@@ -31,7 +31,6 @@ from pocketlm.engine.export_gguf import WrittenTensor, write
 from pocketlm.formats import kv_cache
 from pocketlm.formats.capabilities import capability, target_name
 from pocketlm.formats.gguf_mix import require_mix
-from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.shards import Entry, assemble, sync_directory, write_file
 from pocketlm.models.stored import StoredModel, open_stored
 
@@ -216,12 +215,11 @@ def _require_one_basis(model: StoredModel) -> None:
     Raises:
         UnsupportedLayer: With the first place where one passes to the next.
     """
-    shortcuts = shortcuts_of(model.config)
-    if shortcuts:
+    if model.shortcuts:
         raise UnsupportedLayer(
             "passes the stream from one block's basis to the next: no ordinary checkpoint can say "
             "that.",
-            where=next(iter(shortcuts)),
+            where=next(iter(model.shortcuts)),
             remedy="Run it by pocketlm.load, or make the model smaller with rotation: shared.",
         )
 

@@ -121,7 +121,13 @@ def run_tasks(
     original = None if against is None else found.pop(0)
     return [
         tuple(
-            _result(name, answers[name], original and original[name], settings.margin, dtype)
+            _result(
+                name,
+                answers[name],
+                None if original is None else original[name],
+                settings.margin,
+                dtype,
+            )
             for name in settings.names
         )
         for answers in found

@@ -122,7 +122,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> str:
 
     Args:
         path: Where to.
-        tensors: By name, on the CPU.
+        tensors: By name, on any device.
 
     Returns:
         The sha256 of its bytes.
@@ -136,7 +136,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _entry(name: str, tensor: Tensor) -> Entry:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: iter([flat.numpy().data]))
 
 

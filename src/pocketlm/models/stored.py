@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pocketlm.core.views import TensorSource
 from pocketlm.formats import kv_cache
+from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.models.config import read_config
 from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.opening import open_model, resolve
@@ -28,6 +29,7 @@ class StoredModel:
         config: config.json without its quantization, or what stands for it.
         side_files: Files that go with the model.
         kv_cache: How engines are told to round the cache (`formats.kv_cache`); None: not at all.
+        shortcuts: Matrices between blocks (`formats.pocketlm.shortcuts_of`); mostly none.
         bytes_stored: Of all tensors, as they are stored.
         close: Closes the files.
     """
@@ -40,6 +42,7 @@ class StoredModel:
     bytes_stored: int
     close: Callable[[], None]
     kv_cache: Mapping[str, Any] | None = None
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_stored(name: str | Path) -> StoredModel:
@@ -71,4 +74,5 @@ def open_stored(name: str | Path) -> StoredModel:
         bytes_stored=sum(info.bytes_stored for info in stored.infos().values()),
         close=stored.close,
         kv_cache=kv_cache.scheme_of(config),
+        shortcuts=shortcuts_of(config),
     )

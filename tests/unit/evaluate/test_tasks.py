@@ -184,6 +184,20 @@ def test_answers_end_before_a_stop_string(lm_eval, pair, tmp_path):
         ask(do_sample=True)
 
 
+def test_scores_are_those_of_lm_eval_with_transformers(lm_eval, data, pair, tmp_path):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    asked = settings(data, tmp_path, NAMES[:3])
+    (results,) = run_tasks([pair[0]], None, asked)
+    theirs = simple_evaluate(
+        "hf", model_args={"pretrained": str(pair[0]), "dtype": "float32"}, tasks=load_tasks(asked),
+        bootstrap_iters=0, task_manager=TaskManager(include_defaults=False), device="cpu",
+    )  # fmt: skip
+    for result in results:
+        assert result.score.value == theirs["results"][result.task]["acc_norm,none"]
+
+
 def test_hellaswag_asks_as_lm_eval_itself_does(lm_eval):
     import ast
 

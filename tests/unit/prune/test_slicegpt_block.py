@@ -137,8 +137,9 @@ def test_plan_tells_what_loads_it(saved, text_file: Path) -> None:
 def test_refused_afterwards(saved, compress, tmp_path: Path) -> None:
     """No dense export, no engine's own format, and nothing that cuts it once more."""
     compress(saved("llama"), tmp_path / "out", {**APART, "ratio": 0.25})
-    with pytest.raises(UnsupportedLayer, match="no ordinary checkpoint"):
-        pocketlm.export(tmp_path / "out", tmp_path / "dense")
+    for form in ("dense", "gptq"):
+        with pytest.raises(UnsupportedLayer, match="no ordinary checkpoint"):
+            pocketlm.export(tmp_path / "out", tmp_path / "dense", to=form)
     assert not (tmp_path / "dense").exists()
     with pytest.raises(UnsupportedLayer, match="vllm"):
         pocketlm.plan(tmp_path / "out", "w4a16", target="vllm")

@@ -15,7 +15,6 @@ from pocketlm.runtime.kernels.triton.layout import (
     pack_groups,
     pack_planes,
     unit_columns,
-    unpack_planes,
 )
 
 CASES = [
@@ -31,7 +30,25 @@ CASES = [
     (4, 48, 576, 576),
     (5, 20, 128, 64),
     (8, 33, 160, 32),
+    (4, 2100, 64, 64),  # packed in several parts
 ]
+
+
+def unpack_planes(planes, width, unit, rows):
+    """The signed codes that `pack_planes` put into order."""
+    if width != 3:
+        unsigned_OI = fields(planes[0], width, unit)
+    else:
+        unsigned_OI = fields(planes[0], 2, unit) + 4 * fields(planes[1], 1, unit)
+    return (unsigned_OI[:rows] - (1 << (width - 1))).to(torch.int8)
+
+
+def fields(plane, bits, unit):
+    tiles, units = plane.shape[:2]
+    shifts = torch.arange(16 // bits)[:, None] * bits + torch.tensor([0, 16])
+    values = (plane[..., None, None] >> shifts) & ((1 << bits) - 1)
+    ordered = values.view(tiles, units, 8, 4, unit // 16, 2, 2, 2)  # T C R L S K H P
+    return ordered.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(tiles * 16, units * unit)
 
 
 @pytest.mark.parametrize(("bits", "rows", "columns", "group"), CASES)
@@ -71,6 +88,17 @@ def test_scales_lie_by_tile_and_group():
     assert packed.shape == (2, 3, 16)
     assert packed[1, 2, 3] == scale_OG[19, 2]
     assert packed[1, 2, 4] == 0
+
+
+def test_whole_tiles_of_rows_can_be_joined_after_packing():
+    upper, lower = random_packed(32, 256, 128, 3), random_packed(48, 256, 128, 3)
+    codes_OI = torch.cat([upper.codes_OI, lower.codes_OI])
+    parts = [pack_planes(weight.codes_OI, 3, 128) for weight in (upper, lower)]
+    for whole, *both in zip(pack_planes(codes_OI, 3, 128), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(both))
+    scale_OG = torch.cat([upper.scale_OG, lower.scale_OG])
+    both = [pack_groups(weight.scale_OG) for weight in (upper, lower)]
+    assert torch.equal(pack_groups(scale_OG), torch.cat(both))
 
 
 def float_pair(word, kind):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 16
+PACKED_ROWS = 1024  # at once, whole tiles: words of 64 bits stand for codes on the way
 LARGEST_UNIT = {2: 128, 3: 128, 4: 64, 8: 32}  # columns, by width: 16 bytes a lane (3: and 8)
 
 
@@ -50,19 +51,8 @@ def pack_planes(codes_OI: Tensor, width: int, unit: int) -> list[Tensor]:
     Returns:
         One plane, int32 [T, C, 32, words], or two where width is 3. Rows beyond O are zeros.
     """
-    unsigned_OI = _whole_tiles(codes_OI).to(torch.int32) + (1 << (width - 1))
-    if width != 3:
-        return [_plane(unsigned_OI, width, unit)]
-    return [_plane(unsigned_OI & 3, 2, unit), _plane(unsigned_OI >> 2, 1, unit)]
-
-
-def unpack_planes(planes: list[Tensor], width: int, unit: int, rows: int) -> Tensor:
-    """The signed codes [O, I], int8, that `pack_planes` put into operand order."""
-    if width != 3:
-        unsigned_OI = _codes(planes[0], width, unit)
-    else:
-        unsigned_OI = _codes(planes[0], 2, unit) + 4 * _codes(planes[1], 1, unit)
-    return (unsigned_OI[:rows] - (1 << (width - 1))).to(torch.int8)
+    parts = [_planes(part_oI, width, unit) for part_oI in codes_OI.split(PACKED_ROWS)]
+    return [torch.cat(planes) for planes in zip(*parts, strict=True)]
 
 
 def pack_groups(value_OG: Tensor) -> Tensor:
@@ -70,6 +60,13 @@ def pack_groups(value_OG: Tensor) -> Tensor:
     value_OG = _whole_tiles(value_OG)
     groups = value_OG.shape[1]
     return value_OG.view(-1, TILE_ROWS, groups).transpose(1, 2).contiguous()
+
+
+def _planes(codes_OI: Tensor, width: int, unit: int) -> list[Tensor]:
+    unsigned_OI = _whole_tiles(codes_OI).to(torch.int32) + (1 << (width - 1))
+    if width != 3:
+        return [_plane(unsigned_OI, width, unit)]
+    return [_plane(unsigned_OI & 3, 2, unit), _plane(unsigned_OI >> 2, 1, unit)]
 
 
 def _whole_tiles(value_OX: Tensor) -> Tensor:
@@ -87,13 +84,3 @@ def _plane(values_OI: Tensor, bits: int, unit: int) -> Tensor:
     shifts = shifts + torch.tensor([0, 16], device=values_OI.device)
     words = (fields.long() << shifts).sum((-1, -2))
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _codes(plane: Tensor, bits: int, unit: int) -> Tensor:
-    """The values [O, I], int32, of `_plane`."""
-    tiles, units = plane.shape[:2]
-    shifts = torch.arange(16 // bits, device=plane.device)[:, None] * bits
-    shifts = shifts + torch.tensor([0, 16], device=plane.device)
-    fields = (plane[..., None, None] >> shifts) & ((1 << bits) - 1)
-    ordered = fields.view(tiles, units, 8, 4, unit // 16, 2, 2, 2)  # T C R L S K H P
-    return ordered.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(tiles * 16, units * unit).int()
