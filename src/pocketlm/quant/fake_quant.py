@@ -112,7 +112,7 @@ class LearnedGrid:
         shape: Applied to the multipliers, such as a sigmoid.
 
     Raises:
-        UnsupportedLayer: If scales are stored together (K-quants).
+        UnsupportedLayer: If it has minima, or scales stored together (K-quants).
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class LearnedGrid:
         offsets: Parameter | None = None,
         shape: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        if state.spec.scale == "k":
+        if state.spec.type == "k":
             raise UnsupportedLayer(
-                f"scales of {state.spec.name} are integers over one float: none is learned.",
+                f"{state.spec.name} is no grid whose scales and minima are learned.",
                 where=state.name,
                 remedy="Take gptq, or a format such as Q4_0 or IQ4_NL.",
             )

@@ -110,7 +110,7 @@ def test_feedback_and_refinement_lower_the_output_error(name: str) -> None:
 
 def test_learned_grids_refuse_what_is_stored_together() -> None:
     state = LinearState("m", weight(), K_TYPES["Q4_K"], torch.float16)
-    with pytest.raises(UnsupportedLayer, match="Q4_K are integers over one"):
+    with pytest.raises(UnsupportedLayer, match="Q4_K is no grid"):
         LearnedGrid(state)
 
 

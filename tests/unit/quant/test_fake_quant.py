@@ -24,7 +24,9 @@ INTEGERS = {
     for symmetric in (True, False)
     for group in (16, None)
 }
-FLOATS = {name: spec.fit(COLUMNS) for name, spec in SCHEMES.items() if spec.type != "int"}
+FLOATS = {
+    name: spec.fit(COLUMNS) for name, spec in SCHEMES.items() if spec.type not in ("int", "k")
+}
 SPECS = {**INTEGERS, **FLOATS}
 LEARNED = {name: spec for name, spec in SPECS.items() if spec.scale != "dynamic8"}
 
