@@ -44,7 +44,7 @@ def test_a_scheme_from_start_to_end(
     ("flags", "said"),
     [
         (("--scheme", "NVFP4", "--group-size", "64"), "has groups of 16, not 64"),
-        (("--scheme", "NF4", "--asym"), "only 'int' may be asymmetric"),
+        (("--scheme", "NF4", "--asym"), "only 'int' and 'k' may be asymmetric"),
         (("--scheme", "MXFP4", "--bits", "8"), "MXFP4 has 4 bits"),
         (("--scheme", "NVFP"), "NVFP4"),
     ],

@@ -61,7 +61,12 @@ def steps_of(kind: str) -> tuple[str, ...]:
     return ("rtn",) if kind.startswith("FP8") else ("smoothquant", "gptq")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("W8A8_STATIC_ASYMMETRIC", "LLM_INT8", "FP8_DYNAMIC")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_what_is_written_runs_alike_everywhere(
     tmp_path: Path, compress, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +132,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["W8A8_STATIC", "W4A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize(
+    "kind",
+    ["FP8_DYNAMIC", *(pytest.param(k, marks=pytest.mark.slow) for k in ("W8A8_STATIC", "W4A8"))],
+)
 def test_a_mixture_of_experts(
     tmp_path: Path, mixture: Path, compress_from: type[Compress], kind: str
 ) -> None:
@@ -184,7 +192,10 @@ def test_a_mixture_of_experts_with_weights_alone(
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("FP8_DYNAMIC", "the inputs of experts unrounded"), ("W8A8", "no integer experts")],
+    [
+        ("FP8_DYNAMIC", "the inputs of experts unrounded"),
+        pytest.param("W8A8", "no integer experts", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_for_an_engine_that_rounds_their_inputs(
     tmp_path: Path, mixture: Path, compress_from: type[Compress], kind: str, said: str

@@ -47,7 +47,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_ends, "CHUNK_WEIGHTS", 64 * 64)
 
 
-@pytest.fixture(scope="session", params=["tied", "apart"])
+@pytest.fixture(scope="session", params=["tied", pytest.param("apart", marks=pytest.mark.slow)])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param) / request.param
     build_llama(torch.bfloat16, tied=request.param == "tied").save_pretrained(path)

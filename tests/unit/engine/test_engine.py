@@ -124,6 +124,9 @@ def test_nothing_left() -> None:
         choose_grids(SHAPES, False, recipe(ignore=("Linear",)), "transformers")
 
 
+FP8 = QuantSpec(bits=8, type="float", group_size=None)
+
+
 def test_target_that_cannot_load() -> None:
     with pytest.raises(UnsupportedLayer, match=r"llama\.cpp"):
-        choose_grids(SHAPES, False, recipe(weights=QuantSpec(group_size=64)), "llama.cpp")
+        choose_grids(SHAPES, False, recipe(weights=FP8), "llama.cpp")

@@ -43,7 +43,12 @@ def name_of(recipe: tuple[Any, ...]) -> str:
 
 
 AWQ = {"method": "awq", "steps": 2}
-RECIPES = [(AWQ, "clip", AUTOROUND), (AUTOROUND, "refine"), (CLIP, "gptq"), ("clip", LKD)]
+RECIPES = [
+    (AWQ, "clip", AUTOROUND),
+    ("clip", LKD),
+    pytest.param((AUTOROUND, "refine"), marks=pytest.mark.slow),
+    pytest.param((CLIP, "gptq"), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("steps", RECIPES, ids=name_of)
@@ -101,7 +106,11 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("step", [AUTOROUND, LKD], ids=lambda step: step["method"])
+@pytest.mark.parametrize(
+    "step",
+    [AUTOROUND, pytest.param(LKD, marks=pytest.mark.slow)],
+    ids=lambda step: step["method"],
+)
 def test_idle_experts_keep_their_start(
     tmp_path: Path, compress_from, outcomes: list[Outcome], experts: Path, step: dict[str, Any]
 ) -> None:

@@ -20,7 +20,7 @@ from pocketlm.formats.compressed_config import holds
 STEPS = ("clip", "gptq", "refine")
 
 
-@pytest.mark.parametrize("name", ["FP8_BLOCK", "NF4_DQ"])
+@pytest.mark.parametrize("name", ["FP8_BLOCK", pytest.param("NF4_DQ", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_and_every_bit_is_accounted_for(
     tmp_path: Path, compress, name: str
 ) -> None:

@@ -98,10 +98,10 @@ def test_awq_writes_the_norms_it_divided(tmp_path: Path, compress, tiny: Path) -
 MEMORY, DISK = 1 << 30, 1000
 STOPPED = [
     ((AWQ, "clip", "rtn"), MEMORY),
-    (("smoothquant", "gptq"), MEMORY),
-    (("correct", "gptq"), MEMORY),
+    pytest.param(("smoothquant", "gptq"), MEMORY, marks=pytest.mark.slow),
+    pytest.param(("correct", "gptq"), MEMORY, marks=pytest.mark.slow),
     (("correct", "gptq"), DISK),
-    (("hqq",), MEMORY),
+    pytest.param(("hqq",), MEMORY, marks=pytest.mark.slow),
     ((AWQ, "nearest", "refine"), DISK),
 ]
 

@@ -98,13 +98,19 @@ SPARSEGPT, WANDA = ({"method": name, "sparsity": "2:4"} for name in ("sparsegpt"
 @pytest.mark.parametrize(
     ("steps", "symmetric"),  # every step with zero points, whose zero is a code of its own
     [
-        ((SPARSEGPT, "clip", "gptq", "refine"), True),
+        pytest.param((SPARSEGPT, "clip", "gptq", "refine"), True, marks=pytest.mark.slow),
         ((SPARSEGPT, "clip", "gptq", "refine"), False),
-        (("clip", {"method": "sparsegpt_joint", "sparsity": "2:4"}, "refine"), True),
+        pytest.param(
+            ("clip", {"method": "sparsegpt_joint", "sparsity": "2:4"}, "refine"),
+            True,
+            marks=pytest.mark.slow,
+        ),
         (("clip", {"method": "sparsegpt_joint", "sparsity": "2:4"}, "refine"), False),
         ((WANDA, {"method": "autoround", "iters": 2}), False),
-        ((WANDA, {"method": "lkd", "iters": 2}), False),
-        ((WANDA, {"method": "learned_clip", "epochs": 1}, "rtn"), False),
+        pytest.param((WANDA, {"method": "lkd", "iters": 2}), False, marks=pytest.mark.slow),
+        pytest.param(
+            (WANDA, {"method": "learned_clip", "epochs": 1}, "rtn"), False, marks=pytest.mark.slow
+        ),
         ((WANDA, "hqq"), False),
         (({"method": "alps", "sparsity": "2:4"}, {"method": "tune", "iters": 2}, "gptq"), False),
     ],

@@ -79,6 +79,7 @@ def test_a_child_measures(directory: Path) -> None:
     assert report.hardware.endswith(" 1 threads")
 
 
+@pytest.mark.slow  # two processes that import torch
 def test_a_child_ends_with_a_parent_that_is_killed(directory: Path) -> None:
     call = f"measure_speed({str(directory)!r}, runs=10**9)"
     work = f"from pocketlm.evaluate.speed import measure_speed; {call}"

@@ -79,7 +79,11 @@ def test_next_blocks_see_what_the_sliced_ones_give(saved, tmp_path: Path, monkey
     assert (found - whole).abs().max() > 0.1, "nothing was cut"
 
 
-@pytest.mark.parametrize("activation_bytes", [1 << 30, 1000], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    "activation_bytes",
+    [pytest.param(1 << 30, marks=pytest.mark.slow), 1000],
+    ids=["memory", "disk"],
+)
 def test_stopped_run_gives_the_same_bytes(
     saved, compress, tmp_path: Path, monkeypatch, activation_bytes: int
 ) -> None:

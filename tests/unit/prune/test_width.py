@@ -58,8 +58,18 @@ def test_removes_dead_units(saved, compress, tmp_path: Path, method: str, family
 
 @pytest.mark.parametrize(
     ("family", "dimensions"),
-    [("qwen3", "both"), ("gemma2", "both"), ("qwen2", "both"), ("llama-bias-tied", "both"),
-     ("phi3", CHANNELS), ("gpt2", CHANNELS), ("opt", CHANNELS), ("qwen3-moe", "both")],
+    [
+        ("gemma2", "both"),
+        ("llama-bias-tied", "both"),
+        ("phi3", CHANNELS),
+        ("qwen3-moe", "both"),
+        *(
+            pytest.param(family, dimensions, marks=pytest.mark.slow)
+            for family, dimensions in (
+                ("qwen3", "both"), ("qwen2", "both"), ("gpt2", CHANNELS), ("opt", CHANNELS)
+            )
+        ),
+    ],
 )  # fmt: skip
 def test_loads_in_transformers(saved, compress, tmp_path: Path, family, dimensions) -> None:
     sizes = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}

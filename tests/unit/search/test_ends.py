@@ -23,7 +23,11 @@ GRIDS = tuple(QuantSpec(bits=bits, group_size=32) for bits in (3, 4, 8))
 RECIPE = Recipe.parse({"steps": ["clip", "rtn"], "weights": {"bits": 4, "group_size": 32}})
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "apart"])
+@pytest.fixture(
+    scope="module",
+    params=[True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["tied", "apart"],
+)
 def large_vocabulary(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two thirds of its weights are embedding and head."""
     path = tmp_path_factory.mktemp("ends") / "llama"

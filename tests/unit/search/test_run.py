@@ -78,7 +78,7 @@ class Stopped(Exception):
     """What ends a search in a test."""
 
 
-@pytest.mark.parametrize("stop_at", ["output errors", "KL"])
+@pytest.mark.parametrize("stop_at", [pytest.param("output errors", marks=pytest.mark.slow), "KL"])
 def test_an_interrupted_search_goes_on(llama, windows, searched, tmp_path, stop_at, monkeypatch):
     monkeypatch.setattr(divergence, "HELD_MOST", 4)
 
