@@ -121,6 +121,16 @@ def test_step_in_c_reads_packed_weights(bits, symmetric):
     assert "step in C" in loop_of(model)
 
 
+@no_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_in_c_takes_any_width(dtype):
+    """Rows beyond the last four, columns beyond the last vector."""
+    model = build("llama", dtype, hidden_size=44, intermediate_size=51, head_dim=10, vocab_size=97)
+    found = logits_of_all_ways(model, [PROMPT])
+    error = (found["C"] - found["own"].float()).norm() / found["own"].float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.03)
+
+
 def loop_of(model):
     decoder = Decoder(model)
     decoder.prefill([PROMPT], room=2).read()

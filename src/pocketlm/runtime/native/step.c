@@ -8,6 +8,9 @@
  * held twice: int4 in blocks of `block` output rows, for each column block / 2 bytes, of which byte
  * r holds rows r and r + block / 2; int8 and floats by rows.
  */
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -16,12 +19,14 @@
 
 enum { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum { LANES = 16, UNIT = 64 }; /* floats of a vector; rows that a thread takes at once */
+enum { AHEAD = 2048 }; /* bytes: what the processor fetches by itself stops at the end of a page */
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef uint8_t vc __attribute__((vector_size(LANES), aligned(1)));
+typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
 
 typedef struct {
     int64_t kind, rows, columns, groups, block;
@@ -68,16 +73,20 @@ INLINE vf load(const void *p, int64_t kind, int64_t at) {
         vu wide = __builtin_convertvector(*(const vh *)((const uint16_t *)p + at), vu) << 16;
         return (vf)wide;
     }
-    if (kind == INT8) { /* as code + 128: compilers widen unsigned bytes in one instruction */
-        const vc byte = *(const vc *)((const uint8_t *)p + at) ^ 0x80;
-        return __builtin_convertvector(__builtin_convertvector(byte, vi), vf);
+    if (kind == INT8) {
+#ifdef __AVX512F__ /* one instruction each, which compilers do not find for signed bytes */
+        const __m128i byte = _mm_loadu_si128((const __m128i *)((const int8_t *)p + at));
+        return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(byte));
+#else
+        return __builtin_convertvector(*(const vb *)((const int8_t *)p + at), vf);
+#endif
     }
     return *(const vf *)((const float *)p + at);
 }
 
 INLINE float element(const void *p, int64_t kind, int64_t at) {
     if (kind == BF16) return from_bf16(((const uint16_t *)p)[at]);
-    if (kind == INT8) return ((const int8_t *)p)[at] + 128;
+    if (kind == INT8) return ((const int8_t *)p)[at];
     return ((const float *)p)[at];
 }
 
@@ -94,6 +103,26 @@ INLINE float dot(const float *x, const void *w, int64_t kind, int64_t start, int
     float total = sum((a + b) + (c + d));
     for (; i < n; i++) total += x[i] * element(w, kind, start + i);
     return total;
+}
+
+/* The same for four rows that lie one after the other: enough sums at once that none waits for
+ * itself, and x is read once for four. */
+INLINE void four_dots(const float *x, const void *w, int64_t kind, int64_t start, int64_t n, float *y) {
+    const int64_t size = kind == INT8 ? 1 : kind == BF16 ? 2 : 4;
+    vf a = {0}, b = {0}, c = {0}, d = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vf xi = *(const vf *)(x + i);
+        const char *next = (const char *)w + (start + 4 * i) * size + AHEAD;
+        for (int64_t line = 0; line < size; line++) __builtin_prefetch(next + 64 * line);
+        a += xi * load(w, kind, start + i);
+        b += xi * load(w, kind, start + i + n);
+        c += xi * load(w, kind, start + i + 2 * n);
+        d += xi * load(w, kind, start + i + 3 * n);
+    }
+    y[0] = sum(a), y[1] = sum(b), y[2] = sum(c), y[3] = sum(d);
+    for (; i < n; i++)
+        for (int64_t r = 0; r < 4; r++) y[r] += x[i] * element(w, kind, start + i + r * n);
 }
 
 /* rows of one block of the int4 layout: y = sum over groups of scale * (x . (u - 8)) + zero * sum x */
@@ -153,6 +182,7 @@ static void block64_int4(const Linear *l, const float *x, float *y, int64_t row)
         vf both = {0};
         for (int64_t k = g * group; k < (g + 1) * group; k += 2) {
             const vu word = *(const vu *)(w + k * 32);
+            __builtin_prefetch(w + k * 32 + AHEAD);
             const vf one = (vf){0} + x[k], two = (vf){0} + x[k + 1];
             const vf xs = __builtin_shufflevector(one, two, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27,
                                                   28, 29, 30, 31);
@@ -188,24 +218,25 @@ static void block64_int4(const Linear *l, const float *x, float *y, int64_t row)
     for (int p = 0; p < 4; p++) *(vf *)(y + row + p * LANES) = out[p];
 }
 
+/* rows [from, to) of a product whose weight lies by rows; kind is a constant where this is inlined */
+INLINE void by_rows(const Linear *l, const float *x, float *y, int64_t kind, int64_t from, int64_t to) {
+    int64_t r = from;
+    for (; r + 4 <= to; r += 4) four_dots(x, l->weight, kind, r * l->columns, l->columns, y + r);
+    for (; r < to; r++) y[r] = dot(x, l->weight, kind, r * l->columns, l->columns);
+}
+
 /* rows [from, to) of a product with one token */
 static void product(const Linear *l, const float *x, float *y, int64_t from, int64_t to) {
     if (l->kind == INT4)
         for (int64_t r = from; r < to; r += l->block)
             (l->block == UNIT ? block64_int4 : block_int4)(l, x, y, r);
     else if (l->kind == INT8) {
-        float offset = 0;
-        for (int64_t i = 0; i < l->columns; i++) offset += 128.0f * x[i];
-        for (int64_t r = from; r < to; r++)
-            y[r] = from_bf16(((const uint16_t *)l->scale)[r]) *
-                   (dot(x, l->weight, INT8, r * l->columns, l->columns) - offset);
-    }
-    else if (l->kind == BF16)
-        for (int64_t r = from; r < to; r++)
-            y[r] = dot(x, l->weight, BF16, r * l->columns, l->columns);
+        by_rows(l, x, y, INT8, from, to);
+        for (int64_t r = from; r < to; r++) y[r] *= from_bf16(((const uint16_t *)l->scale)[r]);
+    } else if (l->kind == BF16)
+        by_rows(l, x, y, BF16, from, to);
     else
-        for (int64_t r = from; r < to; r++)
-            y[r] = dot(x, l->weight, F32, r * l->columns, l->columns);
+        by_rows(l, x, y, F32, from, to);
     if (l->bias)
         for (int64_t r = from; r < to; r++) y[r] += l->bias[r];
 }
