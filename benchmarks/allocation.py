@@ -19,8 +19,8 @@ from typing import Any
 
 from harness import ROOT, SCRATCH, environment, publish, table
 from inputs import SAMPLES, SEED, SEQ_LEN, Inputs
+from losses import ratio_interval
 from plots import Series, line_chart
-from quality_w4 import ratio_interval
 
 GROUP = 64
 SCALE_BITS = 16 / GROUP

@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import DATA, SCRATCH, environment, publish, table
 from inputs import SAMPLES, SEED, SEQ_LEN, Inputs
-from methods import measure
+from losses import interval_text, measure
 
 
 def parse() -> argparse.Namespace:
@@ -95,7 +95,7 @@ def main() -> int:
     for name, measured in found.items():
         losses = [one["loss"] for one in measured.values()]
         mean = sum(loss[0] for loss in losses) / len(losses)
-        cells = [f"{loss:.4f} ({low:.4f}-{high:.4f})" for loss, low, high in losses]
+        cells = [interval_text(loss) for loss in losses]
         rows.append((name, *cells, f"{mean:.4f}"))
     shown = (
         f"{table(('calibrated on', *tests, 'mean'), rows)}\n\n"

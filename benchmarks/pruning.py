@@ -11,16 +11,23 @@ over the windows, which are paired. A figure is met where the interval's far end
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy
 import yaml
-from harness import SCRATCH, environment, publish, table
-from inputs import SAMPLES, SEED, SEQ_LEN, Inputs
-from methods import measure
+from harness import environment, must, publish, run_child, table
+from inputs import SEED, Inputs, peer_command
+from losses import (
+    Kept,
+    asked_options,
+    chosen_recipes,
+    interval_text,
+    loss_parser,
+    lost,
+    ratio_interval,
+    seconds_text,
+)
 
 PEERS = {
     f"peer-{method}-{name}": (method, sparsity)
@@ -28,70 +35,20 @@ PEERS = {
     for name, sparsity in (("50", "0.5"), ("2of4", "2:4"))
     if (method, name) != ("magnitude", "2of4")  # the peer's own mask is of any weights
 }
-DRAWS = 10_000
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--peer-python", type=Path, help="of llm-compressor's environment")
-    parser.add_argument("--only", nargs="*", help="names of recipes; default: all")
-    parser.add_argument("--original", type=Path, default=Inputs.original)
-    parser.add_argument("--calibration", type=Path, default=Inputs.calibration)
-    parser.add_argument("--test", type=Path, default=Inputs.test)
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="of calibration")
-    parser.add_argument("--windows", type=int, default=60)
-    parser.add_argument("--window", type=int, default=2048, help="tokens of a test window")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, default=SCRATCH / "pruning")
-    parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
-    return parser.parse_args()
-
-
-def ratio(one: dict, other: dict) -> tuple[float, float, float]:
-    """The ratio of two mean losses over the original, and its 95 % bootstrap interval."""
-    losses = [
-        numpy.array(found["window_losses"]) - numpy.array(found["original_window_losses"])
-        for found in (one, other)
-    ]
-    picks = numpy.random.default_rng(0).integers(len(losses[0]), size=(DRAWS, len(losses[0])))
-    drawn = losses[0][picks].mean(1) / losses[1][picks].mean(1)
-    low, high = numpy.quantile(drawn, (0.025, 0.975))
-    return float(losses[0].mean() / losses[1].mean()), float(low), float(high)
-
-
-def peer(arguments: argparse.Namespace, name: str, tokens: Path) -> Path:
-    """What llm-compressor makes, written once."""
+def peer(arguments: argparse.Namespace, name: str, inputs: Inputs) -> Path:
+    """What llm-compressor makes of the very calibration windows of our recipes, written once."""
     method, sparsity = PEERS[name]
     output = arguments.scratch / name
     if not (output / "config.json").exists():
-        script = Path(__file__).with_name("peers") / "llmcompressor_run.py"
-        command = [
-            arguments.peer_python, script, arguments.original, output, "--method", method,
-            "--sparsity", sparsity, "--tokens", tokens, "--overwrite",
-            "--threads", arguments.threads,
-        ]  # fmt: skip
-        subprocess.run([str(part) for part in command], check=True)
+        tokens = inputs.tokens_file(arguments.samples, arguments.seq_len)
+        more = ("--method", method, "--sparsity", sparsity)
+        command = peer_command(
+            arguments.peer_python, inputs, tokens, output, arguments.threads, *more
+        )
+        must(run_child(command), "llm-compressor")
     return output
-
-
-def tokens_file(arguments: argparse.Namespace) -> Path:
-    """The very calibration windows that our recipes get, for the peer."""
-    from pocketlm.calibration.texts import load_text
-    from pocketlm.calibration.windows import token_windows
-    from pocketlm.models import open_model
-
-    model = open_model(arguments.original)
-    tokenizer = model.tokenizer()
-    text = load_text(str(arguments.calibration), "calibration", tokenizer)
-    windows = token_windows(
-        tokenizer, text, arguments.samples, arguments.seq_len, SEED, model.context
-    )
-    path = arguments.scratch / "tokens.npy"
-    numpy.save(path, windows.tokens_NT.numpy())
-    return path
 
 
 def figures(found: dict[str, dict]) -> list[tuple[str, str, str]]:
@@ -101,9 +58,9 @@ def figures(found: dict[str, dict]) -> list[tuple[str, str, str]]:
     def compare(text: str, one: str, other: str, least: float, most: float) -> None:
         if one not in found or other not in found:
             return
-        value, low, high = ratio(found[one], found[other])
-        met = "met" if least <= low and high <= most else "missed"
-        rows.append((text, f"{value:.3f} ({low:.3f}-{high:.3f})", met))
+        ratio = ratio_interval(lost(found[one]), lost(found[other]))
+        met = "met" if least <= ratio[1] and ratio[2] <= most else "missed"
+        rows.append((text, interval_text(ratio, 3), met))
 
     for at in ("50", "2of4"):
         for method in ("magnitude", "wanda"):
@@ -127,36 +84,25 @@ def figures(found: dict[str, dict]) -> list[tuple[str, str, str]]:
 
 def main() -> int:
     """Prints all losses and the figures; exit code 1 where one is missed."""
-    arguments = parse()
+    parser = loss_parser(__doc__, "pruning")
+    parser.add_argument("--peer-python", type=Path, help="of llm-compressor's environment")
+    arguments = parser.parse_args()
     recipes = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    arguments.scratch.mkdir(parents=True, exist_ok=True)
-    keys = (
-        "original", "calibration", "test", "samples", "seq_len", "windows", "window", "device",
-        "threads", "scratch",
-    )  # fmt: skip
-    options = {key: value for key, value in vars(arguments).items() if key in keys}
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    jobs: dict[str, tuple[object, Path | None]] = {
-        name: (recipes[name], None) for name in (arguments.only or recipes)
+    inputs = Inputs(arguments.original, arguments.calibration, arguments.test)
+    jobs: dict[str, tuple[Any, Path | None]] = {
+        name: (recipe, None) for name, recipe in chosen_recipes(recipes, arguments.only).items()
     }
     if arguments.peer_python is not None:
-        tokens = tokens_file(arguments)
-        jobs |= {name: (None, peer(arguments, name, tokens)) for name in PEERS}
+        jobs |= {name: (None, peer(arguments, name, inputs)) for name in PEERS}
+    kept = Kept(arguments.scratch, asked_options(arguments))
     found: dict[str, dict] = {}
     for name, (recipe, artifact) in jobs.items():
-        kept = arguments.scratch / f"{name}.json"
-        asked = [recipe, options]
-        if kept.exists() and json.loads(kept.read_text("utf-8"))["asked"] == asked:
-            found[name] = json.loads(kept.read_text("utf-8"))["found"]
-            continue
-        found[name] = measure(name, recipe, artifact, options)
-        kept.write_text(json.dumps({"asked": asked, "found": found[name]}), encoding="utf-8")
+        found[name] = kept.point(name, recipe, artifact)
         print(name, *found[name]["loss"], file=sys.stderr, flush=True)
     rows = [
-        (name, f"{one['loss'][0]:.4f} ({one['loss'][1]:.4f}-{one['loss'][2]:.4f})",
-         f"{one['kl'][0]:.4f}", "–" if one["seconds"] is None else f"{one['seconds']:.0f}")
+        (name, interval_text(one["loss"]), f"{one['kl'][0]:.4f}", seconds_text(one))
         for name, one in found.items()
-    ]  # fmt: skip
+    ]
     asked = figures(found)
     first = next(iter(found.values()))
     shown = (

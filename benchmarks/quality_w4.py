@@ -15,9 +15,9 @@ from pathlib import Path
 
 from harness import SCRATCH, environment, must, pocketlm, publish, run_child, table
 from inputs import Inputs, peer_command
+from losses import ratio_interval
 
 FIGURE = 0.8
-RESAMPLES = 10_000
 
 
 def parse() -> argparse.Namespace:
@@ -51,17 +51,6 @@ def make(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Path, Path]:
         command = peer_command(arguments.peer_python, inputs, tokens, peer, arguments.threads)
         must(run_child(command), "llm-compressor")
     return ours, peer
-
-
-def ratio_interval(ours_N: list[float], peer_N: list[float]) -> tuple[float, float, float]:
-    """Ratio of the means, and its 95 % paired bootstrap interval over windows."""
-    import numpy
-
-    ours, peer = numpy.array(ours_N), numpy.array(peer_N)
-    picks = numpy.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
-    ratios = ours[picks].mean(1) / peer[picks].mean(1)
-    low, high = numpy.quantile(ratios, (0.025, 0.975))
-    return float(ours.mean() / peer.mean()), float(low), float(high)
 
 
 def main() -> int:
