@@ -184,7 +184,7 @@ def _code_table(kind: str, bits: int) -> Tensor:
         return torch.tensor(NF[bits])
     if kind == "iq4_nl":
         return torch.tensor(IQ4_NL)
-    half = torch.tensor(E2M1 if kind == "float" else BNB_FP4)
+    half = torch.tensor({"float": E2M1, "bnb_fp": BNB_FP4}[kind])
     return torch.cat([half, -half])
 
 

@@ -18,7 +18,7 @@ from pocketlm.core import columns
 from pocketlm.core.column_kernel import walk
 from pocketlm.core.columns import Rounding, descend, feed_back
 from pocketlm.core.levels import rounder
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import GGUF_TYPES, QuantSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGERS = [QuantSpec(bits=4, group_size=8), QuantSpec(bits=3, group_size=8, symmetric=False)]
@@ -27,6 +27,7 @@ TABLES = [
     QuantSpec(bits=3, group_size=8, type="nf"),
     QuantSpec(bits=4, group_size=8, type="bnb_fp"),
 ]
+BLOCKS = [GGUF_TYPES[name] for name in ("Q4_K", "Q2_K", "Q6_K", "Q5_1", "IQ4_NL")]
 FLOATS = [
     QuantSpec(bits=4, type="float", scale="e8m0", group_size=32),
     QuantSpec(bits=8, group_size=8, type="float"),
@@ -49,6 +50,8 @@ class Case:
         if spec.type != "int":
             scale_O = scale_O.abs()
         zero_O = torch.randint(spec.code_min, spec.code_max, (rows,), generator=generator)
+        if spec.type == "k":  # a minimum over the scale: no integer
+            zero_O = torch.rand(rows, generator=generator) * (1 << spec.bits)
         mask_CO = torch.rand(width, rows, generator=generator) < 0.6
         self.spec, self.mask_CO = spec, mask_CO.to(DEVICE)
         self.weight_CO, self.hessian_CC, self.upper_CC, scale_CO = (
@@ -80,7 +83,7 @@ def eliminated(case: Case, masked: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("spec", [*INTEGERS, *TABLES], ids=lambda s: f"{s.type}{s.bits}")
+@pytest.mark.parametrize("spec", [*INTEGERS, *TABLES, *BLOCKS], ids=lambda s: s.name)
 def test_the_kernel_is_the_elimination(spec: QuantSpec, masked: bool) -> None:
     case = Case(spec, 20, 20, torch.float64)
     mask_CO = case.mask_CO if masked else None
@@ -91,7 +94,7 @@ def test_the_kernel_is_the_elimination(spec: QuantSpec, masked: bool) -> None:
     torch.testing.assert_close(level_CO, eliminated(case, masked), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [None, *INTEGERS, *TABLES, *FLOATS], ids=str)
+@pytest.mark.parametrize("spec", [None, *INTEGERS, *TABLES, *FLOATS, *BLOCKS], ids=str)
 def test_the_kernel_is_the_loop(spec: QuantSpec | None) -> None:
     case = Case(spec or INTEGERS[0], 20, 20, torch.float32)
     rounding = None if spec is None else case.rounding
@@ -107,7 +110,7 @@ def test_the_kernel_is_the_loop(spec: QuantSpec | None) -> None:
         assert float(off_CO.any(0).double().mean()) < 0.1
 
 
-@pytest.mark.parametrize("spec", [*INTEGERS, TABLES[0], FLOATS[0]], ids=str)
+@pytest.mark.parametrize("spec", [*INTEGERS, TABLES[0], FLOATS[0], BLOCKS[0]], ids=str)
 def test_descent_by_the_kernel_is_the_loops(
     spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
