@@ -27,22 +27,21 @@ ASKED = (
 RESAMPLES = 10_000
 
 
-def loss_parser(description: str, scratch: str, windows: int = 60) -> argparse.ArgumentParser:
+def loss_parser(doc: str | None, scratch: str) -> argparse.ArgumentParser:
     """A command line with what every such script takes: `ASKED`, `--only` and `--record`.
 
     Args:
-        description: The script's docstring; its first paragraph is shown.
+        doc: The script's docstring; its first paragraph is shown.
         scratch: Folder of its points, in the scratch directory.
-        windows: Of the test text, unless asked otherwise.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
     parser.add_argument("--only", nargs="*", help="names to run; default: all")
     parser.add_argument("--original", type=Path, default=Inputs.original)
     parser.add_argument("--calibration", type=Path, default=Inputs.calibration)
     parser.add_argument("--test", type=Path, default=Inputs.test)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="of calibration")
-    parser.add_argument("--windows", type=int, default=windows)
+    parser.add_argument("--windows", type=int, default=60, help="of the test text")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -17,6 +17,7 @@ from pocketlm.runtime.linear import PackedLinear
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 FLOATS = [name for name, spec in SCHEMES.items() if spec.type not in ("int", "k")]
+K_QUANTS = [name for name, spec in SCHEMES.items() if spec.type == "k"]
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -34,15 +35,17 @@ def test_rounding_is_that_of_the_cpu(name):
         assert difference < 0.01 * weight_OI.norm()
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", [*FLOATS, *K_QUANTS])
 def test_methods_run_there(name):
-    spec = SCHEMES[name].fit(320)
+    columns = 512 if name in K_QUANTS else 320
+    spec = SCHEMES[name].fit(columns)
     generator = torch.Generator().manual_seed(1)
-    weight_OI = torch.randn(200, 320, generator=generator) * 0.02
-    x_TI = torch.randn(900, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+    weight_OI = torch.randn(200, columns, generator=generator) * 0.02
+    x_TI = torch.randn(900, columns, generator=generator)
+    x_TI = x_TI @ torch.randn(columns, columns, generator=generator)
     errors = []
     for device in (torch.device("cpu"), CUDA):
-        stat = Hessian(320, device)
+        stat = Hessian(columns, device)
         stat.add(x_TI.to(device))
         state = LinearState("x", weight_OI.to(device), spec, torch.bfloat16)
         for step in (Clip(), Gptq(), Refine()):

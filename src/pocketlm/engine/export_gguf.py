@@ -190,10 +190,8 @@ class _Plan:
 
     def _held(self, name: str) -> str | None:
         """The type that holds the artifact's codes of a tensor; None where it has none."""
-        if not isinstance(self.source, DecodedSource):
-            return None
-        spec = self.source.form(name)
-        return None if spec is None else holding_type(spec, self.source.infos()[name].shape[-1])
+        stored = self.form.model.forms.get(name)
+        return None if stored is None else holding_type(stored.spec, stored.shape[1])
 
     def _kind(self, name: str, spelled: str, held: str | None) -> str:
         info = self.source.infos()[name]

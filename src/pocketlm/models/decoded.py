@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, SourceError
-from pocketlm.core.spec import QuantSpec
-from pocketlm.core.stored import WeightSpec
 from pocketlm.core.tensors import WeightTensor
 from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.formats.read import CompressedIndex
@@ -142,11 +140,6 @@ class DecodedSource:
         require_finite(name, weight_OI, WHERE)
         return weight_OI
 
-    def form(self, name: str) -> WeightSpec | None:
-        """In what form a tensor is compressed; None where it is not."""
-        module = self._module_of.get(name)
-        return None if module is None else self._index.modules[module].spec
-
     @property
     def bytes_stored(self) -> int:
         """Bytes of all tensors as the artifact holds them."""
@@ -156,15 +149,14 @@ class DecodedSource:
         """A compressed weight as it is stored, some rows at a time where they stand alone.
 
         Args:
-            name: A tensor whose `form` is known.
+            name: One of `forms`.
             bytes_at_once: Of the rows in float32; None: the whole weight in one piece.
 
         Raises:
             ArtifactError: If the tensors contradict each other.
         """
         module = self._module_of[name]
-        known, (rows, columns) = self._index.modules[module], self._infos[name].shape
-        by_rows = isinstance(known.spec, QuantSpec) and known.spec.by_rows
+        by_rows, (rows, columns) = self._index.modules[module].by_rows, self._infos[name].shape
         if bytes_at_once is None or not by_rows or rows * columns * 4 <= bytes_at_once:
             yield self._index.decode(module, self._stored.read)
             return
@@ -181,14 +173,6 @@ class DecodedSource:
         view, step = byte_view(self.read(name)), max(8, bytes_at_once // 8 * 8)
         for start in range(0, len(view), step):
             yield view[start : start + step]
-
-    def stored_bytes(self) -> Mapping[str, int]:
-        """Module path → bytes of the tensors that it is stored as."""
-        infos = self._stored.infos()
-        return {
-            name: sum(infos[tensor].bytes_stored for tensor in module.tensors)
-            for name, module in self._index.modules.items()
-        }
 
     def quantizers(self) -> Mapping[str, InputQuantizer]:
         """Module path → what its inputs are rounded with; empty where nothing rounds them."""

@@ -347,6 +347,8 @@ class GgufSource:
         try:
             values = dequantize(raw.numpy(), GGMLQuantizationType(tensor.kind))
         except NotImplementedError as error:
-            what = f"tensor '{tensor.name}' has a type that the gguf library cannot decode."
-            raise SourceError(what, where=str(file.path)) from error
+            kind = GGMLQuantizationType(tensor.kind).name
+            what = f"tensor '{tensor.name}' is {kind}, which the gguf library cannot decode."
+            remedy = "Start from a file of other types, or the model's Hugging Face directory."
+            raise SourceError(what, where=str(file.path), remedy=remedy) from error
         out.copy_(torch.from_numpy(values).view(-1))

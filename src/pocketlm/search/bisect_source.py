@@ -28,7 +28,6 @@ from pocketlm.evaluate.quality import require_same_vocabulary
 from pocketlm.formats.capabilities import unit_of
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
-from pocketlm.models.decoded import DecodedSource
 from pocketlm.search.bisect import Range, find_worst, forecast
 from pocketlm.search.restore import Restored, Restorer
 from pocketlm.search.rewrite import patterns
@@ -165,7 +164,7 @@ def bisect_source(
         for source in (model, against)
     )  # fmt: skip
     _require_alike(ours, original, Path(model))
-    stored = ours.source.stored_bytes() if isinstance(ours.source, DecodedSource) else {}
+    stored = {n.removesuffix(".weight"): form.bytes_stored for n, form in ours.forms.items()}
     shapes = original.linear_shapes()
     compressed = [name for name in shapes if name in stored]
     if not compressed:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.unit.formats.artifacts import build_llama, write_artifact
 from tests.unit.models.test_families import streamed_logits, tokens
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import PackedInt
 from pocketlm.formats import compressed_tensors, pocketlm
 from pocketlm.models import open_model
+from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.stream import SINGLE
 
 SPEC = QuantSpec(bits=4, symmetric=True, group_size=8)
@@ -71,3 +73,18 @@ def test_artifact_equals_dequantized_model(
     assert chunks == plain[first].view(torch.uint8).numpy().tobytes()
     with pytest.raises(UnsupportedModel, match="already quantized"):
         open_model(artifact)
+
+
+@pytest.mark.parametrize(("form", "several"), [("compressed-tensors", True), ("gptq", False)])
+def test_pieces_are_the_weight(form: str, several: bool, tmp_path: Path) -> None:
+    """Rows come apart only where the layout stores each by itself; GPTQ packs several in a word."""
+    spec = QuantSpec(bits=4, group_size=32)
+    directory, packed = write_artifact(
+        tmp_path / "a", build_llama(torch.float16), lambda module: spec, form
+    )
+    source = open_model(directory, allow_compressed=True).source
+    assert isinstance(source, DecodedSource)
+    for module, weight in packed.items():
+        pieces = list(source.pieces(f"{module}.weight", 8 * 4 * weight.shape[1]))
+        assert (len(pieces) > 1) == several
+        assert torch.equal(torch.cat([p.dequantize() for p in pieces]), weight.dequantize())

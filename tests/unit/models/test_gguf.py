@@ -264,9 +264,13 @@ def wide_tensor(raw: bytes) -> bytes:
     return raw[:at] + struct.pack("<Q", 1 << 40) + raw[at + 8 :]
 
 
-def unknown_type(raw: bytes) -> bytes:
+def with_type(raw: bytes, number: int) -> bytes:
     at = raw.index(b"token_embd.weight") + len(b"token_embd.weight") + 20
-    return raw[:at] + struct.pack("<I", 999) + raw[at + 4 :]
+    return raw[:at] + struct.pack("<I", number) + raw[at + 4 :]
+
+
+def unknown_type(raw: bytes) -> bytes:
+    return with_type(raw, 999)
 
 
 def many_blocks(raw: bytes) -> bytes:
@@ -283,6 +287,12 @@ def test_damage_is_named(file: Path, damage: Callable[[bytes], bytes]) -> None:
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(SourceError, match=r"tiny\.gguf"):
         open_model(file)
+
+
+def test_a_type_that_the_library_cannot_decode(file: Path) -> None:
+    file.write_bytes(with_type(file.read_bytes(), gguf.GGMLQuantizationType.I8))
+    with pytest.raises(SourceError, match=r"'token_embd\.weight' is I8.*file of other types"):
+        open_model(file).source.read("model.embed_tokens.weight")
 
 
 def test_unknown_tensor(tmp_path: Path) -> None:
