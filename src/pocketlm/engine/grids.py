@@ -136,7 +136,7 @@ def choose_grids(
     counts: dict[str, int] = {}
     factoring = tuple(steps) if _factorises(steps) else ()
     format_name = _format_of(recipe, transposed, target, sparsity)
-    chosen = choose_ends(ends, recipe)
+    chosen = choose_ends(ends, recipe, target)
     if factoring or any(end.name in chosen for end in ends if end.embeds):
         format_name = "pocketlm"  # no engine loads factors, or an embedding, from its own format
     if shortcuts:
@@ -220,7 +220,7 @@ def _fitting_note(asked: QuantSpec, fitted: QuantSpec, columns: int) -> str:
     )
 
 
-def choose_ends(ends: Sequence[End], recipe: Recipe) -> dict[str, QuantSpec]:
+def choose_ends(ends: Sequence[End], recipe: Recipe, target: str) -> dict[str, QuantSpec]:
     """The fitted grid of embedding and head, where the recipe names them.
 
     A head that is tied shares the embedding's grid; where the recipe gives it another, or names it
@@ -232,7 +232,7 @@ def choose_ends(ends: Sequence[End], recipe: Recipe) -> dict[str, QuantSpec]:
         apart = None if end.tied_name is None else recipe.spec_for_end(end.tied_name)
         for name, found in ((end.name, spec), (end.tied_name, apart)):
             if name is not None and found is not None and not (name != end.name and found == spec):
-                chosen[name] = found.fit(end.shape[1])
+                chosen[name] = _fitted(found, end.shape[1], target)
     return chosen
 
 
@@ -260,10 +260,7 @@ def _check_end(
             continue
         asked = recipe.spec_for_end(name)
         if asked is not None and asked != chosen[name]:
-            said = (
-                f"groups of {asked.group_size} do not divide {end.shape[1]} columns: the group is "
-                f"{chosen[name].group_size or 'the whole row'}."
-            )
+            said = _fitting_note(asked, chosen[name], end.shape[1])
             notes[name] = f"{notes[name]} {said}" if name in notes else said
     return notes
 

@@ -24,6 +24,9 @@ from pocketlm.core.errors import (
     UnsupportedLayer,
     UnsupportedModel,
 )
+from pocketlm.core.spec import GGUF_TYPES, SCHEMES, Recipe
+from pocketlm.core.views import End
+from pocketlm.engine.grids import choose_grids
 from pocketlm.engine.mixture import with_mixture
 from pocketlm.formats import shards
 from pocketlm.models import open_model
@@ -204,6 +207,28 @@ def test_grids_of_files_in_the_place_of_wider_ones(wide: Path) -> None:
     assert any("scale for each 32 columns" in note for note in plan.notes.values())
     with pytest.raises(UnsupportedLayer, match=r"--target llama\.cpp"):
         api.plan(wide, build_recipe(scheme="Q4_K_M"), samples=4, seq_len=32)
+
+
+@pytest.mark.parametrize(
+    ("asked", "becomes", "said"),
+    [
+        ("Q6_K", "Q8_0", "256 does not divide 96 columns: Q6_K becomes INT8 in groups of 32"),
+        ("W4A16", "Q4_0", "a scale for each 32 columns: the group is 32, not 128"),
+    ],
+)
+def test_ends_get_the_grids_of_files_too(asked: str, becomes: str, said: str) -> None:
+    recipe = Recipe.parse(
+        {
+            "steps": ["rtn"],
+            "weights": GGUF_TYPES["Q4_0"].model_dump(),
+            "overrides": {"embed_tokens": SCHEMES[asked].model_dump()},
+        }
+    )
+    columns = 96 if asked == "Q6_K" else 128
+    end = End("embed_tokens", "embed_tokens.weight", (40, columns), embeds=True, heads=False)
+    grids = choose_grids({"layers.0.q": (64, 64)}, False, recipe, "llama.cpp", ends=[end])
+    assert grids.ends["embed_tokens"] == GGUF_TYPES[becomes]
+    assert said in grids.notes["embed_tokens"]
 
 
 def test_refusals(tmp_path: Path) -> None:
