@@ -1,8 +1,7 @@
 """What was measured, by its content: an interrupted run goes on, a later one starts from it.
 
-A directory for each context (model, text or items, arithmetic); in it one line of JSON a finding,
-``{"key": …, "value": …}``. A line cut off by a kill is passed over. Two runs at once find the same
-values and write both.
+A directory for each context (model, text or items, arithmetic); in it one line of JSON a finding.
+Two runs at once find the same values and write both.
 """
 
 from __future__ import annotations
@@ -19,21 +18,26 @@ from pocketlm.formats.shards import write_file
 LEDGER = Path("pocketlm") / "ledger.json"
 
 
-class Findings:
-    """The findings of one context.
+class Lines:
+    """What was found in one context, a line of JSON each; a line cut off by a kill is passed over.
 
     Args:
         root: Holds the directories of all contexts.
         context: What every finding depends on, as plain JSON.
+        flag: What names another place, for messages.
+
+    Attributes:
+        directory: Of this context.
+        earlier: What was found before.
 
     Raises:
         ResourceError: If the directory cannot be written.
     """
 
-    def __init__(self, root: Path, context: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, context: Mapping[str, Any], flag: str) -> None:
         self.directory = root / digest(context)[:16]
         self._path = self.directory / "findings.jsonl"
-        self._known: dict[str, Any] = {}
+        self.earlier: list[dict[str, Any]] = []
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not (self.directory / "context.json").exists():
@@ -43,7 +47,7 @@ class Findings:
             raise ResourceError(
                 f"cannot be written ({error.strerror}).",
                 where=str(self.directory),
-                remedy="Give another place with --cache-dir.",
+                remedy=f"Give another place with {flag}.",
             ) from error
         if self._path.exists():
             text = self._path.read_text(encoding="utf-8")
@@ -54,14 +58,34 @@ class Findings:
 
     def _take(self, line: str) -> None:
         try:
-            found = json.loads(line)
+            self.earlier.append(json.loads(line))
         except json.JSONDecodeError:  # a kill cut it off
             return
-        self._known[found["key"]] = found["value"]
 
     def _write(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def append(self, found: Mapping[str, Any]) -> None:
+        """Keeps a finding, at once."""
+        self._write(json.dumps(found) + "\n")
+
+
+class Findings:
+    """Values by key, of one context; a line is ``{"key": digest, "value": …}``.
+
+    Args:
+        root: As of `Lines`.
+        context: As of `Lines`.
+
+    Raises:
+        ResourceError: If the directory cannot be written.
+    """
+
+    def __init__(self, root: Path, context: Mapping[str, Any]) -> None:
+        self._lines = Lines(root, context, "--cache-dir")
+        self.directory = self._lines.directory
+        self._known = {found["key"]: found["value"] for found in self._lines.earlier}
 
     def get(self, key: Any) -> Any | None:
         """The value of a key, plain JSON; None where it was not found yet."""
@@ -70,7 +94,7 @@ class Findings:
     def keep(self, key: Any, value: Any) -> None:
         """Keeps the value of a key, at once."""
         self._known[digest(key)] = value
-        self._write(json.dumps({"key": digest(key), "value": value}) + "\n")
+        self._lines.append({"key": digest(key), "value": value})
 
 
 def digest(value: Any) -> str:
