@@ -23,7 +23,7 @@ from pocketlm.engine.grids import (
     sparsity_note,
 )
 from pocketlm.engine.ledger import StageAccount
-from pocketlm.engine.machine import available_ram_bytes, choose_device
+from pocketlm.engine.machine import available_ram_bytes, choose_device, kernels_note
 from pocketlm.engine.memory import hidden_width
 from pocketlm.engine.mixture import with_mixture
 from pocketlm.engine.options import Job
@@ -173,7 +173,10 @@ def prepare(
         stage_ledgers=after.stage_ledgers,
         end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
-    facts = (_shortcuts_note(model), sparsity_note(grids), factors_note(grids, shapes))
+    facts = (
+        _shortcuts_note(model), sparsity_note(grids), factors_note(grids, shapes),
+        kernels_note(place, steps),
+    )  # fmt: skip
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     quiet = job.needs_data or after.stages
     if not quiet and (calibration != "builtin" or samples is not None):

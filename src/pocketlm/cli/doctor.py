@@ -36,6 +36,7 @@ def _draw(console: Console, found: DoctorReport) -> None:
             "processor": f"{found.cores} cores, {found.threads} threads in use",
             "memory": f"{bytes_text(found.memory_available_bytes)} available",
             "step in C": found.step_in_c,
+            "kernels of compression": found.compression_kernels,
             "disk": f"{bytes_text(found.disk_free_bytes)} free at {found.disk_path}",
         },
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from pocketlm.core.columns import kernel_trouble
 from pocketlm.core.errors import ConfigError
+from pocketlm.core.state import Step
 
 MEASURE_SECONDS = 0.3
 
@@ -53,6 +55,26 @@ def activation_device(device: torch.device, bytes_needed: int) -> torch.device:
     if device.type != "cuda" or 4 * bytes_needed > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device
+
+
+def kernels_note(device: torch.device, steps: Sequence[Step]) -> str | None:
+    """What is to be told where steps have kernels for a GPU that do not run on this one.
+
+    The cause is told by its kind alone: a message may hold paths, and ledgers repeat themselves.
+
+    Args:
+        device: Where blocks compute.
+        steps: Of a recipe.
+    """
+    with_kernel = any(step.cost(128, 128).kernel for step in steps)
+    trouble = kernel_trouble() if device.type == "cuda" and with_kernel else None
+    if trouble is None:
+        return None
+    kind = trouble.partition(":")[0]
+    return (
+        f"Triton kernels do not run on this GPU ({kind}): slower loops serve instead; "
+        "`pocketlm doctor` says more."
+    )
 
 
 def cache_directory(part: str) -> Path:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.columns import kernel_trouble
 from pocketlm.core.errors import NumericError
 from pocketlm.core.factored import LowRank, Sum
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
@@ -99,9 +98,6 @@ class Runner:
         if first:
             text = f"going on after block {first} of {total}; finished blocks are kept."
             self._log.emit("resumed", text, done=first, total=total)
-        if self._model.device.type == "cuda" and (trouble := kernel_trouble()) is not None:
-            text = f"Triton kernels do not run here: slower loops serve instead ({trouble})."
-            self._log.emit("fallback", text, data={"kind": "kernel"})
         started = time.monotonic()
         if self._job.needs_gradients and first < total:
             self._keep_gradients()
@@ -161,9 +157,8 @@ class Runner:
     def _open_store(self, name: str, first: int, batches: int) -> tuple[ActivationStore, bool]:
         """A store of one stream, and whether it holds the boundary before block `first` already."""
         assert self._windows is not None
-        tokens = self._windows.tokens_NT.numel()
-        if boundary_bytes(self._model, self._job, tokens) <= self._job.activation_bytes:
-            needed = boundary_bytes(self._model, self._job, tokens)
+        needed = boundary_bytes(self._model, self._job, self._windows.tokens_NT.numel())
+        if needed <= self._job.activation_bytes:
             place = activation_device(self._model.device, needed)
             return MemoryStore(keep_inputs=name == "originals", device=place), False
         disk = DiskStore(self._journal.directory / name)

@@ -16,6 +16,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pocketlm.core.columns import kernel_trouble
 from pocketlm.engine.machine import available_ram_bytes
 from pocketlm.runtime.dtypes import default_dtype
 from pocketlm.runtime.kernels.base import Grid
@@ -97,6 +98,7 @@ class DoctorReport(Value):
     packages: tuple[PackageLine, ...]
     kernels: tuple[KernelLine, ...]
     step_in_c: str
+    compression_kernels: str
 
 
 def doctor() -> DoctorReport:
@@ -118,6 +120,7 @@ def doctor() -> DoctorReport:
         ),
         kernels=tuple(line for device in devices for line in kernel_lines(device.device)),
         step_in_c=_step_in_c(),
+        compression_kernels=_compression_kernels(),
     )
 
 
@@ -152,6 +155,14 @@ def _step_in_c() -> str:
     """Whether decoding on the CPU has its step in C (runtime/native), or why not."""
     compiled = library()
     return f"no: {compiled}" if isinstance(compiled, str) else "yes"
+
+
+def _compression_kernels() -> str:
+    """Whether methods have their Triton kernels on the GPU (core/columns.py), or why not."""
+    if not torch.cuda.is_available():
+        return "no: there is no GPU"
+    trouble = kernel_trouble()
+    return "yes" if trouble is None else f"no: {trouble}"
 
 
 def _device_names() -> list[str]:

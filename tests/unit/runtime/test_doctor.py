@@ -1,5 +1,6 @@
 import torch
 
+from pocketlm.runtime import doctor as module
 from pocketlm.runtime.doctor import doctor
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.select import kernel_for
@@ -29,3 +30,12 @@ def test_report_is_plain_and_whole():
     assert report.devices[0].device == "cpu"
     assert report.memory_available_bytes > 0
     assert report.disk_free_bytes > 0
+
+
+def test_kernels_of_compression_are_named_or_why_not(monkeypatch):
+    assert torch.cuda.is_available() or "no GPU" in doctor().compression_kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for trouble, said in ((None, "yes"), ("OSError: no gcc", "no: OSError: no gcc")):
+        monkeypatch.setattr(module, "kernel_trouble", lambda trouble=trouble: trouble)
+        assert doctor().compression_kernels == said
