@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.compression import (
-    SEARCH_MINUTES,
-    CompressResult,
-    RecipeLike,
-    compress_model,
-    plan_model,
-    search_model,
-)
-from pocketlm.core.errors import ConfigError
-from pocketlm.core.spec import QuantSpec
+from pocketlm.compression import RecipeLike, compress_model, plan_model, search
+from pocketlm.outcome import CompressResult
 from pocketlm.recipes import build_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -32,11 +24,11 @@ if TYPE_CHECKING:
     from pocketlm.report.measure import Measurement
     from pocketlm.runtime.loaded import Loaded
     from pocketlm.search.bisect_source import BisectResult
-    from pocketlm.search.results import SearchResult
 
 __all__ = [
     "CompressResult", "bench", "bisect", "build_recipe", "compare", "compress", "evaluate",
-    "generate", "inspect", "load", "plan", "read_recipe", "report", "roofline", "search", "verify",
+    "export", "generate", "inspect", "load", "plan", "read_recipe", "report", "roofline", "search",
+    "verify",
 ]  # fmt: skip
 
 
@@ -93,62 +85,6 @@ def plan(
         UnsupportedLayer: If the target cannot load a layer.
     """
     return plan_model(source, recipe, **options)
-
-
-def search(
-    source: str | Path | PreTrainedModel,
-    recipe: RecipeLike = "w4a16",
-    *,
-    bits: float | None = None,
-    size: int | None = None,
-    candidates: Sequence[QuantSpec] | None = None,
-    ignore: tuple[str, ...] = (),
-    target: str = "transformers",
-    calibration: str = "builtin",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str | None = None,
-    threads: int | None = None,
-    search_minutes: float = SEARCH_MINUTES,
-    search_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    on_event: Listener | None = None,
-) -> SearchResult:
-    """Finds where bits matter: the best grid for each layer within a budget, and the frontier.
-
-    Args:
-        source: As for `compress`.
-        recipe: Gives the steps, the group size and symmetry, and overrides, which are kept.
-        bits: Budget: average real bits of the compressed linears, a float (3.5, 4.0).
-        size: Budget: bytes of the weight files. Without either, the frontier alone.
-        candidates: Grids to choose from; None for the recipe's at 2, 3, 4, 5, 6 and 8 bits.
-        ignore: Further patterns of linears to keep.
-        target: Engine that must load the result.
-        calibration: The text that damage is measured on, as for `compress`.
-        seed: Of its windows.
-        device: Where to run.
-        dtype: Of the tensors that are kept.
-        threads: CPU threads.
-        search_minutes: What measuring may take beyond one KL a unit, which is always measured.
-        search_dir: Where findings are kept for every later budget; None: the user's cache.
-        trust_remote_code: Whether code from the checkpoint may run.
-        revision: Of a hub id.
-        on_event: Called with each event.
-
-    Returns:
-        The sensitivity table, the frontier and, with a budget, an ordinary recipe.
-
-    Raises:
-        BudgetError: If the budget is below what is possible; says the smallest that is.
-        PocketLMError: If something cannot be read or measured.
-    """
-    return search_model(
-        source, recipe, bits=bits, size=size, candidates=candidates, ignore=ignore, target=target,
-        calibration=calibration, seed=seed, device=device, dtype=dtype, threads=threads,
-        search_minutes=search_minutes, search_dir=search_dir,
-        trust_remote_code=trust_remote_code, revision=revision, on_event=on_event,
-    )  # fmt: skip
 
 
 def compress(
@@ -264,33 +200,12 @@ def _measure(
     models: Sequence[str | Path],
     against: str | Path | None,
     *,
-    device: str = "auto",
-    tasks: Sequence[str] = (),
-    task_dir: str | Path | None = None,
-    task_data: str | Path | None = None,
-    items: int | None = None,
-    margin: float = 0.01,
-    cache_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
     on_event: Listener | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> list[Measurement]:
-    from pocketlm.engine.machine import choose_device
-    from pocketlm.evaluate.tasks import TaskSettings
     from pocketlm.report.measure import Settings, measure
 
-    place = str(choose_device(device))
-    asked = None
-    if tasks:
-        folders = [
-            None if path is None else Path(path) for path in (task_dir, task_data, cache_dir)
-        ]
-        asked = TaskSettings(
-            tuple(tasks), folders[0], folders[1], items, margin, folders[2], place,
-            trust_remote_code,
-        )  # fmt: skip
-    chosen = Settings(device=place, tasks=asked, trust_remote_code=trust_remote_code, **settings)
-    return measure(models, against, chosen, on_event)
+    return measure(models, against, Settings.of(**options), on_event)
 
 
 def bisect(
@@ -486,30 +401,11 @@ def roofline(
     Raises:
         ConfigError: If a value is out of range, the device unknown, or not the one that is here.
     """
-    from pocketlm.evaluate.devices import AUTO
-    from pocketlm.evaluate.devices import device as device_of
-    from pocketlm.evaluate.roofline import Widths, roofline
-    from pocketlm.models.shape import model_shape
+    from pocketlm.evaluate.roofline import Widths
+    from pocketlm.evaluate.roofline_source import roofline_source
 
-    if measure and device != AUTO:
-        raise ConfigError(
-            f"'{device}' is a data sheet, not this machine.",
-            where="--measure",
-            remedy="Leave --device out, or give auto.",
-        )
-    shape = model_shape(source, trust_remote_code=trust_remote_code)
     widths = Widths(weight_bits, head_bits, activation_bits, cache_bits)
-    bits = weight_bits or shape.linears[0].bits
-    packed = None if bits is None or bits >= 16 else max(2, min(8, int(bits)))
-    found = roofline(
-        shape,
-        device_of(device, weight_bits=packed, batch=batch),
-        batch=batch,
-        prompt=prompt_tokens,
-        context=context,
-        widths=widths,
-    )
-    if not measure:
-        return found
-    run = bench(source, batch=batch, prompt_tokens=prompt_tokens, context=context)
-    return found.model_copy(update={"measured": run})
+    return roofline_source(
+        source, device, widths, batch=batch, context=context, prompt=prompt_tokens,
+        measure=measure, trust_remote_code=trust_remote_code,
+    )  # fmt: skip

@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import QuantSpec, Recipe
+from pocketlm.outcome import CompressResult, result_of, write_report
 from pocketlm.recipes import build_recipe
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
     from pocketlm.engine.events import Listener
     from pocketlm.engine.ledger import Ledger
     from pocketlm.engine.plan import Plan
-    from pocketlm.models.adapter import Model
     from pocketlm.prepare import Prepared
-    from pocketlm.report.data import StageResult
     from pocketlm.search.budget import Budget
     from pocketlm.search.results import SearchResult
     from pocketlm.stages import Reduced
@@ -40,58 +37,23 @@ SHARED = (  # options of `compress` that `search` has too
 RecipeLike = str | Path | dict[str, Any] | Recipe
 
 
-class CompressResult(BaseModel):
-    """What `compress` made.
-
-    Attributes:
-        output: The artifact's directory.
-        report: Its report.html.
-        already_done: Whether the very same artifact was there before.
-        output_bytes: Of its tensors.
-        bits_per_weight: Real bits of the compressed linears.
-        mean_error: Mean relative output error of the linears on the calibration data.
-        inputs: What calibration data reached the linears, by kind (`report.data.InputRow`).
-        seconds: Of this attempt, by stage.
-        peak_ram_bytes: Of this process; None where the system does not tell.
-        plan: What was predicted.
-        warnings: What a user must be told.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    output: Path
-    report: Path
-    already_done: bool
-    output_bytes: int
-    bits_per_weight: float
-    mean_error: float | None
-    inputs: list[Any]
-    seconds: dict[str, float]
-    peak_ram_bytes: int | None
-    plan: Any
-    warnings: list[str]
-
-
 def plan_model(
     source: str | Path | PreTrainedModel, recipe: RecipeLike = "w4a16", **options: Any
 ) -> Plan:
     """Predicts a compression; see `pocketlm.api.plan`."""
     wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
-    if _makes_smaller(wanted):
-        return _plan_stages(source, _without_grid(wanted), **options)
+    if (staged := _in_stages(wanted)) is not None:
+        return _plan_stages(source, staged, **options)
     return _prepare(source, wanted, Path("out"), resume=False, only_plan=True, **options).plan
 
 
-def search_model(
+def search(
     source: str | Path | PreTrainedModel,
-    recipe: RecipeLike,
+    recipe: RecipeLike = "w4a16",
     *,
-    bits: float | None,
-    size: int | None,
-    candidates: Sequence[QuantSpec] | None,
-    search_minutes: float,
-    search_dir: str | Path | None,
-    on_event: Listener | None,
+    bits: float | None = None,
+    size: int | None = None,
+    candidates: Sequence[QuantSpec] | None = None,
     ignore: tuple[str, ...] = (),
     target: str = "transformers",
     calibration: str = "builtin",
@@ -99,13 +61,44 @@ def search_model(
     device: str = "auto",
     dtype: str | None = None,
     threads: int | None = None,
+    search_minutes: float = SEARCH_MINUTES,
+    search_dir: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    on_event: Listener | None = None,
 ) -> SearchResult:
-    """Finds the best grid for each layer within a budget; see `pocketlm.api.search`."""
+    """Finds where bits matter: the best grid for each layer within a budget, and the frontier.
+
+    Args:
+        source: As for `compress`.
+        recipe: Gives the steps, the group size and symmetry, and overrides, which are kept.
+        bits: Budget: average real bits of the compressed linears, a float (3.5, 4.0).
+        size: Budget: bytes of the weight files. Without either, the frontier alone.
+        candidates: Grids to choose from; None for the recipe's at 2, 3, 4, 5, 6 and 8 bits.
+        ignore: Further patterns of linears to keep.
+        target: Engine that must load the result.
+        calibration: The text that damage is measured on, as for `compress`.
+        seed: Of its windows.
+        device: Where to run.
+        dtype: Of the tensors that are kept.
+        threads: CPU threads.
+        search_minutes: What measuring may take beyond one KL a unit, which is always measured.
+        search_dir: Where findings are kept for every later budget; None: the user's cache.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub id.
+        on_event: Called with each event.
+
+    Returns:
+        The sensitivity table, the frontier and, with a budget, an ordinary recipe.
+
+    Raises:
+        BudgetError: If the budget is below what is possible; says the smallest that is.
+        PocketLMError: If something cannot be read or measured.
+    """
     import torch
 
     from pocketlm.engine.machine import choose_device
+    from pocketlm.formats.capabilities import target_name
     from pocketlm.search.run import Question
     from pocketlm.search.source import search_source
 
@@ -113,7 +106,7 @@ def search_model(
         torch.set_num_threads(threads)
     question = Question(
         recipe=build_recipe(recipe, ignore=tuple(ignore)),
-        target=target,
+        target=target_name(target),
         budget=_budget(bits, size),
         candidates=None if candidates is None else tuple(candidates),
         dtype=None if dtype is None else getattr(torch, dtype),
@@ -164,23 +157,22 @@ def compress_model(
         finished_ledger(output)  # refuses foreign directories before any work
     EventLog(None, on_event).emit("stage", "preparing", data={"stage": "prepare"})
     wanted = build_recipe(recipe, ignore=tuple(options.pop("ignore", ())))
-    if _makes_smaller(wanted):
+    if (staged := _in_stages(wanted)) is not None:
         return _compress_in_stages(
-            source, _without_grid(wanted), output, resume=resume, on_event=on_event, **options
+            source, staged, output, resume=resume, on_event=on_event, **options
         )
     return _compress_once(source, wanted, output, resume=resume, on_event=on_event, **options)
 
 
-def _makes_smaller(recipe: Recipe) -> bool:
-    from pocketlm.catalog import method_class
+def _in_stages(recipe: Recipe) -> Recipe | None:
+    """A recipe that makes a smaller model first; without a number format if it does nothing else.
 
-    return any(method_class(step.method).kind == "transform" for step in recipe.steps)
+    None for any other recipe.
+    """
+    from pocketlm.stages import has_transforms, split
 
-
-def _without_grid(recipe: Recipe) -> Recipe:
-    """A recipe that makes nothing but a smaller model names no number format."""
-    from pocketlm.stages import split
-
+    if not has_transforms(recipe):
+        return None
     return recipe if split(recipe)[1] else recipe.model_copy(update={"weights": None})
 
 
@@ -247,14 +239,14 @@ def _compress_in_stages(
     )
     if isinstance(reduced, Ledger):
         plan = _plan_stages(source, recipe, **options)
-        return _result(output, reduced, plan, {}, already_done=True)
+        return result_of(output, reduced, plan, {}, already_done=True)
     try:
         if reduced.rest is None:
             ledger = _ledger_of(output)
             seconds = {"stages": time.monotonic() - started}
             plan = stages.joined(reduced.plans)
-            result = _result(output, ledger, plan, seconds, already_done=False)
-            _write_report(result, reduced.original, reduced)
+            result = result_of(output, ledger, plan, seconds, already_done=False)
+            write_report(result, reduced.original, reduced)
         else:
             after = After(
                 name_of(source), recipe, reduced.accounts, reduced.ledgers, reduced.fingerprint
@@ -306,9 +298,9 @@ def _compress_once(
         from pocketlm.stages import joined
 
         plan = joined([*reduced.plans, plan])
-    result = _result(output, ledger, plan, seconds, already_done=outcome is None)
+    result = result_of(output, ledger, plan, seconds, already_done=outcome is None)
     if outcome is not None or not result.report.exists():
-        _write_report(result, prepared.model if reduced is None else reduced.original, reduced)
+        write_report(result, prepared.model if reduced is None else reduced.original, reduced)
     return result
 
 
@@ -320,70 +312,12 @@ def _ledger_of(output: Path) -> Ledger:
     return ledger
 
 
-def _result(
-    output: Path, ledger: Ledger, plan: Plan, seconds: dict[str, float], *, already_done: bool
-) -> CompressResult:
-    from pocketlm.evaluate.memory import peak_memory_bytes
-    from pocketlm.report.ledger import input_rows
-
-    return CompressResult(
-        output=output,
-        report=output / "pocketlm" / "report.html",
-        already_done=already_done,
-        output_bytes=_output_bytes(ledger),
-        bits_per_weight=ledger.bits_per_weight() or plan.bits_per_weight,
-        mean_error=_mean_error(ledger),
-        inputs=list(input_rows(ledger)),
-        seconds=seconds,
-        peak_ram_bytes=peak_memory_bytes(),
-        plan=plan,
-        warnings=ledger.warnings,
-    )
-
-
-def _write_report(result: CompressResult, original: Model, reduced: Reduced | None = None) -> None:
-    """Writes metrics, page and card; of a recipe with stages also what each of them costs."""
-    from pocketlm.models.stream import SafetensorsSource
-    from pocketlm.report.build import write_run_report
-
-    damage: tuple[StageResult, ...] = ()
-    if reduced is not None:
-        from pocketlm.report.waterfall import measure_stages
-
-        names = [account.method for account in reduced.accounts]
-        stages = list(zip(names, reduced.places, strict=True))
-        if reduced.rest is not None:
-            last = " → ".join(step.method for step in reduced.rest.steps)
-            stages.append((last, result.output))
-        damage = measure_stages(original, stages, trust_remote_code=reduced.trust_remote_code)
-    written = dict(SafetensorsSource(result.output).infos())
-    write_run_report(
-        result.output,
-        original,
-        written,
-        result.plan,
-        result.seconds,
-        result.peak_ram_bytes,
-        damage,
-    )
-
-
-def _output_bytes(ledger: Ledger) -> int:
-    return sum(entry.bits for entry in ledger.tensors.values()) // 8
-
-
-def _mean_error(ledger: Ledger) -> float | None:
-    errors = [entry.error for entry in ledger.tensors.values() if entry.error is not None]
-    return sum(errors) / len(errors) if errors else None
-
-
 def _prepare(
     source: str | Path | PreTrainedModel,
-    recipe: RecipeLike,
+    recipe: Recipe,
     output: Path,
     *,
     resume: bool,
-    ignore: tuple[str, ...] = (),
     bits: float | None = None,
     size: int | None = None,
     candidates: Sequence[QuantSpec] | None = None,
@@ -395,25 +329,25 @@ def _prepare(
     """A job for a recipe; where there is a budget, for the recipe that a search finds within it."""
     from pocketlm.prepare import prepare
 
-    wanted, notes = build_recipe(recipe, ignore=tuple(ignore)), tuple[str, ...]()
+    notes: tuple[str, ...] = ()
     started = time.monotonic()
-    if any("allocation" in step.options for step in wanted.steps):
+    shared = {name: options[name] for name in SHARED if name in options}
+    if any("allocation" in step.options for step in recipe.steps):
         from pocketlm.search.ranks import ranks_of_source
 
-        shared = {name: options[name] for name in SHARED if name in options}
-        wanted, notes = ranks_of_source(
-            source, wanted, search_minutes=search_minutes, search_dir=search_dir,
-            listener=on_event, **shared,
+        measuring = {k: v for k, v in shared.items() if k not in ("target", "dtype")}
+        recipe, notes = ranks_of_source(
+            source, recipe, search_minutes=search_minutes, search_dir=search_dir,
+            listener=on_event, **measuring,
         )  # fmt: skip
     if bits is not None or size is not None:
-        shared = {name: options[name] for name in SHARED if name in options}
-        found = search_model(
-            source, wanted, bits=bits, size=size, candidates=candidates,
+        found = search(
+            source, recipe, bits=bits, size=size, candidates=candidates,
             search_minutes=search_minutes, search_dir=search_dir, on_event=on_event, **shared,
         )  # fmt: skip
         assert found.recipe is not None
-        wanted, notes = found.recipe, (*notes, *found.notes)
+        recipe, notes = found.recipe, (*notes, *found.notes)
     prepared = prepare(
-        source, wanted, output, resume=resume, warnings=notes, on_event=on_event, **options
+        source, recipe, output, resume=resume, warnings=notes, on_event=on_event, **options
     )
     return replace(prepared, seconds=time.monotonic() - started)

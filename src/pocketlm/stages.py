@@ -30,6 +30,7 @@ from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, refuse_impossible
 from pocketlm.engine.transform import run_transform
 from pocketlm.engine.transform_plan import plan_transform
+from pocketlm.formats.capabilities import target_name
 from pocketlm.models import Model, open_model
 from pocketlm.models.opening import reopen
 from pocketlm.models.outline import ModelOutline
@@ -144,7 +145,7 @@ class Settings:
             steps=(),
             output=output,
             work_dir=work_dir,
-            target=self.target,
+            target=target_name(self.target),
             tokens_at_once=max(seq_len, BATCH_TOKENS[model.device.type] // seq_len * seq_len),
             activation_bytes=self.activation_budget_bytes
             or min(4 << 30, available_ram_bytes() // 4),

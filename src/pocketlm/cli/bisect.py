@@ -63,7 +63,7 @@ def run(
 
     Example: [bold]pocketlm bisect out --against Qwen/Qwen3-8B -o better.yaml[/bold]
     """
-    flags.check_machine(device, None)
+    flags.check_machine(device, None, target)
     from pocketlm import api
 
     with progress(quiet=quiet, log_file=log_file) as on_event:

@@ -91,7 +91,7 @@ def run(
             text=text,
             limit=limit,
             seq_len=seq_len,
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            tasks=flags.names(tasks),
             task_dir=task_dir,
             task_data=task_data,
             items=items,

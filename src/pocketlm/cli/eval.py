@@ -94,7 +94,7 @@ def run(
             seq_len=seq_len,
             prompt=prompt,
             gates=gate or (),
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            tasks=flags.names(tasks),
             task_dir=task_dir,
             task_data=task_data,
             items=items,

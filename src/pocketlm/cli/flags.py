@@ -68,6 +68,11 @@ def check_resume(resume: bool, restart: bool) -> None:
         raise ConfigError("they contradict each other.", where="--resume and --restart")
 
 
+def names(text: str | None) -> list[str]:
+    """The names in a list that is separated by commas, such as that of ``--tasks``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def parse_bits(text: str | None) -> int | float | None:
     """What ``--bits`` says: a whole number is a code's width, a decimal an average to keep to.
 

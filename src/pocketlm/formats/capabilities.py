@@ -108,17 +108,17 @@ def target_name(target: str) -> str:
 
 
 def capability(target: str) -> Capability:
-    """What one target takes.
+    """What one target takes, by any of its names.
 
     Raises:
         ConfigError: If the target is unknown.
     """
-    known = capabilities()
-    if target not in known:
+    known, name = capabilities(), target_name(target)
+    if name not in known:
         raise ConfigError(
             f"unknown target '{target}'.", where="--target", remedy=nearest(target, known)
         )
-    return known[target]
+    return known[name]
 
 
 def is_expert(module: str) -> bool:

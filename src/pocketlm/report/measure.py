@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from pocketlm.calibration.windows import Windows, eval_windows
 from pocketlm.core.errors import ConfigError, GateFailed, GateUndecided, PocketLMError
 from pocketlm.engine.artifact import HASHES
 from pocketlm.engine.events import EventLog, Listener
+from pocketlm.engine.machine import choose_device
 from pocketlm.evaluate import hidden
 from pocketlm.evaluate.gates import GateResult, judge_gates, parse_gates, raise_for_gates
 from pocketlm.evaluate.quality import evaluate_model, require_same_vocabulary, score_original
@@ -95,6 +97,31 @@ class Settings:
     device: str = "cpu"
     threads: int | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        device: str = "auto",
+        tasks: Sequence[str] = (),
+        task_dir: Source | None = None,
+        task_data: Source | None = None,
+        items: int | None = None,
+        margin: float = 0.01,
+        cache_dir: Source | None = None,
+        trust_remote_code: bool = False,
+        **plain: Any,
+    ) -> Settings:
+        """The settings that arguments of `pocketlm.api.evaluate` stand for."""
+        place, asked = str(choose_device(device)), None
+        if tasks:
+            directory, data, cache = (
+                None if path is None else Path(path) for path in (task_dir, task_data, cache_dir)
+            )
+            asked = TaskSettings(
+                tuple(tasks), directory, data, items, margin, cache, place, trust_remote_code
+            )
+        return cls(device=place, tasks=asked, trust_remote_code=trust_remote_code, **plain)
 
 
 def measure(

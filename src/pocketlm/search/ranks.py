@@ -159,9 +159,9 @@ def ranks_of_source(
     calibration: str = "builtin",
     seed: int = 0,
     device: str = "auto",
+    threads: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    **_: Any,
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with every rank named, from what a user names.
 
@@ -174,6 +174,7 @@ def ranks_of_source(
         calibration: What `load_text` takes; ``self`` is measured on the builtin text.
         seed: Of the windows.
         device: Where blocks compute.
+        threads: CPU threads.
         trust_remote_code: Whether code from the checkpoint may run.
         revision: Of a hub id.
 
@@ -182,6 +183,8 @@ def ranks_of_source(
     """
     if not wants_ranks(recipe):
         return recipe, ()
+    if threads is not None:
+        torch.set_num_threads(threads)
     model = open_model(
         source, device=choose_device(device), compute_dtype=torch.float32,
         trust_remote_code=trust_remote_code, revision=revision,
