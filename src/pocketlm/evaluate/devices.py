@@ -84,9 +84,15 @@ def known_devices() -> dict[str, Device]:
             memory_bytes=entry["memory"][0],
             bandwidth=entry["bandwidth"][0],
             rates={kind: value for kind, (value, _) in entry["rates"].items()},
-            sources={field: found["sources"][key] for field, (_, key) in numbers.items()},
+            sources={f: _source(found["sources"][key]) for f, (_, key) in numbers.items()},
         )
     return devices
+
+
+def _source(entry: dict[str, str | None]) -> str:
+    """The maker's document, and with what public page the number was compared."""
+    page = entry["compared"]
+    return f"{entry['text']}; compared with {page or 'no public page'}"
 
 
 def device(name: str, *, weight_bits: int | None = None, batch: int = 1) -> Device:
