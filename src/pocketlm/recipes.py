@@ -56,8 +56,9 @@ END_STEPS = tuple(StepSpec(method=name) for name in ("clip", "rtn"))
 # A method that was made for one scheme brings it, unless another is given.
 METHOD_SCHEMES = {"llm_int8": "LLM_INT8"}
 
-# What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
 QUANTIZED_MIXES = tuple(mix for mix, (base, _) in MIXES.items() if base not in FLOATS)
+
+# What makes the best of a scheme that rounds inputs too (docs/experiments.md); else gptq's chain.
 SCHEME_STEPS: dict[str, tuple[StepSpec, ...]] = {
     "W8A8": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
     "W8A8_STATIC": tuple(StepSpec(method=name) for name in ("smoothquant", "gptq")),
@@ -321,12 +322,12 @@ def _in_mixture(
         )
     made = _mixture(mix)
     if recipe is not None:
-        steps = read_recipe(recipe).steps
-        made = made.model_copy(update={"steps": steps})
+        said = {"weights": made.weights, "mix": mix}
+        made = read_recipe(recipe).model_copy(update=said)
     elif method is not None:
         made = made.model_copy(update={"steps": _chain(method, None).steps})
     made = made if zeros is None else _pruned(made, zeros)
-    return made.model_copy(update={"ignore": ignore})
+    return made.model_copy(update={"ignore": (*made.ignore, *ignore)})
 
 
 def _fields(spec: QuantSpec) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class QuantSpec(Strict):
         of rows, which may end short, stay as they are.
         """
         if self.scale == "k" and not self.fits(columns) and columns % 32 == 0:
-            return K_FALLBACKS[self.bits]
+            return GGUF_TYPES[GGUF_FALLBACKS[f"Q{self.bits}_K"]]
         if self.group_size is None or self.fits(columns) or self.fixed_groups:
             return self
         smaller = [g for g in GROUP_SIZES if g < self.group_size and columns % g == 0]
@@ -370,14 +370,11 @@ GGUF_TYPES: dict[str, QuantSpec] = {
     "TQ2_0": QuantSpec(bits=2, group_size=SUPER_BLOCK),
 }
 
-# What a K-quant becomes where 256 does not divide the columns: llama-quantize's own choice.
-K_FALLBACKS = {
-    2: GGUF_TYPES["Q4_0"],
-    3: GGUF_TYPES["Q4_0"],
-    4: GGUF_TYPES["Q5_0"],
-    5: GGUF_TYPES["Q5_1"],
-    6: GGUF_TYPES["Q8_0"],
-}
+# What a type becomes where 256 does not divide the columns: llama-quantize's own choice.
+GGUF_FALLBACKS = {
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
 
 SCHEMES = _schemes() | GGUF_TYPES
 

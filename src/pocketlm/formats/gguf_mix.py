@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.spec import GGUF_FALLBACKS
 from pocketlm.formats.gguf_types import FLOATS, block_weights
 
 # Name → base type, number of the file's kind (llama_ftype).
@@ -23,10 +24,6 @@ MIXES: dict[str, tuple[str, int]] = {
     "IQ4_NL": ("IQ4_NL", 25), "TQ1_0": ("TQ1_0", 36), "TQ2_0": ("TQ2_0", 37),
 }  # fmt: skip
 GUESSED = 1024  # llama_ftype of a file of no such mixture
-_FALLBACKS = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
 _VALUES = ("attn_v", "attn_qkv")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
@@ -90,7 +87,7 @@ def tensor_type(mix: str, tensor: str, shape: tuple[int, ...], model: Architectu
 def fitted_type(kind: str, columns: int) -> str:
     """A type, or what takes its place where its blocks do not divide the columns."""
     if columns % block_weights(kind):
-        kind = _FALLBACKS.get(kind, kind)
+        kind = GGUF_FALLBACKS.get(kind, kind)
     return "F16" if columns % block_weights(kind) else kind
 
 

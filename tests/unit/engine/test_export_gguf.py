@@ -197,6 +197,10 @@ def test_a_mixture_becomes_overrides(wide: Path) -> None:
     assert recipe.overrides["model.layers.1.mlp.gate_proj"].name == "Q3_K"
     assert recipe.overrides["model.embed_tokens"].name == "Q6_K"
     assert recipe.ignores("model.layers.0.self_attn.o_proj")
+    given = {"steps": ["rtn"], "ignore": ["v_proj"], "overrides": {"up_proj": {"bits": 8}}}
+    kept = build_recipe(given, scheme="q3_k_m", ignore=("o_proj",))
+    assert (kept.ignore, list(kept.overrides)) == (("v_proj", "o_proj"), ["up_proj"])
+    assert [step.method for step in kept.steps] == ["rtn"]
     with pytest.raises(ConfigError, match="Q3_K_M says bits"):
         build_recipe(scheme="Q3_K_M", bits=3)
 
