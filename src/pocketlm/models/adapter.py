@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.activations import InputQuantizer
@@ -25,9 +25,11 @@ from pocketlm.core.views import End, Fold, Group, Rows, TensorSource
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
+from pocketlm.models.config import context_length, head_width
 from pocketlm.models.ends import Ends
 from pocketlm.models.experts import run_all_experts
 from pocketlm.models.folds import FoldProbe
+from pocketlm.models.kinds import most_common_dtype, tensor_kinds
 from pocketlm.models.layout import Layout, lay_out
 from pocketlm.models.linear import Linear
 from pocketlm.models.load import Loader
@@ -123,7 +125,7 @@ class Model:
         ):
             return self.skeleton.model(input_ids=tokens_BT, use_cache=False)
 
-    def _recorders(self, first: Callable[..., Any] | None = None) -> list[Recorder]:
+    def _recorders(self) -> list[Recorder]:
         return [Recorder(self._wrap, self._share) for _ in self.skeleton.blocks]
 
     def _wrap(self, hidden_BTD: Tensor) -> Any:
@@ -380,27 +382,11 @@ class Model:
         return next(path for path, module in modules if module is self._ends.head)
 
     def tensor_kinds(self) -> Mapping[str, str]:
-        """Every tensor → "linears", "embedding", "head", "norms", "other" or "extras".
-
-        A tensor that repeats a tied one counts as "other".
-        """
-        model = self.skeleton.model
+        """Every tensor → what part of the model it is; see models/kinds.py."""
         in_blocks = {t for layout in self._layouts for t in layout.tensors.values()}
-        kinds = dict.fromkeys(self.source.infos(), "other")
-        kinds.update(dict.fromkeys(self.extras, "extras"))
-        shapes = {name: p.dim() for name, p in model.named_parameters(remove_duplicate=False)}
-        for name, binding in self.names.bindings.items():
-            is_norm = name.endswith("weight") and shapes.get(name) == 1
-            kinds.update(dict.fromkeys(binding.tensors, "norms" if is_norm else "other"))
-        kinds.update(dict.fromkeys(in_blocks, "linears"))
-        path_of = {id(module): path for path, module in model.named_modules()}
-        for module, kind in (
-            (self._ends.head, "head"),
-            (model.get_input_embeddings(), "embedding"),
-        ):
-            binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
-            kinds.update(dict.fromkeys(binding.tensors, kind))
-        return kinds
+        return tensor_kinds(
+            self.skeleton.model, self._ends.head, self.names, self.source.infos(), in_blocks
+        )
 
     # --- beside the weights ---
 
@@ -424,34 +410,3 @@ def groups_of(
         Group(index, tuple(layout.names[path] for path in paths), layout.spell(fold))
         for index, (paths, fold) in enumerate(zip(seen.groups, found, strict=True))
     )
-
-
-def head_width(config: PretrainedConfig) -> int:
-    """Width of an attention head, by the keys that configurations use."""
-    known = config.to_dict()
-    if isinstance(known.get("head_dim"), int):
-        return known["head_dim"]
-    return int(config.hidden_size) // int(config.num_attention_heads)
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """The longest position that a model was made for, by the key that its config uses."""
-    known = config.to_dict()
-    for key in (
-        "max_position_embeddings",
-        "n_positions",
-        "max_sequence_length",
-        "n_ctx",
-        "seq_length",
-    ):
-        if isinstance(known.get(key), int):
-            return known[key]
-    return 2048
-
-
-def most_common_dtype(source: TensorSource) -> torch.dtype:
-    """The dtype that most weights of a checkpoint are stored in."""
-    bytes_of: dict[torch.dtype, int] = {}
-    for info in source.infos().values():
-        bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.bytes_stored
-    return max(bytes_of, key=lambda dtype: bytes_of[dtype])

@@ -104,3 +104,26 @@ def transformers_config(directory: Path, *, trust_remote_code: bool) -> Pretrain
             where=str(directory),
             remedy="Install a version of transformers that knows it.",
         ) from error
+
+
+def head_width(config: PretrainedConfig) -> int:
+    """Width of an attention head, by the keys that configurations use."""
+    known = config.to_dict()
+    if isinstance(known.get("head_dim"), int):
+        return known["head_dim"]
+    return int(config.hidden_size) // int(config.num_attention_heads)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The longest position that a model was made for, by the key of its config; else 2048."""
+    known = config.to_dict()
+    for key in (
+        "max_position_embeddings",
+        "n_positions",
+        "max_sequence_length",
+        "n_ctx",
+        "seq_length",
+    ):
+        if isinstance(known.get(key), int):
+            return known[key]
+    return 2048

@@ -7,7 +7,7 @@ whether the model means the same is for the caller to try against the model's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def _rows(linear: Any) -> int:
     return int(linear.out_features)
 
 
-def _same_children(module: nn.Module, needed: set[str], allowed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _same_children(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:
     names = {name for name, _ in module.named_children()}
     odd = (names - needed - allowed) | (needed - names)
     if odd:

@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pocketlm.core.errors import UnsupportedModel
 from pocketlm.formats.gguf_mix import Architecture
+from pocketlm.models.config import head_width
 from pocketlm.models.gguf_write import Value, array, f32, flag, text, u32
 
 # transformers' model type → llama.cpp's architecture.
@@ -53,12 +54,6 @@ def architecture(config: PretrainedConfig) -> Architecture:
         heads // (config.num_key_value_heads or heads),
         bool(config.tie_word_embeddings),
     )
-
-
-def head_width(config: PretrainedConfig) -> int:
-    """Width of an attention head."""
-    stated = getattr(config, "head_dim", None)
-    return int(stated or config.hidden_size // config.num_attention_heads)
 
 
 def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, Value]:

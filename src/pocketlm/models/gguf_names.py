@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from pocketlm.core.errors import UnsupportedModel
+from pocketlm.models.config import head_width
 from pocketlm.models.gguf import require_library
 from pocketlm.models.gguf_metadata import GEMMAS, architecture
 
@@ -70,7 +71,7 @@ def row_order(config: PretrainedConfig, tensor: str) -> Tensor | None:
     heads = config.num_attention_heads
     if part == "attn_k":
         heads = config.num_key_value_heads or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     rows_H2h = torch.arange(heads * width).view(heads, 2, width // 2)
     return rows_H2h.transpose(1, 2).flatten()
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import Fold, Group, TensorInfo
 from pocketlm.models.adapter import Model
+from pocketlm.models.kinds import most_common_dtype
 from pocketlm.models.packed import PackedForm
 
 
@@ -147,7 +148,7 @@ def inspect_model(model: Model, probe: bool = True) -> Inspection:
         architecture=type(model.skeleton.model).__name__,
         model_type=str(model.config.get("model_type", "")),
         blocks=len(model.block_paths),
-        dtype=_dtype(model),
+        dtype=str(most_common_dtype(model.source, model.forms)).removeprefix("torch."),
         context=model.context,
         vocabulary=model.vocabulary,
         tied=model.tied,
@@ -201,15 +202,6 @@ def _shares(model: Model) -> dict[str, Share]:
         stored = info.bytes_stored if form is None else form.bytes_stored
         shares[kinds[name]] = _add(shares.get(kinds[name], Share()), info, stored)
     return shares
-
-
-def _dtype(model: Model) -> str:
-    """The dtype of most bytes that are not compressed."""
-    bytes_of: Counter[str] = Counter()
-    for name, info in model.source.infos().items():
-        if name not in model.forms:
-            bytes_of[str(info.dtype).removeprefix("torch.")] += info.bytes_stored
-    return bytes_of.most_common(1)[0][0]
 
 
 def _form_text(form: PackedForm) -> str:

@@ -18,7 +18,7 @@ from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError, PocketLMError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorSource
 from pocketlm.formats.pocketlm import shortcuts_of
-from pocketlm.models.adapter import Model, most_common_dtype
+from pocketlm.models.adapter import Model
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.edited import EditedSource
@@ -26,6 +26,7 @@ from pocketlm.models.experts import split_experts
 from pocketlm.models.gguf import GgufFile, GgufSource
 from pocketlm.models.gguf_tokenizer import gguf_side_files, load_gguf_tokenizer
 from pocketlm.models.hub import download
+from pocketlm.models.kinds import most_common_dtype
 from pocketlm.models.memory import MemorySource
 from pocketlm.models.names import checkpoint_tensors, map_names, settle_ties
 from pocketlm.models.packed import PackedSource

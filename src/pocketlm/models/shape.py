@@ -16,7 +16,12 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pocketlm.core.errors import UnsupportedModel
-from pocketlm.models.config import judge_config, read_config, transformers_config
+from pocketlm.models.config import (
+    head_width,
+    judge_config,
+    read_config,
+    transformers_config,
+)
 from pocketlm.models.linear import is_linear, linear_shape
 from pocketlm.models.opening import open_model, resolve
 from pocketlm.models.skeleton import build_skeleton, find_blocks
@@ -139,7 +144,7 @@ def shape_of(
     taken = stored.get(paths[id(head)])
     bits = None if taken is None else 8 * taken / (vocabulary * hidden)
     heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = head_width(config)
     return ModelShape(
         name=name,
         hidden=int(hidden),

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from pocketlm.core.errors import SecurityError, SourceError
 from pocketlm.core.views import TensorInfo
-from pocketlm.formats.safetensors_header import DTYPES
+from pocketlm.formats.safetensors_header import DTYPES, MAX_AXES
 from pocketlm.models.bytes import BufferPool, PositionalFile, byte_view, require_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-MAX_AXES = 64  # of a tensor, as torch has it
 SAMPLE_BYTES = 4096  # of each tensor's start, middle and end, for the fingerprint
 REMEDY = "Download or copy the file again."
 

@@ -10,7 +10,7 @@ Legend: B sequences, T tokens, D hidden width, N predicted positions, P position
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -61,14 +61,11 @@ class Restorer:
         self._inputs.close()
 
     @torch.no_grad()
-    def measure(
-        self, variants: Sequence[Restored], on_block: Callable[[], None] = lambda: None
-    ) -> list[float]:
+    def measure(self, variants: Sequence[Restored]) -> list[float]:
         """The mean KL of each variant in nats a token; the empty one is the model as it is.
 
         Args:
             variants: What each restores, linears by module path.
-            on_block: Called after each block of the pass.
 
         Raises:
             NumericError: If logits are not finite.
@@ -97,7 +94,6 @@ class Restorer:
                     else:
                         output_BTD = self._with_theirs(block, theirs, part[index], hidden_BTD)
                     states[variant] = output_BTD.cpu()
-            on_block()
         return [
             self._kl(self._finished(states.get(variant)), variants[variant])
             for variant in range(len(variants))
