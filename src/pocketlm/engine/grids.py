@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
-from pocketlm.core.spec import SUPER_BLOCK, ActivationSpec, QuantSpec, Recipe, matches
+from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.state import PruningStep, Step
 from pocketlm.core.stored import (
     DenseSpec,
@@ -20,17 +20,18 @@ from pocketlm.core.stored import (
     WeightSpec,
 )
 from pocketlm.core.views import End
+from pocketlm.engine.end_grids import check_end_grid, choose_ends
+from pocketlm.engine.factor_checks import check_factors
 from pocketlm.engine.factors import predicted_form
+from pocketlm.engine.fitting import fitted_grid, fitting_note
 from pocketlm.formats.capabilities import (
     capability,
-    check_end,
     check_layer,
     check_model,
     check_shortcuts,
     is_expert,
 )
 from pocketlm.formats.compressed_config import holds, mixed_in_bfloat16
-from pocketlm.formats.gguf_hold import native
 from pocketlm.formats.packing import fills_bytes
 
 OWN_FORMAT = ("pocketlm", "llama.cpp")  # targets whose artifacts are in our format
@@ -158,7 +159,7 @@ def choose_grids(
             specs[name] = None
         elif shape[1] < MIN_COLUMNS:
             kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
-        elif not (fitted := _fitted(asked, shape[1], target)).fits(shape[1]):
+        elif not (fitted := fitted_grid(asked, shape[1], target)).fits(shape[1]):
             kept[name] = (
                 f"groups of {fitted.group_size}, as {fitted.name} has them, do not divide "
                 f"{shape[1]} columns"
@@ -167,7 +168,7 @@ def choose_grids(
             kept[name] = f"{shape[1]} codes of {fitted.bits} bits do not fill whole bytes"
         else:
             if fitted != asked:
-                notes[name] = _fitting_note(asked, fitted, shape[1])
+                notes[name] = fitting_note(asked, fitted, shape[1])
             if recipe.activations is not None:
                 if is_expert(name) and capability(target).expert_inputs is None:
                     text = f"{target} does not round inputs of experts: they stay as they come."
@@ -184,7 +185,7 @@ def choose_grids(
     floats = [name for name in specs if name not in quantized]
     check_model({**quantized, **chosen}, [*kept, *floats], target, inputs)
     for end in ends:
-        notes.update(_check_end(end, chosen, recipe, format_name, target))
+        notes.update(check_end_grid(end, chosen, recipe, format_name, target))
     _refuse_own_experts(format_name, quantized, target, recipe.activations)
     for name in mixed_in_bfloat16(quantized) if target == "transformers" else ():
         said = f"transformers decodes {quantized[name].name} to bfloat16: load it in that dtype."
@@ -196,73 +197,6 @@ def choose_grids(
     for name, text in check_factors(grids, shapes, target).items():
         notes[name] = f"{notes[name]} {text}" if name in notes else text
     return grids
-
-
-def _fitted(asked: QuantSpec, columns: int, target: str) -> QuantSpec:
-    """The grid that a linear gets: GGUF files have their own in the place of wider groups."""
-    return (native(asked) if target == "llama.cpp" else asked).fit(columns)
-
-
-def _fitting_note(asked: QuantSpec, fitted: QuantSpec, columns: int) -> str:
-    if fitted.name != asked.name:
-        why = f"{SUPER_BLOCK} does not divide {columns} columns"
-        if asked.scale != "k":
-            why = "GGUF files have minima in the place of zero points"
-        return f"{why}: {asked.name} becomes {fitted.name} in groups of {fitted.group_size}."
-    if asked.fits(columns):
-        return (
-            f"GGUF files have a scale for each {fitted.group_size} columns: the group is "
-            f"{fitted.group_size}, not {asked.group_size or 'the whole row'}."
-        )
-    return (
-        f"groups of {asked.group_size} do not divide {columns} columns: "
-        f"the group is {fitted.group_size or 'the whole row'}."
-    )
-
-
-def choose_ends(ends: Sequence[End], recipe: Recipe, target: str) -> dict[str, QuantSpec]:
-    """The fitted grid of embedding and head, where the recipe names them.
-
-    A head that is tied shares the embedding's grid; where the recipe gives it another, or names it
-    alone, the two are untied.
-    """
-    chosen: dict[str, QuantSpec] = {}
-    for end in ends:
-        spec = recipe.spec_for_end(end.name)
-        apart = None if end.tied_name is None else recipe.spec_for_end(end.tied_name)
-        for name, found in ((end.name, spec), (end.tied_name, apart)):
-            if name is not None and found is not None and not (name != end.name and found == spec):
-                chosen[name] = _fitted(found, end.shape[1], target)
-    return chosen
-
-
-def _check_end(
-    end: End, chosen: Mapping[str, QuantSpec], recipe: Recipe, format_name: str, target: str
-) -> dict[str, str]:
-    """Refuses an embedding or head that the target cannot load; what to tell of it, by name."""
-    notes: dict[str, str] = {}
-    apart = end.tied_name is not None and end.tied_name in chosen
-    if end.name in chosen:
-        check_end(format_name, chosen[end.name], end.shape, target, end.name, embeds=end.embeds)
-        if end.embeds:
-            once = end.tied_name is not None and not apart
-            shared = "the head is tied to it: both are stored once, compressed. " if once else ""
-            notes[end.name] = (
-                f"{shared}transformers loads a compressed embedding after `import pocketlm.hf`."
-            )
-    if apart:
-        assert end.tied_name is not None
-        head = end.tied_name
-        check_end(format_name, chosen[head], end.shape, target, head, embeds=False)
-        notes[head] = f"it was tied to {end.name}: it is untied, so that the two count twice."
-    for name in (end.name, end.tied_name):
-        if name is None or name not in chosen:
-            continue
-        asked = recipe.spec_for_end(name)
-        if asked is not None and asked != chosen[name]:
-            said = _fitting_note(asked, chosen[name], end.shape[1])
-            notes[name] = f"{notes[name]} {said}" if name in notes else said
-    return notes
 
 
 def _factorises(steps: Sequence[Step]) -> bool:
@@ -351,81 +285,6 @@ def grid_text(spec: WeightSpec | None) -> str:
         return f"{spec.bits} bits, {kind}, {tiles}"
     twice = ", scales in 8 bits" if spec.scale == "dynamic8" else ""
     return f"{spec.name.partition('_')[0]}, {tiles}{twice}"
-
-
-def check_factors(
-    grids: Grids, shapes: Mapping[str, tuple[int, int]], target: str
-) -> dict[str, str]:
-    """Refuses factors that cannot be what the recipe asks, before a weight is read.
-
-    Args:
-        grids: The fitted grids.
-        shapes: (O, I) of every linear, by module path.
-        target: Engine that must load the result.
-
-    Returns:
-        Module path → what is to be told of its factors.
-
-    Raises:
-        ConfigError: If a pattern matches nothing, or a step factorises no linear.
-        UnsupportedLayer: If the target does not load the format, or a grid does not fit a factor.
-    """
-    if grids.factoring and grids.format_name not in capability(target).formats:
-        raise UnsupportedLayer(
-            f"{target} does not load the format {grids.format_name}, the only one with factors.",
-            remedy="Leave out --target, or export the artifact: `pocketlm export --to dense`.",
-        )
-    for step in grids.factoring:
-        if "factors" in step.makes:
-            _require_work(step, list(grids.specs))
-    notes: dict[str, str] = {}
-    factorised = 0
-    for name in grids.specs if grids.factoring else ():
-        rows, columns = shapes[name]
-        form = grids.stored(name, (rows, columns), torch.bfloat16)
-        if isinstance(form, LowRankSpec):
-            _check_factor(form.left, (rows, form.rank), f"{name}.left", target)
-            if form.rank * (rows + columns) >= rows * columns:
-                notes[name] = f"factors of rank {form.rank} hold more than the weight they replace."
-        if isinstance(form, LowRankSpec | SumSpec):
-            factorised += 1
-            if target == "transformers" and is_expert(name):
-                said = "transformers fuses experts and takes no factors of one: use pocketlm.load."
-                notes[name] = f"{notes[name]} {said}" if name in notes else said
-    steps: list[Any] = [step for step in grids.factoring if "factors" in step.makes]
-    if steps and not factorised:
-        raise ConfigError(
-            f"{type(steps[-1]).__name__} factorises no linear of this model.",
-            where="recipe",
-            remedy="Look at its `modules`, `ranks` and `layers`.",
-        )
-    return notes
-
-
-def _require_work(step: Any, names: Sequence[str]) -> None:
-    for pattern in step.patterns:
-        if not any(matches(pattern, name) for name in names):
-            leaves = {name.rsplit(".", 1)[-1] for name in names}
-            raise ConfigError(
-                f"the pattern '{pattern}' matches no linear that is compressed.",
-                where=f"recipe step {type(step).__name__}",
-                remedy=nearest(pattern, {*leaves, *names} if "." in pattern else leaves),
-            )
-
-
-def _check_factor(
-    spec: QuantSpec | DenseSpec, shape: tuple[int, int], where: str, target: str
-) -> None:
-    """A left factor is as narrow as the rank: not every grid fits it."""
-    if isinstance(spec, DenseSpec):
-        return
-    if not spec.fits(shape[1]) or (spec.type != "int" and shape[1] * spec.bits % 8):
-        raise UnsupportedLayer(
-            f"the grid {spec.name} does not fit a factor of {shape[1]} columns.",
-            where=where,
-            remedy="Give the factorising step `multiple_of: 32`, or choose integers.",
-        )
-    check_layer("pocketlm", spec, shape, target, where)
 
 
 def factors_note(grids: Grids, shapes: Mapping[str, tuple[int, int]]) -> str | None:

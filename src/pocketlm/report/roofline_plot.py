@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import escape
 
-from pocketlm.core.errors import ResourceError
+from pocketlm.formats.shards import write_file
 
 if TYPE_CHECKING:
     from pocketlm.evaluate.roofline import Pass, RooflineReport
@@ -27,10 +27,7 @@ def write_plot(found: RooflineReport, path: Path) -> None:
     Raises:
         ResourceError: If it cannot be written.
     """
-    try:
-        path.write_text(draw_plot(found), "utf-8")
-    except OSError as error:
-        raise ResourceError(f"cannot be written ({error.strerror}).", where=str(path)) from error
+    write_file(path, draw_plot(found).encode())
 
 
 def draw_plot(found: RooflineReport) -> str:

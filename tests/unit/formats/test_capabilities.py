@@ -3,9 +3,9 @@
 import pytest
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
-from pocketlm.core.spec import QuantSpec
+from pocketlm.core.spec import SCHEMES, QuantSpec
 from pocketlm.formats import compressed_tensors, pocketlm
-from pocketlm.formats.capabilities import capabilities, check_model
+from pocketlm.formats.capabilities import capabilities, check_layer, check_model
 
 
 def test_every_target_states_its_evidence() -> None:
@@ -44,6 +44,11 @@ def test_what_fits_passes() -> None:
     compressed_tensors.check(QuantSpec(bits=4, group_size=64), (576, 1536), "vllm")
     compressed_tensors.check(QuantSpec(bits=5, group_size=None), (7, 100), "transformers")
     pocketlm.check(QuantSpec(bits=4, group_size=64), (64, 128), "transformers")
+
+
+@pytest.mark.parametrize("name", ["NF2", "NF3", "NF4", "FP4_DQ", "MXFP8"])
+def test_our_runtime_takes_every_table(name: str) -> None:
+    check_layer("pocketlm", SCHEMES[name], (64, 64), "pocketlm")
 
 
 def test_our_own_format_is_not_for_vllm() -> None:
