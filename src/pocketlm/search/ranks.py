@@ -46,7 +46,8 @@ UNIFORM = "uniform"
 
 def wants_ranks(recipe: Recipe) -> bool:
     """Whether a step of a recipe asks for ranks that have to be measured."""
-    return any(step.options.get("allocation", UNIFORM) != UNIFORM for step in recipe.steps)
+    steps = (catalog.build_step(spec.method, spec.options) for spec in recipe.steps)
+    return any(isinstance(step, Ranked) and step.allocation != UNIFORM for step in steps)
 
 
 @dataclass(frozen=True)

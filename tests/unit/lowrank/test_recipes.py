@@ -6,7 +6,9 @@ import pytest
 
 from pocketlm.catalog import known_methods, method_class
 from pocketlm.core.errors import ConfigError
+from pocketlm.core.spec import Recipe
 from pocketlm.recipes import build_recipe, read_recipe
+from pocketlm.search.ranks import wants_ranks
 from pocketlm.stages import split
 
 
@@ -54,3 +56,16 @@ def test_what_cannot_follow_a_smaller_model_is_refused_before_work() -> None:
     recipe = read_recipe({"steps": ["depth", "gptq", "wanda"]})
     with pytest.raises(ConfigError, match="wanda comes after gptq"):
         split(recipe)
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [
+        ({"method": "svd_llm", "allocation": "energy"}, True),
+        ({"method": "svd_llm", "ratio": 0.3}, False),
+        ({"method": "wanda", "sparsity": 0.5, "allocation": "owl"}, False),
+    ],
+)
+def test_ranks_are_measured_for_factors_alone(step: dict[str, object], wanted: bool) -> None:
+    """A pruning step has allocations too, which need no model opened for ranks."""
+    assert wants_ranks(Recipe.parse({"steps": [step], "weights": None})) == wanted
