@@ -207,7 +207,7 @@ class _Plan:
     def _chunks(self, name: str, spelled: str, kind: str, *, keep: bool) -> Iterator[memoryview]:
         order_O = self.form.row_order(spelled)
         lost, whole = 0.0, 0.0
-        for weight_OI, packed in self._pieces(name, kind, keep=keep, whole=order_O is not None):
+        for weight_OI, packed in self._pieces(name, keep=keep, whole=order_O is not None):
             if order_O is not None:
                 weight_OI = weight_OI[order_O]
                 packed = None if packed is None else taken_rows(packed, order_O)
@@ -228,7 +228,7 @@ class _Plan:
         self.account.tensors[spelled] = WrittenTensor(type=kind, kept=keep, error=error)
 
     def _pieces(
-        self, name: str, kind: str, *, keep: bool, whole: bool
+        self, name: str, *, keep: bool, whole: bool
     ) -> Iterator[tuple[Tensor, Packed | None]]:
         """Rows of a tensor as float32, with their codes where those are kept."""
         shape = self.source.infos()[name].shape

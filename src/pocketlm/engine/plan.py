@@ -128,7 +128,7 @@ def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: i
     sizes = stored_sizes(model, grids, job.dtype)
     stages, forward = stage_seconds(model, job, shapes, samples, tokens, sizes)
     in_memory = boundary_bytes(model, job, tokens) <= job.activation_bytes
-    working = _working_bytes(model, job, shapes, tokens, in_memory)
+    working = _working_bytes(model, job, shapes, tokens)
     on_gpu = model.device.type == "cuda"
     waiting = boundary_bytes(model, job, tokens) if in_memory else 0
     there = activation_device(model.device, waiting).type == "cuda"
@@ -278,7 +278,6 @@ def _working_bytes(
     job: Job,
     shapes: Mapping[str, tuple[int, int]],
     tokens: int,
-    in_memory: bool,
 ) -> int:
     """Bytes of the largest block at work: weights, the widest linear's steps, runs inside it."""
     width = element_bytes(model.compute_dtype)
@@ -314,12 +313,3 @@ def _largest_block(model: ModelView) -> int:
 def _largest_chunk(model: ModelView) -> int:
     largest = max(info.bytes_stored for info in model.source.infos().values())
     return min(largest, 256 << 20)
-
-
-def outcome_rows(plan: Plan, seconds: float, ram: int, output_bytes: int) -> list[dict[str, Any]]:
-    """Prediction against outcome, one row a quantity."""
-    return [
-        {"what": "output bytes", "predicted": plan.output_bytes, "measured": output_bytes},
-        {"what": "peak RAM bytes", "predicted": plan.peak_ram_bytes, "measured": ram},
-        {"what": "seconds", "predicted": plan.seconds, "measured": seconds},
-    ]

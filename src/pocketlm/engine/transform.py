@@ -41,7 +41,6 @@ from pocketlm.models import Model
 from pocketlm.models.opening import changed_config, reopen
 
 FOUND = "found"  # what the survey found, in the work directory
-ACTIONS = ("cut", "merged", "rotated")
 
 
 def run_transform(
