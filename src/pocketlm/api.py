@@ -321,13 +321,22 @@ def report(path: str | Path) -> Path:
     return render(Path(path))
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Loaded:
     """Loads an artifact to run from its packed weights, or an original.
 
     Args:
         path: An artifact, or what `compress` takes as a source.
         device: Where to run.
         dtype: Of the activations; None lets the machine decide.
+        trust_remote_code: Whether code from the checkpoint may run.
+        revision: Of a hub model.
 
     Returns:
         A transformers model and its tokenizer, as a pair that also generates.
@@ -335,7 +344,11 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     from pocketlm.runtime.load import load as load_runtime
     from pocketlm.runtime.loaded import Loaded
 
-    return Loaded(*load_runtime(path, device=device, dtype=dtype))
+    return Loaded(
+        *load_runtime(
+            path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
+        )
+    )
 
 
 def generate(path: str | Path, prompt: str, **options: Any) -> Any:
@@ -359,7 +372,7 @@ def bench(path: str | Path, *, device: str = "auto", **options: Any) -> SpeedRep
         path: As for `load`.
         device: Where to run.
         **options: As for `pocketlm.evaluate.speed.measure_here`: batch, prompt_tokens, new_tokens,
-            context, runs, dtype, threads.
+            context, runs, dtype, threads, trust_remote_code.
 
     Returns:
         Tokens per second, latencies and memory, beside what the machine allows.

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pocketlm.cli import draw, flags
-from pocketlm.cli.options import Device, Json, Model, Threads
+from pocketlm.cli.options import Device, Json, Model, Threads, TrustRemoteCode
 from pocketlm.cli.output import Answer
 from pocketlm.report.words import bytes_text, number_text, percent_text, seconds_text
 
@@ -36,6 +36,7 @@ def run(
         str | None, typer.Option("--dtype", help="Of activations: float32, bfloat16, float16.")
     ] = None,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
     """Measure prefill, decoding, latencies and memory, each beside what the machine allows.
@@ -55,6 +56,7 @@ def run(
         device=device,
         dtype=dtype,
         threads=threads,
+        trust_remote_code=trust_remote_code,
     )
     return Answer(found, lambda console: draw_speed(console, model, found))
 

@@ -11,7 +11,15 @@ from rich.console import Console
 
 from pocketlm.cli import flags
 from pocketlm.cli.generate import stream
-from pocketlm.cli.options import Device, DrawSeed, Json, MaxNewTokens, Model, Temperature
+from pocketlm.cli.options import (
+    Device,
+    DrawSeed,
+    Json,
+    MaxNewTokens,
+    Model,
+    Temperature,
+    TrustRemoteCode,
+)
 from pocketlm.cli.output import Answer
 
 LEAVE = ("/quit", "/exit", "/bye")
@@ -26,6 +34,7 @@ def run(
     temperature: Temperature = 0.0,
     seed: DrawSeed = 0,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
     """Talk to a model; one line is one message. Leave with Ctrl-D or /quit.
@@ -38,7 +47,7 @@ def run(
     from pocketlm import api
     from pocketlm.runtime.chat import Conversation
 
-    loaded, tokenizer = api.load(model, device=device)
+    loaded, tokenizer = api.load(model, device=device, trust_remote_code=trust_remote_code)
     conversation = Conversation(loaded, tokenizer, system)
     for message in _messages(prompt="" if json or not sys.stdin.isatty() else "> "):
         conversation.send(

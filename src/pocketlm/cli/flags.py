@@ -276,6 +276,8 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     """
     import yaml
 
+    from pocketlm.formats.shards import write_file
+
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     if path.exists() and path.read_text("utf-8") != text:
         raise ConfigError(
@@ -283,4 +285,4 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
             where=f"--output {path}",
             remedy="Give another name; the findings are kept, the search is quick now.",
         )
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text.encode())

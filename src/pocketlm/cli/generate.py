@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 
 from pocketlm.cli import draw, flags
-from pocketlm.cli.options import Device, DrawSeed, Json, MaxNewTokens, Model, Temperature
+from pocketlm.cli.options import (
+    Device,
+    DrawSeed,
+    Json,
+    MaxNewTokens,
+    Model,
+    Temperature,
+    TrustRemoteCode,
+)
 from pocketlm.cli.output import Answer
 from pocketlm.report.words import seconds_text
 
@@ -25,6 +33,7 @@ def run(
         bool, typer.Option("--raw", help="Continue the text; no chat template.")
     ] = False,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
     """Answer one prompt, from packed weights.
@@ -35,7 +44,7 @@ def run(
     from pocketlm import api
     from pocketlm.runtime.generate import generate
 
-    loaded, tokenizer = api.load(model, device=device)
+    loaded, tokenizer = api.load(model, device=device, trust_remote_code=trust_remote_code)
     result = generate(
         loaded,
         tokenizer,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pocketlm.cli import draw
 from pocketlm.cli.bench import Batch
-from pocketlm.cli.options import Json, Source
+from pocketlm.cli.options import Json, Source, TrustRemoteCode
 from pocketlm.cli.output import Answer
 from pocketlm.report.words import bytes_text, number_text, percent_text
 
@@ -47,6 +47,7 @@ def run(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Write the roofline as an SVG here.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> Answer:
     """Show what bounds each operator on a device, and the time that prefill and decoding take.
@@ -68,6 +69,7 @@ def run(
         activation_bits=activation_bits,
         cache_bits=kv_bits,
         measure=measure,
+        trust_remote_code=trust_remote_code,
     )
     if plot is not None:
         from pocketlm.report.roofline_plot import write_plot

@@ -57,5 +57,8 @@ def roofline_source(
     )
     if not measure:
         return found
-    run = measure_speed(source, device=device, batch=batch, prompt_tokens=prompt, context=context)
+    run = measure_speed(
+        source, device=device, batch=batch, prompt_tokens=prompt, context=context,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     return found.model_copy(update={"measured": run})

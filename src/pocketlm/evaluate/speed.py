@@ -101,6 +101,7 @@ def measure_here(
     device: str = "cpu",
     dtype: str | None = None,
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> SpeedReport:
     """Measures in this process; its peak memory counts whatever ran in it before.
 
@@ -114,6 +115,7 @@ def measure_here(
         device: Where to run.
         dtype: Of the activations; None: as the model is stored.
         threads: Of the CPU; None: torch's default.
+        trust_remote_code: Whether code from the checkpoint may run.
 
     Returns:
         The medians.
@@ -131,7 +133,9 @@ def measure_here(
         torch.set_num_threads(threads)
     before = peak_memory_bytes()
     started = time.perf_counter()
-    model, tokenizer = load(source, device=device, dtype=_dtype(dtype))
+    model, tokenizer = load(
+        source, device=device, dtype=_dtype(dtype), trust_remote_code=trust_remote_code
+    )
     load_seconds = time.perf_counter() - started
     text = load_text("builtin", "evaluation")
     # a window has two tokens at least; a prompt may have one
@@ -158,7 +162,7 @@ def measure_here(
     bandwidth, rate = copy_bandwidth(model.device), matmul_rate(model.device)
     seen = held + new_tokens // 2
     asked = roofline(
-        model_shape(source),
+        model_shape(source, trust_remote_code=trust_remote_code),
         Device.bare(bandwidth, rate),
         batch=batch,
         prompt=prompt_tokens,
@@ -215,8 +219,9 @@ def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
     """
     command = [sys.executable, "-m", "pocketlm.evaluate.speed", str(source), "--child"]
     for name, value in options.items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        if value is not None and value is not False:
+            command.append(f"--{name.replace('_', '-')}")
+            command += [] if value is True else [str(value)]
     child_end, our_end = os.pipe()
     try:
         child = subprocess.run(
@@ -265,6 +270,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument(
         "--child",
         action="store_true",

@@ -18,6 +18,7 @@ from pocketlm.core.errors import (
     GateUndecided,
     NumericError,
     ResourceError,
+    SecurityError,
     SourceError,
 )
 
@@ -152,6 +153,19 @@ def test_a_real_signal_unwinds_and_the_handler_is_put_back(api, cli, capsys, tmp
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize(
+    "verb", ["inspect", "generate --prompt hello", "chat", "roofline --device l4"]
+)
+def test_the_remedy_of_remote_code_is_an_option(cli, capsys, tmp_path, verb):
+    config = {"model_type": "newest", "auto_map": {"AutoConfig": "code.Newest"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name, *rest = verb.split()
+    assert cli(name, str(tmp_path), *rest) == SecurityError.exit_code
+    assert "pass --trust-remote-code" in capsys.readouterr().err
+    assert cli(name, str(tmp_path), *rest, "--trust-remote-code") != 0  # there is no code.py
+    assert "pass --trust-remote-code" not in capsys.readouterr().err
+
+
 def test_what_libraries_print_stays_out_of_the_json(api, cli, capsys, monkeypatch):
     def chatty(*_args: object, **_options: object) -> dict[str, int]:
         print("a library says hello")
@@ -185,6 +199,7 @@ def test_bench_hands_its_flags_over(cli, monkeypatch):
         "device": "auto",
         "dtype": None,
         "threads": None,
+        "trust_remote_code": False,
     }
 
 

@@ -72,8 +72,9 @@ def test_figures_fit_together(directory: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_child_measures(directory: Path) -> None:
     report = measure_speed(
-        directory, prompt_tokens=16, new_tokens=4, runs=1, threads=1, batch=3, context=40
-    )
+        directory, prompt_tokens=16, new_tokens=4, runs=1, threads=1, batch=3, context=40,
+        trust_remote_code=True,
+    )  # fmt: skip
     assert (report.prompt_tokens, report.new_tokens, report.runs) == (16, 4, 1)
     assert (report.batch, report.context) == (3, 40)
     assert report.hardware.endswith(" 1 threads")
