@@ -163,7 +163,7 @@ def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
             floats.append(module)
         else:
             specs[module] = entry.spec
-    kept = [*grids.kept, *floats]
+    kept = [*grids.kept, *floats, *_left_alone(model, ledger)]
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
         ends = set(grids.ends)
@@ -221,6 +221,22 @@ def _shard_entries(
             outputs=[name],
         )
         yield ShardEntry(name, kept.dtype, kept.shape, _source_chunks(model, info, kept.dtype))
+
+
+def _left_alone(model: ModelView, ledger: Ledger) -> list[str]:
+    """Modules of blocks whose matrix is kept: what an engine takes for a linear must be named.
+
+    Routers and the gate of a shared expert are classes of their own in one engine or release and
+    plain linears in another, which would look for their codes.
+    """
+    return [
+        name.removesuffix(".weight")
+        for name, entry in ledger.tensors.items()
+        if entry.action == "kept"
+        and len(entry.shape) == 2
+        and name.endswith(".weight")
+        and name.startswith(tuple(f"{path}." for path in model.block_paths))
+    ]
 
 
 def _end_entry(task: EndTask, name: str, pieces: Pieces) -> ShardEntry:

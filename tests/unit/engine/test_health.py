@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.unit.engine.conftest import Compress
 from tests.unit.engine.test_engine import ledger_of
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from pocketlm.core.errors import NumericError
 from pocketlm.core.stats import Hessian
 from pocketlm.engine.events import Event
 from pocketlm.engine.health import InputWatch
+from pocketlm.evaluate.verify import verify_artifact
 
 
 def watch(*batches: torch.Tensor) -> InputWatch:
@@ -122,3 +129,21 @@ def test_an_overflow_on_the_text_is_an_error(tmp_path: Path, tiny: Path, steps) 
     with pytest.raises(NumericError, match=r"layers\.1\.mlp\.gate_proj: .* not finite in 1 of 64"):
         Compress(broken)(tmp_path / "out", steps=steps)
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_that_engines_take_for_linears_are_named(tmp_path: Path) -> None:
+    """Routers and the gate of a shared expert are kept; transformers must not look for codes."""
+    config = Qwen2MoeConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    Compress(tmp_path / "model")(tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    mlp = "model.layers.0.mlp"
+    assert section["ignore"] == [f"{mlp}.gate", f"{mlp}.shared_expert_gate", "lm_head"]
+    checks = {check.name: check for check in verify_artifact(tmp_path / "out").checks}
+    assert checks["transformers logits"].status == "passed", checks["transformers logits"].message
