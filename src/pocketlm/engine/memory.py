@@ -14,7 +14,8 @@ from pocketlm.formats.safetensors_header import element_bytes
 
 def hidden_width(model: ModelView) -> int:
     """D: the width of the stream between blocks."""
-    return int(model.config.get("hidden_size") or model.config["n_embd"])
+    names = ("hidden_size", "n_embd", "d_model")
+    return next(int(model.config[name]) for name in names if model.config.get(name))
 
 
 def hidden_bytes(model: ModelView, tokens: int) -> int:
