@@ -286,10 +286,15 @@ class Survey(Protocol):
         ...
 
     @property
+    def learns(self) -> bool:
+        """Whether `look` runs the block: its inputs and targets are then kept."""
+        ...
+
+    @property
     def look(
         self,
-    ) -> Callable[[Mapping[str, Tensor], Mapping[str, Statistics]], Mapping[str, Sequence[float]]]:
-        """A few numbers of each linear of a block, from weights and statistics by name."""
+    ) -> Callable[[BlockTask, Mapping[str, Statistics], float], Mapping[str, Sequence[float]]]:
+        """A few numbers of each linear of a block, from the block, statistics, and mean share."""
         ...
 
     @property

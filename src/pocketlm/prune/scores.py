@@ -50,6 +50,11 @@ def wanda(weight_OI: Tensor, stats: Statistics) -> Tensor:
     return weight_OI.abs() * stats[Hessian].diagonal_I().sqrt()
 
 
+def wanda_or_size(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """`wanda`, or |w| where no token reached the linear."""
+    return wanda(weight_OI, stats) if reached(stats) else weight_OI.abs()
+
+
 def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:
     """½ w² H_ii: the loss of one weight, interactions left out (LeCun et al. 1990, eq. 5)."""
     return 0.5 * weight_OI.square() * stats[Hessian].diagonal_I()

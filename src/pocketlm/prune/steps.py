@@ -41,8 +41,8 @@ class Magnitude(Strict):
         score: What a weight is worth: magnitude, wanda, obd, ria, obs, esparse or
             gblm.
         scope: Which weights compete where the sparsity is a share: of a row, or of the matrix.
-        allocation: How the share is spread over the linears: uniform, owl, samsp, or global (one
-            threshold). It becomes `overrides` before the run begins.
+        allocation: How the share is spread over the linears: uniform, owl, samsp, global (one
+            threshold), or besa (learned). It becomes `overrides` before the run begins.
         overrides: Pattern → another share of zeros; the last matching pattern rules.
     """
 
@@ -53,7 +53,7 @@ class Magnitude(Strict):
     sparsity: SparsitySpec = HALF
     score: str = "magnitude"
     scope: Scope = "matrix"
-    allocation: Literal["uniform", "owl", "samsp", "global"] = "uniform"
+    allocation: Literal["uniform", "owl", "samsp", "global", "besa"] = "uniform"
     overrides: dict[str, SparsitySpec] = Field(default_factory=dict)
 
     @field_validator("score")

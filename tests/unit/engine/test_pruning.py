@@ -222,6 +222,38 @@ def test_allocation_becomes_overrides(tmp_path: Path, tiny: Path) -> None:
     assert len(set(options["overrides"].values())) == 3  # one share a block
 
 
+def test_a_learned_allocation_is_settled_before_the_run(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares differ within a block, their mean is the asked one, and another run finds the same."""
+    from pocketlm.calibration.windows import Windows
+    from pocketlm.engine.events import EventLog
+    from pocketlm.engine.options import Job
+    from pocketlm.models import open_model
+    from pocketlm.prepare import _settled
+
+    monkeypatch.setattr("pocketlm.prune.besa.ITERATIONS", 6)
+    recipe = recipe_of({"method": "alps", "sparsity": 0.6, "allocation": "besa"})
+    model = open_model(tiny)
+    steps = tuple(catalog.build_step(s.method, s.options) for s in recipe.steps)
+    grids = choose_grids(model.linear_shapes(), False, recipe, "transformers", steps)
+    tokens_NT = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    windows = Windows(tokens_NT, "random", "0" * 64, False, 0)
+    found = []
+    for activation_bytes in (1 << 30, 1):  # in memory, and on disk
+        job = Job(
+            "tiny", recipe, steps, tmp_path / "out", tmp_path / "work", "transformers", 64,
+            activation_bytes,
+        )  # fmt: skip
+        settled, grids = _settled(model, job, grids, windows, EventLog(None, None))
+        found.append(settled.recipe.steps[0].options["overrides"])
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > 3
+    shapes = model.linear_shapes()
+    kept = sum(grids.counts.values()) / sum(o * i for o, i in shapes.values())
+    assert kept == pytest.approx(0.4, abs=0.01)
+
+
 def test_what_breaks_a_mask_is_refused() -> None:
     with pytest.raises(ConfigError, match="correct does not keep the mask that wanda made"):
         check(recipe_of("wanda", "correct", "gptq", weights=W4))
