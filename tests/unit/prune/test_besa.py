@@ -74,7 +74,7 @@ def test_it_starts_from_wandas_mask_at_the_uniform_share() -> None:
 
 def test_a_mask_passes_gradients_as_if_it_were_the_probability() -> None:
     """Against finite differences of the weight under probabilities in the place of the mask."""
-    weight_OI, budget = weight(3, 8), Budget(0.5)
+    weight_OI, budget = weight(3, 8), Budget(0.4567)  # no rank at a kink
     learner = MaskedWeight(state_of(weight_OI), weight_OI.abs(), budget)
     other = MaskedWeight(state_of(weight(5, 8)), weight(5, 8).abs(), budget)
     budget.learners = (learner, other)
@@ -89,7 +89,7 @@ def test_a_mask_passes_gradients_as_if_it_were_the_probability() -> None:
         belief_D = torch.softmax(learner.parameters[0].values.detach().double(), 0).numpy()
         candidates_D = numpy.linspace(0, 1, len(belief_D))
         own = belief_D @ candidates_D
-        moved = 0.5 - (own * 24 + 0.5 * 40) / 64
+        moved = 0.4567 - (own * 24 + 0.5 * 40) / 64
         keeps_I = numpy.interp(numpy.arange(8) / 8 - moved, candidates_D, belief_D.cumsum())
         order_OI = weight_OI.abs().argsort(dim=1, stable=True)
         ranked_OI = (weight_OI * wanted_OI).double().gather(1, order_OI)
