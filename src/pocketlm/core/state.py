@@ -164,7 +164,7 @@ class LinearStep(Protocol):
 
     kind: ClassVar[str]  # "linear"
     needs: ClassVar[tuple[type[Stat], ...]]
-    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors"}
+    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors", "values"}
     makes: ClassVar[frozenset[str]]  # of {"mask", "grid", "factors"}: what it decides of the result
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:

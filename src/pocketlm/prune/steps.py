@@ -47,7 +47,7 @@ class Magnitude(Strict):
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape", "values"})
     makes: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     sparsity: SparsitySpec = HALF
@@ -194,6 +194,7 @@ class _OnHessian(Magnitude):
         shrinkage: Share of each column's own diagonal that is added, as in gptq.
     """
 
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     scope: Scope = "matrix"
     damping: float = Field(0.01, gt=0, le=1)
     shrinkage: float = Field(0.15, ge=0, le=10)

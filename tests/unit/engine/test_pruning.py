@@ -145,6 +145,39 @@ def test_tuning_lowers_the_blocks_error(tmp_path: Path, compress) -> None:
     assert all(found[-1] < 0.9 * found[0] for found in losses.values())
 
 
+@pytest.mark.parametrize("activation_bytes", [1 << 30, 1000])
+def test_masks_are_ranked_by_the_inputs_of_the_block_before_it_is_pruned(
+    tmp_path: Path, compress, activation_bytes: int
+) -> None:
+    """As Wanda's authors have it; a second block reads what the first, pruned, gives."""
+    from pocketlm.models import open_model
+
+    compress(
+        tmp_path / "out", steps=({"method": "wanda", "sparsity": "2:4"},), floats=True,
+        activation_bytes=activation_bytes,
+    )  # fmt: skip
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    model = open_model(compress.source)
+    hidden_BTD, call = model.begin(compress.windows().tokens_NT)
+    for index in range(2):
+        with model.block(index) as block, torch.no_grad():
+            sizes: dict[str, torch.Tensor] = {}
+            run = block.start(hidden_BTD, call)
+            while (pause := run.advance()) is not None:
+                for name in block.groups[pause.group].linears:
+                    x_TI = pause.inputs.reshape(-1, pause.inputs.shape[-1]).float()
+                    sizes[name] = x_TI.norm(dim=0)
+            for name, view in block.linears.items():
+                score_OI = view.weight_OI().abs() * sizes[name]
+                worst = score_OI.view(-1, 4).argsort(1)[:, :2]
+                kept_OI = torch.ones(score_OI.numel() // 4, 4).scatter_(1, worst, 0)
+                pruned_OI = view.weight_OI() * kept_OI.view_as(score_OI)
+                differs = (stored[view.tensor_name].float() != pruned_OI).double().mean()
+                assert differs < 1e-3, name  # scores that float32 sums apart
+                view.set_weight_OI(stored[view.tensor_name].float())
+            hidden_BTD = block.forward(hidden_BTD, call)
+
+
 @pytest.mark.parametrize(
     ("method", "target", "activation_bytes"),
     [("sparsegpt", "transformers", 1 << 30), ("gblm", "pocketlm", 1000)],
