@@ -9,6 +9,7 @@ Legend: O output rows, I input columns.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Allocation:
 
 
 def owl(outlier: float = 5.0, reach: float = 0.08) -> Allocation:
-    """Blocks with more outliers keep more (OWL, arXiv:2310.05175, section 3).
+    """Blocks with more outliers keep more (OWL, arXiv:2310.05175).
 
     An outlier is a weight whose |w| · |x|₂ exceeds `outlier` times the block's mean. Shares lie
     within `reach` of the mean share, linear in the outliers' part, one for all linears of a block.
@@ -70,9 +71,10 @@ def owl(outlier: float = 5.0, reach: float = 0.08) -> Allocation:
 def samsp(reach: float = 0.1) -> Allocation:
     """Linears of larger Hessians keep more (sensitivity-aware mixed sparsity, arXiv:2310.09499).
 
-    The sensitivity is the mean of the Hessian's diagonal, in log. Deviation: it goes linearly into
-    shares within `reach` of the mean one. A linear that no token reached gets the share of the
-    least sensitive one.
+    Shares lie within `reach` of the mean one, linear in a linear's place among all by sensitivity,
+    as in the authors' code. Deviation: the sensitivity is the mean of the Hessian's diagonal, the
+    Hessian that of the linear's output error; theirs is the trace of the loss's, by random probes
+    through the whole model. A linear that no token reached counts as the least sensitive one.
     """
 
     def look(
@@ -85,10 +87,9 @@ def samsp(reach: float = 0.1) -> Allocation:
     ) -> Mapping[str, float]:
         traces = [look[0] for look in looks.values()]
         least = min((trace for trace in traces if trace > 0), default=1.0)
-        logs = torch.tensor(traces, dtype=torch.float64).clamp(min=least).log()
-        return _linear(
-            {name: -float(log) for name, log in zip(looks, logs, strict=True)}, sizes, mean, reach
-        )
+        ordered = sorted(max(trace, least) for trace in traces)
+        places = {name: -bisect_left(ordered, max(look[0], least)) for name, look in looks.items()}
+        return _linear(places, sizes, mean, reach)
 
     return Allocation((Hessian,), look, spread)
 

@@ -262,7 +262,7 @@ class Sparsegpt(_OnHessian):
 
 
 class SparsegptJoint(Sparsegpt):
-    """Prunes and rounds in one sweep over one Hessian (arXiv:2301.00774, section 3.5).
+    """Prunes and rounds in one sweep over one Hessian (arXiv:2301.00774).
 
     The grid is an earlier step's (clip) or min-max; it is one of the unpruned weight.
     """
