@@ -107,13 +107,11 @@ class MaskedWeight:
 
     def weight_OI(self) -> Tensor:
         """The weight [O, I] under its mask, differentiable in β."""
-        moved = self._budget.moved()
-        # K at each rank, between candidates a straight line.
-        place_I = ((self._rank_I - moved) * CANDIDATES).clamp(0, CANDIDATES)
-        below_I = place_I.detach().long().clamp(max=CANDIDATES - 1)
-        sums_D = self._belief_D().cumsum(0)
-        step_I = sums_D[below_I + 1] - sums_D[below_I]
-        stays_I = sums_D[below_I] + (place_I - below_I) * step_I
+        # K at each rank, between candidates a straight line: how much of each lies below.
+        place_I = (self._rank_I - self._budget.moved()) * CANDIDATES
+        place_I1 = place_I.clamp(0, CANDIDATES)[:, None]
+        number_D = torch.arange(CANDIDATES + 1, device=place_I.device)
+        stays_I = (place_I1 - number_D + 1).clamp(0, 1) @ self._belief_D()
         hard_I = (self._rank_I >= self.share().detach()).to(stays_I.dtype)
         return ByRank.apply(self._weight_OI, self._order_OI, hard_I + stays_I - stays_I.detach())
 
