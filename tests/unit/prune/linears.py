@@ -41,7 +41,7 @@ class SumOfLinears:
 
     def __init__(self, weights: Mapping[str, Tensor], x_BTI: Tensor) -> None:
         self.states = {name: state_of(weight_OI) for name, weight_OI in weights.items()}
-        self.batches, self.device, self._x_BTI = len(x_BTI), torch.device("cpu"), x_BTI
+        self.batches, self.device, self._x_BTI = len(x_BTI), x_BTI.device, x_BTI
         self._weights = weights
 
     def inputs(self, batch: int) -> Tensor:
