@@ -286,8 +286,8 @@ class Survey(Protocol):
         ...
 
     @property
-    def learns(self) -> bool:
-        """Whether `look` runs the block: its inputs and targets are then kept."""
+    def sequences(self) -> int:
+        """How many `look` runs a block on, forward and back; 0: it only reads weights."""
         ...
 
     @property

@@ -9,9 +9,11 @@ from typing import cast
 import torch
 
 from pocketlm.core.columns import kernel_trouble
+from pocketlm.core.reconstruct import FORWARDS
 from pocketlm.core.state import BlockStep
 from pocketlm.core.views import ModelView
 from pocketlm.engine.gradients import TOKENS
+from pocketlm.engine.grids import pruning_step
 from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
 from pocketlm.engine.memory import hidden_width, input_widths
 from pocketlm.engine.options import Job
@@ -73,6 +75,9 @@ def stage_seconds(
         seconds += forward
     if job.needs_original:
         seconds += forward
+    if (pruning := pruning_step(job.steps)) is not None and pruning.survey is not None:
+        learned = FORWARDS * pruning.survey.sequences * (tokens // samples)
+        seconds += forward + 2.0 * weights * learned / rate
     walking = 3.0 * forward * min(1.0, TOKENS / max(tokens, 1)) if job.needs_gradients else 0.0
     assembling = sizes["output"] / DISK_BYTES_PER_SECOND
     return {"calibrate": walking, "compress": seconds, "assemble": assembling}, forward

@@ -50,7 +50,7 @@ def shares(
     looks: dict[str, Sequence[float]] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         in_memory = boundary_bytes(model, job, windows.tokens_NT.numel()) <= job.activation_bytes
-        memory = MemoryStore(keep_inputs=survey.learns)
+        memory = MemoryStore(keep_inputs=survey.sequences > 0)
         store: ActivationStore = memory if in_memory else DiskStore(Path(scratch))
         sequences = max(1, job.tokens_at_once // windows.tokens_NT.shape[1])
         calls = []

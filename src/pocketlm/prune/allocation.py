@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocketlm.core.state import BlockTask, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.prune.besa import learned_shares
+from pocketlm.prune.besa import BATCH_SIZE, ITERATIONS, learned_shares
 from pocketlm.prune.scores import wanda, wanda_or_size
 
 QUANTILES = 513  # of a linear's scores, for a threshold that all share
@@ -35,13 +35,13 @@ class Allocation:
             its linears, by name, and the mean share.
         spread: Shares of zeros, by name, from those numbers, how many weights each linear has, and
             the mean share.
-        learns: Whether `look` runs the block, not just reads its weights.
+        sequences: How many `look` runs a block on, forward and back; 0: it only reads weights.
     """
 
     needs: tuple[type[Stat], ...]
     look: Callable[[BlockTask, Mapping[str, Statistics], float], Mapping[str, Sequence[float]]]
     spread: Callable[[Mapping[str, Sequence[float]], Mapping[str, int], float], Mapping[str, float]]
-    learns: bool = False
+    sequences: int = 0
 
 
 def owl(outlier: float = 5.0, reach: float = 0.08) -> Allocation:
@@ -135,7 +135,7 @@ def besa() -> Allocation:
     ) -> Mapping[str, float]:
         return _exact({name: look[0] for name, look in looks.items()}, sizes, mean)
 
-    return Allocation((Hessian,), learned_shares, spread, learns=True)
+    return Allocation((Hessian,), learned_shares, spread, sequences=ITERATIONS * BATCH_SIZE)
 
 
 def _quantiles(score_OI: Tensor) -> list[float]:
