@@ -2,7 +2,7 @@
 
 Depth: removing blocks by their influence against the mean of five random choices, at 10, 20 and
 30 %. Width: FLAP, Minitron's sizes, LLM-Pruner's Taylor score and Wanda's at 20 % of the blocks'
-weights. SliceGPT at 0, 20 and 25 %, with one rotation and with one for each block. Every model is
+weights. SliceGPT at 0 and 25 %, with one rotation and with one for each block. Every model is
 measured as any other is: loss over the original by pocketlm's own evaluation, prefill by
 `evaluate`'s speed in a process of its own. A point that was measured before with the same options
 is read from its file.
@@ -23,7 +23,7 @@ from inputs import SEED, Inputs
 
 RANDOMS = 5
 DEPTHS = (0.1, 0.2, 0.3)
-SLICED, APART = "slicegpt-25%", "slicegpt-block-25%"
+SLICED, APART = "slicegpt-25", "slicegpt-block-25"
 PREFILL_FIGURE = 1.15
 
 
@@ -41,10 +41,8 @@ def points() -> dict[str, dict[str, Any]]:
     for method in ("flap", "minitron", "llm_pruner", "wanda_sp"):
         made[f"{method}-20%"] = {"method": method, "ratio": 0.2}
     made["slicegpt-0"] = {"method": "slicegpt", "ratio": 0.0}
-    for ratio in (0.2, 0.25):
-        made[f"slicegpt-{ratio:.0%}"] = {"method": "slicegpt", "ratio": ratio}
-        apart = {"method": "slicegpt", "ratio": ratio, "rotation": "block"}
-        made[f"slicegpt-block-{ratio:.0%}"] = apart
+    made[SLICED] = {"method": "slicegpt", "ratio": 0.25}  # the same 432 columns as 20 %: 9 heads
+    made[APART] = {"method": "slicegpt", "ratio": 0.25, "rotation": "block"}
     return made
 
 
