@@ -17,7 +17,7 @@ from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import finished_ledger
 from pocketlm.engine.events import Event
 from pocketlm.engine.grids import choose_grids
-from pocketlm.engine.order import check_order
+from pocketlm.engine.order import check_order, passes
 from pocketlm.evaluate.verify_files import Artifact, checks
 
 PRUNING = sorted(
@@ -143,6 +143,22 @@ def test_tuning_lowers_the_blocks_error(tmp_path: Path, compress) -> None:
     compress(tmp_path / "out", steps=steps, floats=True, listener=listen)
     assert sorted(losses) == [0, 1, 2]
     assert all(found[-1] < 0.9 * found[0] for found in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("steps", "at_once"),
+    [
+        (("wanda",), True),
+        (("magnitude", "dsnot"), True),
+        (("wanda", "gptq"), False),
+        (("correct", "wanda"), False),
+        (("sparsegpt",), False),
+        (("alps",), False),
+    ],
+)
+def test_steps_that_fit_values_are_true_sequential(steps: tuple[str, ...], at_once: bool) -> None:
+    (one,) = passes([catalog.build_step(name, {}) for name in steps])
+    assert one.at_once is at_once
 
 
 @pytest.mark.parametrize("activation_bytes", [1 << 30, 1000])
