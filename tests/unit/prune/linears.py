@@ -40,7 +40,7 @@ class SumOfLinears:
     """A BlockTask: a block that adds up what its linears give for one input, of the same width."""
 
     def __init__(self, weights: Mapping[str, Tensor], x_BTI: Tensor) -> None:
-        self.states = {name: state_of(weight_OI) for name, weight_OI in weights.items()}
+        self.states: Mapping[str, LinearState] = {n: state_of(w) for n, w in weights.items()}
         self.batches, self.device, self._x_BTI = len(x_BTI), x_BTI.device, x_BTI
         self._weights = weights
 

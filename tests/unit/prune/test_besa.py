@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.reconstruct import block_error
+from pocketlm.core.state import Statistics
 from pocketlm.prune.allocation import ALLOCATIONS
 from pocketlm.prune.besa import Budget, MaskedWeight, learned_shares
 from pocketlm.prune.scores import wanda
@@ -18,14 +19,16 @@ from pocketlm.prune.steps import Wanda
 MEAN = 0.6
 
 
-def block(loud: float = 30.0) -> tuple[SumOfLinears, dict[str, object], Tensor]:
+def block(loud: float = 30.0) -> tuple[SumOfLinears, dict[str, Statistics], Tensor]:
     """Two linears of different size that read one input; one matters far more than the other."""
     x_BTI = torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))
     weights = {"loud": loud * weight(12, 32), "quiet": weight(24, 32, seed=2)}
     return SumOfLinears(weights, x_BTI), dict.fromkeys(weights, statistics(x_BTI[0])), x_BTI
 
 
-def learners(task: SumOfLinears, stats: dict, mean: float = MEAN) -> dict[str, MaskedWeight]:
+def learners(
+    task: SumOfLinears, stats: dict[str, Statistics], mean: float = MEAN
+) -> dict[str, MaskedWeight]:
     budget = Budget(mean)
     made = {
         name: MaskedWeight(state, wanda(state.reference_OI, stats[name]), budget)
@@ -56,7 +59,9 @@ def test_learned_shares_lower_the_blocks_error() -> None:
     assert after / task.batches < 0.7 * before
 
 
-def _pruned(task: SumOfLinears, stats: dict, shares: dict) -> dict[str, Tensor]:
+def _pruned(
+    task: SumOfLinears, stats: dict[str, Statistics], shares: dict[str, tuple[float]]
+) -> dict[str, Tensor]:
     """The weights that Wanda leaves at these shares."""
     made = {}
     for name, state in task.states.items():
