@@ -41,7 +41,7 @@ def points() -> dict[str, dict[str, Any]]:
     for method in ("flap", "minitron", "llm_pruner", "wanda_sp"):
         made[f"{method}-20%"] = {"method": method, "ratio": 0.2}
     made["slicegpt-0"] = {"method": "slicegpt", "ratio": 0.0}
-    made[SLICED] = {"method": "slicegpt", "ratio": 0.25}
+    made[SLICED] = {"method": "slicegpt", "ratio": 0.25}  # the same 432 columns as 20 %: 9 heads
     made[APART] = {"method": "slicegpt", "ratio": 0.25, "rotation": "block"}
     return made
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.prune.linears import inputs, statistics, weight
+from tests.unit.prune.linears import SumOfLinears, inputs, statistics, weight
 from torch import nn
 
 from pocketlm.core.state import LinearState
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.tensors import Dense, Sparse
+from pocketlm.prune.besa import learned_shares
 from pocketlm.prune.patterns import kept
 from pocketlm.prune.steps import Alps, Sparsegpt, Wanda
 from pocketlm.runtime.semi_structured import make_sparse, refuses
@@ -43,3 +44,16 @@ def test_devices_agree(step_class: type[Wanda], sparsity: str) -> None:
         assert int(after.mask_OI.sum()) == step.kept("x", (48, 64))
         masks.append(after.mask_OI.cpu())
     assert float((masks[0] != masks[1]).double().mean()) < 0.01
+
+
+def test_learned_shares_repeat_themselves_and_agree_with_a_cpus() -> None:
+    x_BTI = torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))
+    weights = {"loud": 30 * weight(12, 32), "quiet": weight(24, 32, seed=2)}
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        there = {name: weight_OI.to(device) for name, weight_OI in weights.items()}
+        stats = dict.fromkeys(there, statistics(x_BTI[0], device))
+        found.append(learned_shares(SumOfLinears(there, x_BTI.to(device)), stats, 0.6))
+    assert found[1] == found[2]
+    for name, (share,) in found[0].items():
+        assert share == pytest.approx(found[1][name][0], abs=0.05)

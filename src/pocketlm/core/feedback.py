@@ -1,7 +1,7 @@
 """The sweep over columns with error feedback that GPTQ and SparseGPT share.
 
 With H⁻¹ = UᵀU, for each column i in turn: it settles on a value v_i, and later columns make up for
-what that costs (arXiv:2210.17323, eq. 2-3; arXiv:2301.00774, eq. 3):
+what that costs (arXiv:2210.17323, eq. 2-3; arXiv:2301.00774):
     e = (w_i - v_i) / U_ii,   w_j -= e U_ij  for all j > i.
 Blocks of columns are finished (`columns.feed_back`) before the rest of the weight is updated, by
 one product.

@@ -164,7 +164,7 @@ class LinearStep(Protocol):
 
     kind: ClassVar[str]  # "linear"
     needs: ClassVar[tuple[type[Stat], ...]]
-    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors"}
+    preserves: ClassVar[frozenset[str]]  # of {"mask", "grid", "shape", "factors", "values"}
     makes: ClassVar[frozenset[str]]  # of {"mask", "grid", "factors"}: what it decides of the result
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
@@ -286,10 +286,15 @@ class Survey(Protocol):
         ...
 
     @property
+    def sequences(self) -> int:
+        """How many `look` runs a block on, forward and back; 0: it only reads weights."""
+        ...
+
+    @property
     def look(
         self,
-    ) -> Callable[[Mapping[str, Tensor], Mapping[str, Statistics]], Mapping[str, Sequence[float]]]:
-        """A few numbers of each linear of a block, from weights and statistics by name."""
+    ) -> Callable[[BlockTask, Mapping[str, Statistics], float], Mapping[str, Sequence[float]]]:
+        """A few numbers of each linear of a block, from the block, statistics, and mean share."""
         ...
 
     @property

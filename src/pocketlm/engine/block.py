@@ -2,7 +2,8 @@
 
 fold pass:    statistics of the whole original block, then scales moved between neighbours
 linear pass:  group by group: statistics, each linear through all steps of the pass, on with the
-              weights as decoded from what will be written
+              weights as decoded from what will be written; or all statistics first, where kept
+              weights have their old values (order.Pass.at_once)
 block pass:   one step on all linears against the block's output
 """
 
@@ -36,7 +37,7 @@ from pocketlm.engine.folding import fold_groups
 from pocketlm.engine.grids import scale_dtype_for
 from pocketlm.engine.health import InputHealth, InputWatch
 from pocketlm.engine.inputs import Inputs
-from pocketlm.engine.order import passes
+from pocketlm.engine.order import Pass, passes
 from pocketlm.engine.task import Task
 
 FEW_TOKENS = Note("few_tokens", "fewer calibration tokens reached it than it has inputs.")
@@ -130,10 +131,13 @@ def compress_block(
         if one.kind == "linear":
             sweep = None if batches is None else batches.sweep()
             results = _linear_pass(
-                block, one.steps, specs, sweep, inputs, device, results, notes, kept_dtype,
+                block, one, specs, sweep, inputs, device, results, notes, kept_dtype,
                 scale_dtype, gradients, tell,
             )  # fmt: skip
             if sweep is not None and one is todo[-1]:
+                assert batches is not None
+                if one.at_once:  # its runs stand behind weights of before
+                    sweep = batches.sweep()
                 sweep.finish()
             del sweep  # the next pass starts from the block's inputs, and with free memory
         elif one.kind == "block":
@@ -176,7 +180,7 @@ def _chosen(block: BlockView, specs: Mapping[str, QuantSpec | None]) -> list[lis
 
 def _linear_pass(
     block: BlockView,
-    steps: Sequence[LinearStep],
+    one: Pass,
     specs: Mapping[str, QuantSpec | None],
     sweep: Sweep | None,
     inputs: Inputs,
@@ -197,11 +201,14 @@ def _linear_pass(
             done.view.set_weight_OI(weight_OI)
             inputs.set(name, on=not original)
 
-    for group in block.groups:
-        chosen = [block.linears[name] for name in group.linears if name in specs]
-        if not chosen:
-            continue
-        stats, seen = _gather(group, chosen[0], steps, sweep, inputs, exchange, device)
+    def gathered(place: int) -> tuple[Statistics, InputHealth | None]:
+        group, first = block.groups[place], todo[place][0]
+        return _gather(group, first, one.steps, sweep, inputs, exchange, device)
+
+    todo = {place: views for place, views in enumerate(_chosen(block, specs)) if views}
+    before = {place: gathered(place) for place in todo} if one.at_once else {}
+    for place, chosen in todo.items():
+        stats, seen = before.pop(place) if one.at_once else gathered(place)
         shared = shared_absmax(chosen, specs)
         for view in chosen:
             state = _state(view, specs, inputs, earlier, notes, shared, scale_dtype)
@@ -210,7 +217,7 @@ def _linear_pass(
             own = stats
             if gradients is not None:
                 own = stats.beside(GradientSize(gradients[view.name].to(device).float()))
-            state = run_steps(steps, state, own)
+            state = run_steps(one.steps, state, own)
             results[view.name] = _finish(view, state, inputs, stats.get(Hessian), seen, kept_dtype)
             tell(len(results), total, None)
     return results

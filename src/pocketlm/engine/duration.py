@@ -9,11 +9,13 @@ from typing import cast
 import torch
 
 from pocketlm.core.columns import kernel_trouble
+from pocketlm.core.reconstruct import FORWARDS
 from pocketlm.core.state import BlockStep
 from pocketlm.core.views import ModelView
 from pocketlm.engine.gradients import TOKENS
+from pocketlm.engine.grids import pruning_step
 from pocketlm.engine.machine import call_seconds, matmul_flops, update_bytes
-from pocketlm.engine.memory import hidden_width
+from pocketlm.engine.memory import hidden_width, input_widths
 from pocketlm.engine.options import Job
 
 DISK_BYTES_PER_SECOND = 400e6  # a slow NVMe disk: read and hashed, or copied
@@ -55,7 +57,7 @@ def stage_seconds(
     seconds = sizes["source"] / DISK_BYTES_PER_SECOND
     if tokens:
         seconds += forward * (2 if on_gpu else 1)
-        seconds += sum(tokens * columns**2 for columns in _input_widths(shapes)) * 1.3 / summing
+        seconds += sum(tokens * columns**2 for columns in input_widths(shapes)) * 1.3 / summing
     for rows, columns in shapes.values():
         for step in job.steps:
             cost = step.cost(rows, columns)
@@ -73,12 +75,9 @@ def stage_seconds(
         seconds += forward
     if job.needs_original:
         seconds += forward
+    if (pruning := pruning_step(job.steps)) is not None and pruning.survey is not None:
+        learned = FORWARDS * pruning.survey.sequences * (tokens // samples)
+        seconds += forward + 2.0 * weights * learned / rate
     walking = 3.0 * forward * min(1.0, TOKENS / max(tokens, 1)) if job.needs_gradients else 0.0
     assembling = sizes["output"] / DISK_BYTES_PER_SECOND
     return {"calibrate": walking, "compress": seconds, "assemble": assembling}, forward
-
-
-def _input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:
-    """Widths of the distinct inputs: linears of one parent and width are taken to share theirs."""
-    shared = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
-    return [columns for _, columns in shared]

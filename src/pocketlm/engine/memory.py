@@ -57,12 +57,29 @@ def learning_bytes(
     if not learned:
         return 0
     most = 0
-    for path in model.block_paths:
-        inside = [shape for name, shape in shapes.items() if name.startswith(path + ".")]
-        held = sum(max(step.cost(*shape).bytes_held for step in learned) for shape in inside)
-        graph = 2 * tokens * sum(rows + columns for rows, columns in inside)
+    for inside in shapes_by_block(model, shapes):
+        held = sum(
+            max(step.cost(*shape).bytes_held for step in learned) for shape in inside.values()
+        )
+        graph = 2 * tokens * sum(rows + columns for rows, columns in inside.values())
         most = max(most, held + graph * element_bytes(model.compute_dtype))
     return most
+
+
+def shapes_by_block(
+    model: ModelView, shapes: Mapping[str, tuple[int, int]]
+) -> list[dict[str, tuple[int, int]]]:
+    """The shapes of each block's linears."""
+    return [
+        {name: shape for name, shape in shapes.items() if name.startswith(path + ".")}
+        for path in model.block_paths
+    ]
+
+
+def input_widths(shapes: Mapping[str, tuple[int, int]]) -> list[int]:
+    """Widths of the distinct inputs: linears of one parent and width are taken to share theirs."""
+    shared = {(name.rpartition(".")[0], columns) for name, (_, columns) in shapes.items()}
+    return [columns for _, columns in shared]
 
 
 def runs_budget(model: ModelView, activation_bytes: int) -> int:

@@ -20,6 +20,16 @@ class Pass:
     kind: str
     steps: tuple[Any, ...]
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the statistics of a block are gathered before any of it is compressed.
+
+        Where kept weights have their old values, no later group can make up for an earlier one: all
+        are ranked by the inputs that the block had, as Wanda's authors do it. Steps that fit values
+        want the inputs that earlier groups, compressed, will give.
+        """
+        return self.kind == "linear" and all("values" in step.preserves for step in self.steps)
+
 
 def passes(steps: Iterable[Step]) -> list[Pass]:
     """The passes over a block that a recipe's steps make.

@@ -31,11 +31,14 @@ from pocketlm.engine.machine import (
 from pocketlm.engine.memory import (
     hidden_bytes,
     hidden_width,
+    input_widths,
     learning_bytes,
     run_bytes,
     runs_budget,
+    shapes_by_block,
 )
 from pocketlm.engine.options import Job
+from pocketlm.engine.order import passes
 from pocketlm.formats import format_for
 from pocketlm.formats.safetensors_header import element_bytes
 
@@ -289,6 +292,11 @@ def _working_bytes(
         + max((s.cost(rows, columns).bytes_held for s in steps if s.kind != "block"), default=0)
         for rows, columns in shapes.values()
     )
+    if any(one.at_once for one in passes(steps)):  # statistics of all groups of a block at once
+        widest += max(
+            sum(4 * columns**2 for columns in input_widths(inside))
+            for inside in shapes_by_block(model, shapes)
+        )
     if not tokens:
         return weights + widest
     each = run_bytes(list(shapes.values()), hidden_width(model), job.tokens_at_once, width)

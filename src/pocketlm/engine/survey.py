@@ -1,7 +1,8 @@
 """One look at the original model before a run: what a step wants to know of all linears at once.
 
 The calibration text streams through the blocks as they are; statistics of a block's linears are
-gathered in that one forward pass.
+gathered in that one forward pass. A survey that learns then runs each block as often as it wants,
+against the outputs of that pass.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
-from pocketlm.core.state import Statistics, Survey
+from pocketlm.core.state import LinearState, Statistics, Survey
 from pocketlm.core.stats import Stat
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.events import EventLog
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import boundary_bytes
+from pocketlm.engine.task import Task
 
 
 def shares(
@@ -46,7 +50,8 @@ def shares(
     looks: dict[str, Sequence[float]] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         in_memory = boundary_bytes(model, job, windows.tokens_NT.numel()) <= job.activation_bytes
-        store: ActivationStore = MemoryStore() if in_memory else DiskStore(Path(scratch))
+        memory = MemoryStore(keep_inputs=survey.sequences > 0)
+        store: ActivationStore = memory if in_memory else DiskStore(Path(scratch))
         sequences = max(1, job.tokens_at_once // windows.tokens_NT.shape[1])
         calls = []
         for batch, tokens_BT in enumerate(windows.tokens_NT.split(sequences)):
@@ -57,7 +62,9 @@ def shares(
         total = len(model.block_paths)
         for index in range(total):
             with model.block(index) as block:
-                looks |= _look(block, calls, store, set(chosen), survey, model.device)
+                data = _Stream(calls, store, store, job.activation_bytes)
+                task, stats = _walked(block, data, set(chosen), survey, model.device, job.seed)
+                looks |= survey.look(task, stats, mean)
             store.advance(index + 1)
             text = f"looking at block {index + 1} of {total}"
             log.emit("progress", text, block=index, done=index + 1, total=total)
@@ -66,25 +73,39 @@ def shares(
     return survey.spread(looks, sizes, mean)
 
 
-def _look(
+@dataclass(frozen=True)
+class _Stream:
+    """The original's activations at one block (engine.task.BlockData)."""
+
+    calls: Sequence[Any]
+    store: ActivationStore
+    original: ActivationStore
+    activation_bytes: int
+
+
+def _walked(
     block: BlockView,
-    calls: Sequence[object],
-    store: ActivationStore,
+    data: _Stream,
     chosen: set[str],
     survey: Survey,
     device: torch.device,
-) -> Mapping[str, Sequence[float]]:
+    seed: int,
+) -> tuple[Task, Mapping[str, Statistics]]:
+    """The chosen linears of a block and what flows into them; all batches have gone through it."""
     stats: dict[int, list[Stat]] = {}
     for group in block.groups:
         columns = block.linears[group.linears[0]].in_features
         stats[group.index] = [kind(columns, device) for kind in survey.needs]
-    for batch, call in enumerate(calls):
-        run = block.start(store.get(batch).to(device), call)
+    for batch, call in enumerate(data.calls):
+        run = block.start(data.store.get(batch).to(device), call)
         while (pause := run.advance()) is not None:
             for stat in stats[pause.group]:
                 stat.add(pause.inputs)
-        store.put(batch, run.output)
+        data.store.put(batch, run.output)
+    views = {name: view for name, view in block.linears.items() if name in chosen}
+    states = {
+        name: LinearState(name, view.weight_OI(), None, view.dtype) for name, view in views.items()
+    }
     of = {name: stats[group.index] for group in block.groups for name in group.linears}
-    names = [name for name in block.linears if name in chosen]
-    weights = {name: block.linears[name].weight_OI() for name in names}
-    return survey.look(weights, {name: Statistics(*of[name]) for name in names})
+    task = Task(block, states, data, device, seed, lambda done, total, loss: None)
+    return task, {name: Statistics(*of[name]) for name in views}

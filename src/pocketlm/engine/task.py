@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pocketlm.calibration.store import ActivationStore
 from pocketlm.core.state import LinearState
 from pocketlm.core.views import BlockView
-from pocketlm.engine.batches import Batches
+
+
+class BlockData(Protocol):
+    """Calibration data at one block."""
+
+    @property
+    def calls(self) -> Sequence[Any]:
+        """What each batch calls the block with."""
+        ...
+
+    @property
+    def store(self) -> ActivationStore:
+        """The batches' inputs."""
+        ...
+
+    @property
+    def original(self) -> ActivationStore | None:
+        """Whose outputs are the targets."""
+        ...
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory that inputs and targets may stay in."""
+        ...
 
 
 class Task:
@@ -18,7 +43,7 @@ class Task:
     Args:
         block: The loaded block.
         states: Its linears that have a grid.
-        batches: The calibration data of both streams.
+        data: The calibration data of both streams.
         device: Where the block computes.
         seed: Of the run.
         report: Told how far the step has come.
@@ -28,15 +53,15 @@ class Task:
         self,
         block: BlockView,
         states: Mapping[str, LinearState],
-        batches: Batches,
+        data: BlockData,
         device: torch.device,
         seed: int,
         report: Callable[[int, int, float], None],
     ) -> None:
-        self.states, self.batches, self.device = states, batches.count, device
-        self._block, self._data, self._seed, self.report = block, batches, seed, report
+        self.states, self.batches, self.device = states, len(data.calls), device
+        self._block, self._data, self._seed, self.report = block, data, seed, report
         self._kept: dict[tuple[str, int], Tensor] = {}
-        self._spare_bytes = batches.activation_bytes
+        self._spare_bytes = data.activation_bytes
 
     def inputs(self, batch: int) -> Tensor:
         """The block's input [B, T, D] as the compressed model so far gives it."""

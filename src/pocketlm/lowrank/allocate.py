@@ -2,7 +2,7 @@
 
 Dropping direction i of a linear costs σ_i² of |W X|², σ_i the singular values of the whitened
 weight (`svd_llm`). Relative to the linear's whole output, e_i = σ_i² / Σ σ², that is comparable
-between linears (SVD-LLM V2, arXiv:2503.12340, section 3.1, compares truncation losses of linears of
+between linears (SVD-LLM V2, arXiv:2503.12340, compares truncation losses of linears of
 one kind and shares out ratios by them). A direction of an O x I linear costs O + I parameters. The
 least
     Σ over linears of w Σ over dropped i of e_i

@@ -1,7 +1,7 @@
 """ASVD: truncated SVD of the weight, its columns scaled by the size of their inputs.
 
 W ≈ U_r Σ_r V_rᵀ S⁻¹ with U Σ Vᵀ = W S, S = diag((mean |x_i|)^α) (arXiv:2312.05821,
-section 3.2, in its absolute-mean form); Σ is shared out evenly between both factors. α = 0 is plain
+in its absolute-mean form); Σ is shared out evenly between both factors. α = 0 is plain
 SVD.
 
 In the place of the paper's search for ranks stands `allocation: sensitivity` (`search.ranks`), for

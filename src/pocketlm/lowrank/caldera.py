@@ -2,11 +2,11 @@
 
     minimise |(W - Q - L R) X|²
 
-by turns over Q for given L R and over L R for given Q (algorithm 1). The turns are the recipe's
+by turns over Q for given L R and over L R for given Q. The turns are the recipe's
 steps: the quantizer before this one makes Q of W - L R, this one L R of W - Q, and again. Q's
 method is the recipe's choice (the paper: LDLQ, which is gptq).
 
-L R is found as in the paper's LPLRFactorize (algorithm 2), with E = W - Q and H = XXᵀ: the best
+L R is found as in the paper's LPLR factorisation, with E = W - Q and H = XXᵀ: the best
 factors in 32 bits first, then, `iterations` times,
     L = round(E H Rᵀ (R H Rᵀ)⁻¹),   R = round((LᵀL)⁻¹ Lᵀ E),
 and the best pair of all is kept. (Rounded means: as stored.)

@@ -3,8 +3,8 @@
 L R is the best factorisation of W - Q in a metric of the inputs (`factor`):
 
 none        plain SVD of the error: LoRC (ZeroQuant-V2, arXiv:2303.08302) and LQER
-            (arXiv:2402.02446, section 3.1);
-mean        S = diag(mean |x_i|): L²QER (the same paper, section 3.2). Its common factor
+            (arXiv:2402.02446);
+mean        S = diag(mean |x_i|): L²QER (the same paper). Its common factor
             1 / √(min · max) cancels in S … S⁻¹ and is left out;
 whitening   S Sᵀ = XXᵀ, which minimises |(W - Q - L R) X|² (QERA's exact solution,
             arXiv:2410.06040).

@@ -1,7 +1,7 @@
-"""SVD-LLM: truncation in the metric of the inputs (arXiv:2403.07378, section 3.2).
+"""SVD-LLM: truncation in the metric of the inputs (arXiv:2403.07378).
 
 With S Sᵀ = XXᵀ and W S = U Σ Vᵀ, dropping the singular value σ_i costs exactly σ_i² of |W X|², and
-dropping several the sum of their squares (theorem 3.2 and corollary 3.3):
+dropping several the sum of their squares:
     L R = U_r Σ_r V_rᵀ S⁻¹.
 
 The paper takes S from the original model's inputs and then renews U for those of the compressed

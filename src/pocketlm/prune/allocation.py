@@ -9,15 +9,17 @@ Legend: O output rows, I input columns.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pocketlm.core.state import Statistics
+from pocketlm.core.state import BlockTask, Statistics
 from pocketlm.core.stats import Hessian, Stat
-from pocketlm.prune.scores import reached, wanda
+from pocketlm.prune.besa import BATCH_SIZE, ITERATIONS, learned_shares
+from pocketlm.prune.scores import wanda, wanda_or_size
 
 QUANTILES = 513  # of a linear's scores, for a threshold that all share
 MOST = 0.95  # the largest share of zeros that an allocation gives
@@ -29,31 +31,34 @@ class Allocation:
 
     Attributes:
         needs: Statistics of the original inputs.
-        look: A few numbers of each linear of a block, from its weights and statistics by name.
+        look: A few numbers of each linear of a block, from the block, statistics of what flows into
+            its linears, by name, and the mean share.
         spread: Shares of zeros, by name, from those numbers, how many weights each linear has, and
             the mean share.
+        sequences: How many `look` runs a block on, forward and back; 0: it only reads weights.
     """
 
     needs: tuple[type[Stat], ...]
-    look: Callable[[Mapping[str, Tensor], Mapping[str, Statistics]], Mapping[str, Sequence[float]]]
+    look: Callable[[BlockTask, Mapping[str, Statistics], float], Mapping[str, Sequence[float]]]
     spread: Callable[[Mapping[str, Sequence[float]], Mapping[str, int], float], Mapping[str, float]]
+    sequences: int = 0
 
 
 def owl(outlier: float = 5.0, reach: float = 0.08) -> Allocation:
-    """Blocks with more outliers keep more (OWL, arXiv:2310.05175, section 3).
+    """Blocks with more outliers keep more (OWL, arXiv:2310.05175).
 
     An outlier is a weight whose |w| · |x|₂ exceeds `outlier` times the block's mean. Shares lie
     within `reach` of the mean share, linear in the outliers' part, one for all linears of a block.
     """
 
     def look(
-        weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]
+        task: BlockTask, stats: Mapping[str, Statistics], mean: float
     ) -> Mapping[str, Sequence[float]]:
-        scores = [wanda(weights[name], stats[name]) for name in weights]
+        scores = [wanda(state.reference_OI, stats[name]) for name, state in task.states.items()]
         count = sum(score_OI.numel() for score_OI in scores)
-        mean = float(sum(score_OI.sum() for score_OI in scores)) / count
-        part = sum(int((score_OI > outlier * mean).sum()) for score_OI in scores) / count
-        return dict.fromkeys(weights, (part,))
+        middle = float(sum(score_OI.sum() for score_OI in scores)) / count
+        part = sum(int((score_OI > outlier * middle).sum()) for score_OI in scores) / count
+        return dict.fromkeys(task.states, (part,))
 
     def spread(
         looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float
@@ -66,26 +71,25 @@ def owl(outlier: float = 5.0, reach: float = 0.08) -> Allocation:
 def samsp(reach: float = 0.1) -> Allocation:
     """Linears of larger Hessians keep more (sensitivity-aware mixed sparsity, arXiv:2310.09499).
 
-    The sensitivity is the mean of the Hessian's diagonal, in log. Deviation: it goes linearly into
-    shares within `reach` of the mean one. A linear that no token reached gets the share of the
-    least sensitive one.
+    Shares lie within `reach` of the mean one, linear in a linear's place among all by sensitivity,
+    as in the authors' code. Deviation: the sensitivity is the mean of the Hessian's diagonal, the
+    Hessian that of the linear's output error; theirs is the trace of the loss's, by random probes
+    through the whole model. A linear that no token reached counts as the least sensitive one.
     """
 
     def look(
-        weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]
+        task: BlockTask, stats: Mapping[str, Statistics], mean: float
     ) -> Mapping[str, Sequence[float]]:
-        traces = {name: float(stats[name][Hessian].diagonal_I().mean()) for name in weights}
-        return {name: (trace,) for name, trace in traces.items()}
+        return {name: (float(of[Hessian].diagonal_I().mean()),) for name, of in stats.items()}
 
     def spread(
         looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float
     ) -> Mapping[str, float]:
         traces = [look[0] for look in looks.values()]
         least = min((trace for trace in traces if trace > 0), default=1.0)
-        logs = torch.tensor(traces, dtype=torch.float64).clamp(min=least).log()
-        return _linear(
-            {name: -float(log) for name, log in zip(looks, logs, strict=True)}, sizes, mean, reach
-        )
+        ordered = sorted(max(trace, least) for trace in traces)
+        places = {name: -bisect_left(ordered, max(look[0], least)) for name, look in looks.items()}
+        return _linear(places, sizes, mean, reach)
 
     return Allocation((Hessian,), look, spread)
 
@@ -99,13 +103,12 @@ def one_threshold() -> Allocation:
     """
 
     def look(
-        weights: Mapping[str, Tensor], stats: Mapping[str, Statistics]
+        task: BlockTask, stats: Mapping[str, Statistics], mean: float
     ) -> Mapping[str, Sequence[float]]:
-        scores = {
-            name: wanda(weights[name], of) if reached(of) else weights[name].abs()
-            for name, of in stats.items()
+        return {
+            name: _quantiles(wanda_or_size(state.reference_OI, stats[name]))
+            for name, state in task.states.items()
         }
-        return {name: _quantiles(score_OI) for name, score_OI in scores.items()}
 
     def spread(
         looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float
@@ -122,6 +125,17 @@ def one_threshold() -> Allocation:
         return _exact(dict(zip(names, below_N.tolist(), strict=True)), sizes, mean)
 
     return Allocation((Hessian,), look, spread)
+
+
+def besa() -> Allocation:
+    """Learned within each block, whose mean share is the asked one (BESA; `prune.besa`)."""
+
+    def spread(
+        looks: Mapping[str, Sequence[float]], sizes: Mapping[str, int], mean: float
+    ) -> Mapping[str, float]:
+        return _exact({name: look[0] for name, look in looks.items()}, sizes, mean)
+
+    return Allocation((Hessian,), learned_shares, spread, sequences=ITERATIONS * BATCH_SIZE)
 
 
 def _quantiles(score_OI: Tensor) -> list[float]:
@@ -160,4 +174,5 @@ ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
     "owl": owl,
     "samsp": samsp,
     "global": one_threshold,
+    "besa": besa,
 }

@@ -1,8 +1,8 @@
 """Removes whole blocks: those without which the model changes least.
 
-    influence    1 - E[cos(xᵢ, xᵢ₊₁)] of its input and output (ShortGPT, arXiv:2403.03853, eq. 1)
-    perplexity   of the model without the block (Shortened LLaMA, arXiv:2402.02834, section 2.2)
-    taylor       Σ |w ∂L/∂w| over the block's linears (the same, section 2.2)
+    influence    1 - E[cos(xᵢ, xᵢ₊₁)] of its input and output (ShortGPT, arXiv:2403.03853)
+    perplexity   of the model without the block (Shortened LLaMA, arXiv:2402.02834)
+    taylor       Σ |w ∂L/∂w| over the block's linears (the same; its code counts norms too)
     random       the baseline
 
 Blocks are ranked once and the least removed together; the rest are renumbered.

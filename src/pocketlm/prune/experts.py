@@ -1,11 +1,11 @@
 """Fewer experts in every mixture: the least are dropped, or merged into those that are like them.
 
-    output   mean over an expert's tokens of g(x) |f(x)|₂   (REAP, arXiv:2510.13999, eq. 9)
+    output   mean over an expert's tokens of g(x) |f(x)|₂   (REAP, arXiv:2510.13999)
     weight   Σ g(x), the weight that the router gives it
     count    tokens routed to it
 
 With `merge`, each expert that goes is averaged into the remaining one whose weights are most like
-its own (cosine), in proportion to their tokens (M-SMoE, arXiv:2310.01334, section 3.2); the router
+its own (cosine), in proportion to their tokens (M-SMoE, arXiv:2310.01334); the router
 keeps the rows of those that stay.
 Deviation: M-SMoE groups by the router's logits and first brings the experts' inner channels into
 one order. Experts that were copied from one dense model share that order; others may not.

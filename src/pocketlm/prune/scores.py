@@ -46,12 +46,17 @@ def magnitude(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def wanda(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """|w| · |x|₂ (arXiv:2306.11695, eq. 1); OBD's ½ w² H_ii ranks the same way."""
+    """|w| · |x|₂ (arXiv:2306.11695); OBD's ½ w² H_ii ranks the same way."""
     return weight_OI.abs() * stats[Hessian].diagonal_I().sqrt()
 
 
+def wanda_or_size(weight_OI: Tensor, stats: Statistics) -> Tensor:
+    """`wanda`, or |w| where no token reached the linear."""
+    return wanda(weight_OI, stats) if reached(stats) else weight_OI.abs()
+
+
 def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """½ w² H_ii: the loss of one weight, interactions left out (LeCun et al. 1990, eq. 5)."""
+    """½ w² H_ii: the loss of one weight, interactions left out (LeCun et al. 1990)."""
     return 0.5 * weight_OI.square() * stats[Hessian].diagonal_I()
 
 
@@ -65,7 +70,11 @@ def ria(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 
 def obs(weight_OI: Tensor, stats: Statistics) -> Tensor:
-    """w² / [H⁻¹]_ii: the loss of one weight once the others have made up for it (OBS)."""
+    """w² / [H⁻¹]_ii: the loss of one weight once the others have made up for it.
+
+    Twice OBS's saliency (Hassibi and Stork 1992). SparseGPT takes the inverse of what is left of H
+    once earlier columns are settled, as `prune.sweep` does.
+    """
     factor = stats[Hessian].inverse_factor(DAMPING, None)
     return weight_OI.square() / factor.upper_II.square().sum(0)
 

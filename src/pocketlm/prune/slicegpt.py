@@ -1,4 +1,4 @@
-"""SliceGPT (arXiv:2401.15024, section 3.3): the stream between blocks, in fewer columns.
+"""SliceGPT (arXiv:2401.15024): the stream between blocks, in fewer columns.
 
     C = Σ Xᵀ X,    X the stream's rows, each scaled to a root mean square of 1,
     Q = the eigenvectors of C, largest eigenvalues first, in float64

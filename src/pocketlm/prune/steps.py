@@ -41,19 +41,19 @@ class Magnitude(Strict):
         score: What a weight is worth: magnitude, wanda, obd, ria, obs, esparse or
             gblm.
         scope: Which weights compete where the sparsity is a share: of a row, or of the matrix.
-        allocation: How the share is spread over the linears: uniform, owl, samsp, or global (one
-            threshold). It becomes `overrides` before the run begins.
+        allocation: How the share is spread over the linears: uniform, owl, samsp, global (one
+            threshold), or besa (learned). It becomes `overrides` before the run begins.
         overrides: Pattern → another share of zeros; the last matching pattern rules.
     """
 
     kind: ClassVar[Literal["linear"]] = "linear"
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape", "values"})
     makes: ClassVar[frozenset[str]] = frozenset({"mask"})
 
     sparsity: SparsitySpec = HALF
     score: str = "magnitude"
     scope: Scope = "matrix"
-    allocation: Literal["uniform", "owl", "samsp", "global"] = "uniform"
+    allocation: Literal["uniform", "owl", "samsp", "global", "besa"] = "uniform"
     overrides: dict[str, SparsitySpec] = Field(default_factory=dict)
 
     @field_validator("score")
@@ -194,6 +194,7 @@ class _OnHessian(Magnitude):
         shrinkage: Share of each column's own diagonal that is added, as in gptq.
     """
 
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
     scope: Scope = "matrix"
     damping: float = Field(0.01, gt=0, le=1)
     shrinkage: float = Field(0.15, ge=0, le=10)
@@ -261,7 +262,7 @@ class Sparsegpt(_OnHessian):
 
 
 class SparsegptJoint(Sparsegpt):
-    """Prunes and rounds in one sweep over one Hessian (arXiv:2301.00774, section 3.5).
+    """Prunes and rounds in one sweep over one Hessian (arXiv:2301.00774).
 
     The grid is an earlier step's (clip) or min-max; it is one of the unpruned weight.
     """

@@ -2,8 +2,8 @@
 
 The sweep is GPTQ's (`core.feedback`). The mask is chosen anew for each block of columns, from the
 weights as they are by then: those of least w² / U_ii² go, U_ii² being [H⁻¹]_ii once all earlier
-columns are settled (arXiv:2301.00774, algorithm 1 and eq. 5; N:M: section 3.4). Given a grid, kept
-weights are rounded in the same sweep (section 3.5), so that later columns also make up for that.
+columns are settled (arXiv:2301.00774 and its code; N:M: at each group's first column). Given a
+grid, kept weights are rounded in the same sweep, so that later columns also make up for that.
 
 Cost: O(rows · columns²) for the sweep, O(columns³) once for linears that share an input.
 

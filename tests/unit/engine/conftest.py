@@ -40,6 +40,12 @@ class Compress:
         self.source = source
         self._plan: Plan | None = None
 
+    def windows(self, seed: int = 0) -> Windows:
+        """What it calibrates on."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens_NT = torch.randint(0, 300, (6, 32), generator=generator)
+        return Windows(tokens_NT, "random", "0" * 64, False, seed)
+
     def __call__(
         self,
         output: Path,
@@ -79,9 +85,7 @@ class Compress:
         )
         windows = None
         if job.needs_data:
-            generator = torch.Generator().manual_seed(seed)
-            tokens_NT = torch.randint(0, 300, (6, 32), generator=generator)
-            windows = Windows(tokens_NT, "random", "0" * 64, False, seed)
+            windows = self.windows(seed)
         if self._plan is None or weights is not None:  # it measures the machine: once will do
             self._plan = make_plan(model, job, grids, 6, 32)
         return run_job(model, job, grids, windows, self._plan, restart=restart, listener=listener)

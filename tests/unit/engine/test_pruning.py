@@ -17,7 +17,7 @@ from pocketlm.core.spec import Recipe
 from pocketlm.engine.compress import finished_ledger
 from pocketlm.engine.events import Event
 from pocketlm.engine.grids import choose_grids
-from pocketlm.engine.order import check_order
+from pocketlm.engine.order import check_order, passes
 from pocketlm.evaluate.verify_files import Artifact, checks
 
 PRUNING = sorted(
@@ -146,6 +146,55 @@ def test_tuning_lowers_the_blocks_error(tmp_path: Path, compress) -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "at_once"),
+    [
+        (("wanda",), True),
+        (("magnitude", "dsnot"), True),
+        (("wanda", "gptq"), False),
+        (("correct", "wanda"), False),
+        (("sparsegpt",), False),
+        (("alps",), False),
+    ],
+)
+def test_steps_that_fit_values_are_true_sequential(steps: tuple[str, ...], at_once: bool) -> None:
+    (one,) = passes([catalog.build_step(name, {}) for name in steps])
+    assert one.at_once is at_once
+
+
+@pytest.mark.parametrize("activation_bytes", [1 << 30, 1000])
+def test_masks_are_ranked_by_the_inputs_of_the_block_before_it_is_pruned(
+    tmp_path: Path, compress, activation_bytes: int
+) -> None:
+    """As Wanda's authors have it; a second block reads what the first, pruned, gives."""
+    from pocketlm.models import open_model
+
+    compress(
+        tmp_path / "out", steps=({"method": "wanda", "sparsity": "2:4"},), floats=True,
+        activation_bytes=activation_bytes,
+    )  # fmt: skip
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    model = open_model(compress.source)
+    hidden_BTD, call = model.begin(compress.windows().tokens_NT)
+    for index in range(2):
+        with model.block(index) as block, torch.no_grad():
+            sizes: dict[str, torch.Tensor] = {}
+            run = block.start(hidden_BTD, call)
+            while (pause := run.advance()) is not None:
+                for name in block.groups[pause.group].linears:
+                    x_TI = pause.inputs.reshape(-1, pause.inputs.shape[-1]).float()
+                    sizes[name] = x_TI.norm(dim=0)
+            for name, view in block.linears.items():
+                score_OI = view.weight_OI().abs() * sizes[name]
+                worst = score_OI.view(-1, 4).argsort(1)[:, :2]
+                kept_OI = torch.ones(score_OI.numel() // 4, 4).scatter_(1, worst, 0)
+                pruned_OI = view.weight_OI() * kept_OI.view_as(score_OI)
+                differs = (stored[view.tensor_name].float() != pruned_OI).double().mean()
+                assert differs < 1e-3, name  # scores that float32 sums apart
+                view.set_weight_OI(stored[view.tensor_name].float())
+            hidden_BTD = block.forward(hidden_BTD, call)
+
+
+@pytest.mark.parametrize(
     ("method", "target", "activation_bytes"),
     [("sparsegpt", "transformers", 1 << 30), ("gblm", "pocketlm", 1000)],
 )
@@ -220,6 +269,38 @@ def test_allocation_becomes_overrides(tmp_path: Path, tiny: Path) -> None:
     kept = sum(grids.counts.values()) / sum(o * i for o, i in shapes.values())
     assert kept == pytest.approx(0.4, abs=0.01)
     assert len(set(options["overrides"].values())) == 3  # one share a block
+
+
+def test_a_learned_allocation_is_settled_before_the_run(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares differ within a block, their mean is the asked one, and another run finds the same."""
+    from pocketlm.calibration.windows import Windows
+    from pocketlm.engine.events import EventLog
+    from pocketlm.engine.options import Job
+    from pocketlm.models import open_model
+    from pocketlm.prepare import _settled
+
+    monkeypatch.setattr("pocketlm.prune.besa.ITERATIONS", 6)
+    recipe = recipe_of({"method": "alps", "sparsity": 0.6, "allocation": "besa"})
+    model = open_model(tiny)
+    steps = tuple(catalog.build_step(s.method, s.options) for s in recipe.steps)
+    grids = choose_grids(model.linear_shapes(), False, recipe, "transformers", steps)
+    tokens_NT = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    windows = Windows(tokens_NT, "random", "0" * 64, False, 0)
+    found = []
+    for activation_bytes in (1 << 30, 1):  # in memory, and on disk
+        job = Job(
+            "tiny", recipe, steps, tmp_path / "out", tmp_path / "work", "transformers", 64,
+            activation_bytes,
+        )  # fmt: skip
+        settled, grids = _settled(model, job, grids, windows, EventLog(None, None))
+        found.append(settled.recipe.steps[0].options["overrides"])
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > 3
+    shapes = model.linear_shapes()
+    kept = sum(grids.counts.values()) / sum(o * i for o, i in shapes.values())
+    assert kept == pytest.approx(0.4, abs=0.01)
 
 
 def test_what_breaks_a_mask_is_refused() -> None:

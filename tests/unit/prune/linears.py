@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from pocketlm.core.state import LinearState, Statistics
 from pocketlm.core.stats import GradientSize, Hessian
@@ -31,6 +34,31 @@ def statistics(
 
 def weight(rows: int = 12, columns: int = 32, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+class SumOfLinears:
+    """A BlockTask: a block that adds up what its linears give for one input, of the same width."""
+
+    def __init__(self, weights: Mapping[str, Tensor], x_BTI: Tensor) -> None:
+        self.states: Mapping[str, LinearState] = {n: state_of(w) for n, w in weights.items()}
+        self.batches, self.device, self._x_BTI = len(x_BTI), x_BTI.device, x_BTI
+        self._weights = weights
+
+    def inputs(self, batch: int) -> Tensor:
+        return self._x_BTI[batch : batch + 1]
+
+    def forward(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+        mixed = [(self.inputs(batch) @ w.T).mean(-1, keepdim=True) for w in weights.values()]
+        return torch.cat(mixed, dim=-1)
+
+    def targets(self, batch: int) -> Tensor:
+        return self.forward(self._weights, batch)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    def report(self, done: int, total: int, loss: float) -> None:
+        pass
 
 
 def state_of(weight_OI: torch.Tensor) -> LinearState:

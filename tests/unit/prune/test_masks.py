@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.prune.linears import inputs, state_of, statistics, weight
+from tests.unit.prune.linears import SumOfLinears, inputs, state_of, statistics, weight
 
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.stored import SparsitySpec
@@ -104,7 +104,8 @@ def test_a_linear_without_tokens_does_not_upset_the_others(name: str, reach: flo
     allocation, weight_OI = ALLOCATIONS[name](), weight()
     stats = {str(i): statistics(inputs(seed=0)) for i in range(3)}
     stats["idle"] = statistics(torch.zeros(0, 32))
-    looks = allocation.look(dict.fromkeys(stats, weight_OI), stats)
+    task = SumOfLinears(dict.fromkeys(stats, weight_OI), inputs()[None])
+    looks = allocation.look(task, stats, 0.5)
     shares = allocation.spread(looks, dict.fromkeys(stats, weight_OI.numel()), 0.5)
     assert all(abs(share - 0.5) < reach for share in shares.values()), shares
 

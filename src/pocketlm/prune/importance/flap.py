@@ -5,8 +5,9 @@
 
 summed over the columns of a unit. The bias is kept where the linear has one or the configuration
 can say one; else the model goes without, and is told so.
-Deviation: widths are uniform (the paper's UL), not adapted to each block, since no plain
-configuration can say a width for each block.
+Deviation: widths are uniform (UL-UM in the authors' code). Its AL-AM standardises scores in each
+block and cuts at one threshold, which loses less (docs/experiments.md), but no plain configuration
+can say a width for each block, and our own format holds none.
 """
 
 from __future__ import annotations

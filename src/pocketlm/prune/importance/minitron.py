@@ -1,4 +1,4 @@
-"""Minitron (arXiv:2407.14679, section 2.2): how large a unit's activations are.
+"""Minitron (arXiv:2407.14679): how large a unit's activations are.
 
     score_u = √ Σ_b ( mean_t |x_btu|₂ )²
 

@@ -1,8 +1,8 @@
-"""LLM-Pruner (arXiv:2305.11627, section 3.2): what the loss would lose to first order.
+"""LLM-Pruner (arXiv:2305.11627): what the loss would lose to first order.
 
     score_u = Σ over all weights w of the unit, in every coupled linear, of |w ∂L/∂w|
 
-(its element-wise importance, of which the term of second order is left out, summed over a group.)
+(its element-wise importance, of first order, summed over a group: `param_first` of its code.)
 
 Its recovery by LoRA is training and not here. Cost: one pass forward and one backward.
 """

@@ -1,6 +1,6 @@
 """Wanda's score for whole columns, as FLAP's authors use it for a baseline.
 
-    score_j = mean_i |W_ij| · |X_j|₂       (arXiv:2312.11983, section 4.1; arXiv:2306.11695, eq. 1)
+    score_j = mean_i |W_ij| · |X_j|₂       (arXiv:2312.11983; arXiv:2306.11695)
 
 summed over the columns of a unit.
 """
