@@ -34,6 +34,7 @@ from pocketlm.serve.service import Service
 
 log = logging.getLogger("pocketlm.serve")
 GRACE = 10.0  # seconds that answers have left when the server is told to stop
+BODY_SECONDS = 30.0  # that a request may take to arrive
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]", "::1"]
 POLICY = (  # the page's own script and style, this server, nothing else
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -141,10 +142,14 @@ class _Routes:
             raise BadRequest("send Content-Type: application/json.", status=415)
         most = self._service.limits.body_bytes
         body = bytearray()
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > most:
-                raise BadRequest(f"the request is larger than {most:,} bytes.", status=413)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in http.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise BadRequest(f"the request is larger than {most:,} bytes.", status=413)
+        except TimeoutError:
+            raise BadRequest("the request came too slowly.", status=408) from None
         return bytes(body)
 
 

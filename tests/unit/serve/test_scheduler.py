@@ -110,7 +110,7 @@ def test_a_step_that_fails_is_told_and_the_next_works(make, tokenizer, monkeypat
         raise torch.OutOfMemoryError("no memory\nand more")
 
     monkeypatch.setattr(scheduler._batch, "advance", fail)
-    text, error = Ear(scheduler, Ask(ids, max_tokens=5)).all()
+    _, error = Ear(scheduler, Ask(ids, max_tokens=5)).all()
     assert isinstance(error, ResourceError)
     assert "no memory" in str(error)
     assert Ear(scheduler, Ask(ids, max_tokens=5)).all()[1].tokens == 5
