@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,9 +149,23 @@ def own_server(path: Path, name: str, options: ServeOptions, say: Callable[[str]
             app,
             log_level="warning",
             limit_concurrency=4 * (options.queue + concurrency),  # connections, idle ones too
-            timeout_graceful_shutdown=int(GRACE) + 5,
+            timeout_graceful_shutdown=int(GRACE),
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with _signals_end_it():
+            uvicorn.Server(config).run(sockets=[listener])
+        say("stopped")
+
+
+@contextmanager
+def _signals_end_it() -> Generator[None]:
+    """Being told to stop is how a server ends well: uvicorn's repeat of the signal is ignored."""
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, signal.SIG_IGN) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def is_loopback(host: str) -> bool:
