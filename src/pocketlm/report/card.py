@@ -20,6 +20,7 @@ from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
 from pocketlm.report.data import ReportData
 from pocketlm.report.loading import grids, loadings
+from pocketlm.report.verdict import verdict
 from pocketlm.report.words import (
     bytes_text,
     interval_text,
@@ -84,15 +85,24 @@ def model_card(
     sections = [
         _front_matter(ledger, base, carried or {}),
         f"# {_title(base)}, {_scheme(ledger)}",
+        *_verdict(metrics),
         _summary(ledger, base, revision),
         "## Load it\n\n" + _loading(config, ledger),
         "## Size\n\n" + _sizes(ledger, metrics),
         "## Quality\n\n" + _quality(metrics),
         "## How it was made\n\n" + _making(ledger, recipe, metrics),
         "## What was left as it was\n\n" + _kept(ledger),
-        "## Licence\n\n" + _licence(carried or {}),
+        "## Licence\n\n" + licence_text(carried or {}),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _verdict(metrics: ReportData | None) -> list[str]:
+    """What the page says first too; nothing where no quality was measured."""
+    if metrics is None or metrics.quality is None:
+        return []
+    found = verdict(metrics)
+    return [f"**{found.word}.** {' '.join(found.reasons)}"]
 
 
 def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
@@ -308,7 +318,8 @@ def _kept(ledger: Ledger) -> str:
     )
 
 
-def _licence(carried: Mapping[str, Any]) -> str:
+def licence_text(carried: Mapping[str, Any]) -> str:
+    """The licence as a sentence, from what `carried_front_matter` found."""
     licence = carried.get("license")
     if not licence:
         return "That of the base model, whose card does not state it in a form that could be read."

@@ -100,6 +100,7 @@ def test_figures_only_where_measured(full: ReportData, bare: ReportData) -> None
     assert "Not measured." in model_card(CONFIG, ledger(), RECIPE)
     assert "Not measured." in model_card(CONFIG, ledger(), RECIPE, bare)
     card = model_card(CONFIG, ledger(), RECIPE, full)
+    assert "**Regression on arc_easy.** 2.42× smaller" in card
     assert full.quality is not None
     assert full.quality.protocol.sentence() in card
     assert "| log-perplexity over the original | " in card
