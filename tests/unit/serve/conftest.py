@@ -1,8 +1,12 @@
 """A tiny model behind the application, and clients of it in this process."""
 
+import socket
+import threading
+
 import openai
 import pytest
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 from tests.unit.runtime.helpers import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,3 +64,17 @@ def client(http):
     return openai.OpenAI(
         base_url=f"{HOST}/v1", api_key="none", http_client=http, max_retries=0, timeout=60
     )
+
+
+@pytest.fixture
+def address(model, tokenizer):
+    """A real server on a port, for what only a connection can show."""
+    service = Service(model, tokenizer, "tiny", LIMITS)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
+        server.should_exit = True
+        thread.join(30)
+    assert not service.scheduler.alive

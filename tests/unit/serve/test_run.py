@@ -2,22 +2,17 @@
 
 import json
 import socket
-import threading
 import time
 from pathlib import Path
 
 import httpx2
 import pytest
-import uvicorn
 from tests.unit.report.test_card import ledger
-from tests.unit.serve.conftest import LIMITS
 
 from pocketlm.core.errors import ConfigError, UnsupportedModel
 from pocketlm.core.spec import QuantSpec
 from pocketlm.serve import run, vllm
-from pocketlm.serve.app import make_app
 from pocketlm.serve.run import ServeOptions, is_loopback, serve
-from pocketlm.serve.service import Service
 
 
 def artifact(directory: Path, spec: QuantSpec | None = None, form="compressed-tensors") -> Path:
@@ -94,20 +89,6 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(monkeypatch, tmp_path):
 )
 def test_what_is_loopback(host, answer):
     assert is_loopback(host) is answer
-
-
-@pytest.fixture
-def address(model, tokenizer):
-    """A real server on a port, for what only a connection can show."""
-    service = Service(model, tokenizer, "tiny", LIMITS)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
-        server.should_exit = True
-        thread.join(30)
-    assert not service.scheduler.alive
 
 
 def until(condition):
