@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pocketlm.report.data import FOLDER
 from pocketlm.report.loading import refused_by_vllm
 
 LEDGER = f"{FOLDER}/ledger.json"
+TRIAL = 120.0  # seconds for it to tell its version
 LOADED = ("awq", "compressed-tensors", "fp8", "gptq")  # quant_method, of checkpoints not ours
 
 
@@ -31,8 +33,14 @@ def refused(source: Path) -> str | None:
     Args:
         source: A resolved directory or file.
     """
-    if _program() is None:
+    program = _program()
+    if program is None:
         return "vLLM is not installed."
+    return _cannot_load(source) or _broken(program)
+
+
+def _cannot_load(source: Path) -> str | None:
+    """Why not, as far as the files tell."""
     config = source / "config.json"
     if not config.is_file():
         return f"{source.name} is no directory of Hugging Face's kind."
@@ -42,6 +50,18 @@ def refused(source: Path) -> str | None:
     method = None if section is None else section.get("quant_method")
     if method is not None and method not in LOADED:
         return f"nobody has tried its quantization, '{method}', with vLLM here."
+    return None
+
+
+def _broken(program: str) -> str | None:
+    """Why the command does not run at all; its version is the least that it must tell."""
+    try:
+        subprocess.run([program, "--version"], check=True, capture_output=True, timeout=TRIAL)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        return f"{program} fails: {lines[-1]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} fails: {error}"
     return None
 
 
