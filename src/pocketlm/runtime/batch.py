@@ -66,7 +66,7 @@ class Batch(Decoder):
         self.sampling = self._kept = KeptLogits(self.most)
         self._prompts.sampling = self._kept_prompt = KeptLogits(1)
         self._all_tokens_B, self._all_pads_B = self.tokens_B, self._pad_B
-        self._pads: list[int] = []  # of the active rows
+        self._padding: list[int] = []  # of the active rows
         self._other_lean = None  # that of few rows while there are many, and the other way round
         self.active = 0
 
@@ -104,7 +104,7 @@ class Batch(Decoder):
             self._prompts.tokens_B.copy_(torch.tensor(tokens))
             self._prompts.step()
             return self._kept_prompt.read(1)
-        spare = min(self._pads)
+        spare = min(self._padding)
         if spare >= CAPACITY_STEP or (spare and self.length == self._cache.capacity):
             self._move(-spare)
         self.tokens_B[: self.active].copy_(torch.tensor(tokens))
@@ -120,10 +120,10 @@ class Batch(Decoder):
             return
         last = self.active
         if row != last:
-            held = slice(self._pads[last], self.length)
+            held = slice(self._padding[last], self.length)
             self._cache.take(row, self.length, self._cache, last, held)
-            self._pads[row] = self._pads[last]
-        self._pads.pop()
+            self._padding[row] = self._padding[last]
+        self._padding.pop()
         self._resize()
 
     def position_bytes(self) -> int:
@@ -151,19 +151,19 @@ class Batch(Decoder):
         if count > self.length:
             self._move(count - self.length)
         self._cache.take(self.active, self.length, self._prompts._cache, 0, slice(0, count))
-        self._pads.append(self.length - count)
+        self._padding.append(self.length - count)
         self._resize()
 
     def _move(self, by: int) -> None:
         """Moves all rows, and the column that they end in."""
         self._cache.shift(self.active, self.length, by)
         self.length += by
-        self._pads = [pad + by for pad in self._pads]
+        self._padding = [pad + by for pad in self._padding]
         self._resize()
 
     def _resize(self) -> None:
         """Brings the decoder's rows to the active ones; on CUDA to 1, 4, 16 …: few graphs."""
-        rows = max(1, len(self._pads))
+        rows = max(1, len(self._padding))
         if self._graphs_on:
             rows = min(next(4**n for n in range(16) if 4**n >= rows), self.most)
         if self.device.type == "cpu" and (rows <= ROWS_IN_C) != (self.rows <= ROWS_IN_C):
@@ -171,5 +171,5 @@ class Batch(Decoder):
             self._lean_on = True
         self.rows, self.tokens_B = rows, self._all_tokens_B[:rows]
         self._pad_B = self._all_pads_B[:rows]
-        self._pad_B.copy_(torch.tensor([*self._pads, *[0] * (rows - len(self._pads))]))
-        self._padded = any(self._pads)
+        self._pad_B.copy_(torch.tensor([*self._padding, *[0] * (rows - len(self._padding))]))
+        self._padded = any(self._padding)

@@ -7,6 +7,7 @@ from tests.unit.models.families import build
 from pocketlm.runtime import batch as batch_module
 from pocketlm.runtime.batch import Batch
 from pocketlm.runtime.decode import Decoder
+from pocketlm.runtime.lean import LeanStep
 
 PROMPTS = [[5, 9, 31, 7, 62, 11], [9, 31, 7], [8] * 11, [5, 9, 31, 8], [40, 3], [17, 4, 2, 2, 77]]
 LENGTHS = [9, 4, 12, 7, 14, 5]
@@ -42,6 +43,14 @@ def together(model, most, prompts=PROMPTS, lengths=LENGTHS):
     return [written[i] for i in range(len(prompts))], seen
 
 
+def notes_of(model):
+    batch = Batch(model, 6)
+    for prompt in PROMPTS[:5]:
+        batch.join(prompt)
+        batch.advance([3] * batch.active)
+    return batch.notes
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_get_the_tokens_that_they_get_alone(family):
     model = build(family)
@@ -49,6 +58,25 @@ def test_rows_get_the_tokens_that_they_get_alone(family):
     written, seen = together(model, 6)
     assert written == truth
     assert max(seen) > 4  # both sides of the step in C
+    assert not any("is not used" in note for note in notes_of(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+def test_few_and_many_rows_have_a_step_each_that_stays(family):
+    model = build(family)
+    batch = Batch(model, 6)
+    steps = []
+    for prompt in PROMPTS[:6]:
+        batch.join(prompt)
+        batch.advance([3] * batch.active)
+        steps.append(batch._lean)
+    assert len({id(step) for step in steps[:4]}) == 1
+    assert steps[4] is steps[5] is not steps[3]
+    assert type(steps[4]) is LeanStep
+    for _ in range(3):
+        batch.leave(0)
+        batch.advance([3] * batch.active)
+    assert batch._lean is steps[0] is not None
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
