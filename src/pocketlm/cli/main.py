@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "report": "The before/after table and report.html of an artifact.",
     "generate": "Answer one prompt.",
     "chat": "Talk to a model.",
+    "serve": "Answer OpenAI's clients, with a page to chat.",
     "methods": "The methods and their options.",
     "doctor": "What this machine has, and which kernels run on it.",
 }

@@ -23,6 +23,7 @@ class StaticCache(Cache):
     Args:
         layers: How many.
         capacity: N.
+        rows: B; None: as many as the first keys have. Fewer may be run: the first ones.
 
     Attributes:
         length: Positions that are held; the next are written after them. Whoever runs the model
@@ -33,8 +34,8 @@ class StaticCache(Cache):
         parts: The layers, by their own type.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
+    def __init__(self, layers: int, capacity: int, rows: int | None = None) -> None:
+        self.capacity, self.length, self.rows = capacity, 0, rows
         self.slot: Tensor | None = None
         self.seen = capacity
         self.parts = [_Layer(self) for _ in range(layers)]
@@ -49,6 +50,28 @@ class StaticCache(Cache):
         self.capacity = max(capacity, self.capacity)
         for part in self.parts:
             part.grow(self.capacity)
+
+    def shift(self, rows: int, held: int, by: int) -> None:
+        """Moves the held positions of the first rows to the right, or left over what was there."""
+        old, new = max(0, -by), max(0, by)
+        count = held - old
+        for part in self.parts:
+            for states in (part.keys, part.values):
+                states[:rows, :, new : new + count] = states[:rows, :, old : old + count].clone()
+
+    def take(self, row: int, stop: int, other: StaticCache, source: int, positions: slice) -> None:
+        """Writes positions of another cache's row, or of an own one, so that they end at `stop`."""
+        start = stop - (positions.stop - positions.start)
+        for part, theirs in zip(self.parts, other.parts, strict=True):
+            if not part.is_initialized:
+                part.lazy_initialization(theirs.keys, theirs.values)
+            part.keys[row, :, start:stop] = theirs.keys[source, :, positions]
+            part.values[row, :, start:stop] = theirs.values[source, :, positions]
+
+    def position_bytes(self) -> int:
+        """What one position of one row takes, once a forward has told the widths."""
+        states = [tensor[0, :, 0] for part in self.parts for tensor in (part.keys, part.values)]
+        return sum(state.numel() * state.element_size() for state in states)
 
 
 class _Layer(CacheLayerMixin):
@@ -70,8 +93,9 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes dtype, device and widths from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _room(key_states, self._cache.capacity)
-        self.values = _room(value_states, self._cache.capacity)
+        rows = self._cache.rows or key_states.shape[0]
+        self.keys = _room(key_states, rows, self._cache.capacity)
+        self.values = _room(value_states, rows, self._cache.capacity)
         self.is_initialized = True
 
     def update(
@@ -80,22 +104,23 @@ class _Layer(CacheLayerMixin):
         """Writes [B, H, T, D] and gives what attention may read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cache = self._cache
+        cache, rows = self._cache, key_states.shape[0]
+        keys, values = self.keys[:rows], self.values[:rows]
         if cache.slot is not None:
-            self.keys.index_copy_(2, cache.slot, key_states)
-            self.values.index_copy_(2, cache.slot, value_states)
-            return self.keys[:, :, : cache.seen], self.values[:, :, : cache.seen]
+            keys.index_copy_(2, cache.slot, key_states)
+            values.index_copy_(2, cache.slot, value_states)
+            return keys[:, :, : cache.seen], values[:, :, : cache.seen]
         start, stop = cache.length, cache.length + key_states.shape[2]
-        self.keys[:, :, start:stop] = key_states
-        self.values[:, :, start:stop] = value_states
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        keys[:, :, start:stop] = key_states
+        values[:, :, start:stop] = value_states
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def grow(self, capacity: int) -> None:
         """Moves all positions into larger tensors."""
         if self.is_initialized and capacity > self.keys.shape[2]:
             for name in ("keys", "values"):
                 old = getattr(self, name)
-                new = _room(old, capacity)
+                new = _room(old, old.shape[0], capacity)
                 new[:, :, : old.shape[2]] = old
                 setattr(self, name, new)
 
@@ -117,8 +142,8 @@ class _Layer(CacheLayerMixin):
         return self._cache.capacity
 
 
-def _room(like: Tensor, capacity: int) -> Tensor:
-    rows, heads, _, width = like.shape
+def _room(like: Tensor, rows: int, capacity: int) -> Tensor:
+    _, heads, _, width = like.shape
     return torch.zeros(rows, heads, capacity, width, dtype=like.dtype, device=like.device)
 
 
@@ -133,6 +158,6 @@ def refuses_static(model: PreTrainedModel) -> str | None:
     return None
 
 
-def static_cache(model: PreTrainedModel, capacity: int) -> StaticCache:
+def static_cache(model: PreTrainedModel, capacity: int, rows: int | None = None) -> StaticCache:
     """An empty static cache for a model that `refuses_static` does not name a reason for."""
-    return StaticCache(len(DynamicCache(config=model.config).layers), capacity)
+    return StaticCache(len(DynamicCache(config=model.config).layers), capacity, rows)

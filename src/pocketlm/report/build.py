@@ -19,7 +19,7 @@ from pocketlm.engine.ledger import Ledger
 from pocketlm.engine.plan import Plan
 from pocketlm.evaluate.hardware import device_name
 from pocketlm.formats.shards import write_file
-from pocketlm.report.card import carried_front_matter, model_card
+from pocketlm.report.card import carried_front_matter, licence_text, model_card
 from pocketlm.report.data import (
     FOLDER,
     Prediction,
@@ -37,6 +37,7 @@ from pocketlm.report.ledger import (
     linear_results,
     size_parts,
 )
+from pocketlm.report.loading import loadings
 from pocketlm.report.words import percent_text
 
 LEDGER = "ledger.json"
@@ -144,7 +145,8 @@ def write_all(artifact: Path, data: ReportData) -> Path:
     carried = carried_front_matter(card.read_text("utf-8") if card.exists() else "")
     text = model_card(config, read_ledger(artifact), recipe_of(artifact), data, carried=carried)
     write_file(card, text.encode())
-    return write_report(artifact, data)  # last: where the page is, the rest is
+    ways = loadings(config, read_ledger(artifact), data.title)
+    return write_report(artifact, data, ways, licence_text(carried))  # last: then the rest is there
 
 
 def render(artifact: Path) -> Path:

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from pocketlm.core.errors import UnsupportedLayer
-from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe
-from pocketlm.core.stored import LowRankSpec, values_of
+from pocketlm.core.spec import ActivationSpec, Recipe
+from pocketlm.core.stored import LowRankSpec
 from pocketlm.engine.grids import grid_text, inputs_text
 from pocketlm.engine.ledger import Ledger
-from pocketlm.formats.capabilities import capability, check_layer, check_model
 from pocketlm.report.data import ReportData
+from pocketlm.report.loading import grids, loadings
+from pocketlm.report.verdict import verdict
 from pocketlm.report.words import (
     bytes_text,
     interval_text,
@@ -29,7 +29,9 @@ from pocketlm.report.words import (
     share_text,
 )
 
-CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+CARRIED_KEYS = (
+    "license", "license_name", "license_link", "language", "pipeline_tag", "base_model",
+)  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WARNINGS_SHOWN = 20  # the ledger has them all
 
@@ -83,24 +85,33 @@ def model_card(
     sections = [
         _front_matter(ledger, base, carried or {}),
         f"# {_title(base)}, {_scheme(ledger)}",
+        *_verdict(metrics),
         _summary(ledger, base, revision),
         "## Load it\n\n" + _loading(config, ledger),
         "## Size\n\n" + _sizes(ledger, metrics),
         "## Quality\n\n" + _quality(metrics),
         "## How it was made\n\n" + _making(ledger, recipe, metrics),
         "## What was left as it was\n\n" + _kept(ledger),
-        "## Licence\n\n" + _licence(carried or {}),
+        "## Licence\n\n" + licence_text(carried or {}),
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def _verdict(metrics: ReportData | None) -> list[str]:
+    """What the page says first too; nothing where no quality was measured."""
+    if metrics is None or metrics.quality is None:
+        return []
+    found = verdict(metrics)
+    return [f"**{found.word}.** {' '.join(found.reasons)}"]
+
+
 def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
     data: dict[str, Any] = dict(carried)
-    if HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base):  # else what the source's own card says that it was made from
         data |= {"base_model": base, "base_model_relation": "quantized"}
     data["library_name"] = "pocketlm" if ledger.format == "pocketlm" else "transformers"
     data.setdefault("pipeline_tag", "text-generation")
-    bits = sorted({f"{spec.bits}-bit" for spec in _grids(ledger).values()})
+    bits = sorted({f"{spec.bits}-bit" for spec in grids(ledger).values()})
     made = sorted({entry.action for entry in ledger.compressed().values()} - {"kept"})
     data["tags"] = ["pocketlm", ledger.format, *made, *bits]
     text = yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
@@ -109,17 +120,6 @@ def _front_matter(ledger: Ledger, base: str, carried: Mapping[str, Any]) -> str:
 
 def _title(base: str) -> str:
     return base.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _grids(ledger: Ledger) -> dict[str, QuantSpec]:
-    """Module path → grid, of the linears that are quantized."""
-    forms = {name: entry.spec for name, entry in ledger.compressed().items()}
-    values = {name: values_of(form) for name, form in forms.items() if form is not None}
-    return {
-        name.removesuffix(".weight"): grid
-        for name, grid in values.items()
-        if isinstance(grid, QuantSpec)
-    }
 
 
 def _sparsity(ledger: Ledger) -> str | None:
@@ -146,7 +146,7 @@ def _scheme(ledger: Ledger) -> str:
     width = 16 if inputs is None else inputs.bits
     names = {
         f"W{spec.bits}A{width}" if spec.type == "int" else spec.name
-        for spec in _grids(ledger).values()
+        for spec in grids(ledger).values()
     }
     pruned, left, share = _sparsity(ledger), _factorised(ledger), _smaller(ledger)
     listed = "/".join(sorted(names)) or ("" if pruned or left or share else "not quantized")
@@ -194,11 +194,11 @@ def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
         )
     )
     pruned = _sparsity(ledger)
-    made = "quantized" if _grids(ledger) else "compressed"
+    made = "quantized" if grids(ledger) else "compressed"
     made = (
         made
         if pruned is None
-        else f"pruned ({pruned} zeros)" + (" and " + made) * bool(_grids(ledger))
+        else f"pruned ({pruned} zeros)" + (" and " + made) * bool(grids(ledger))
     )
     at = f", revision `{revision}`" if revision else ""
     inputs = _inputs(ledger)
@@ -215,51 +215,12 @@ def _summary(ledger: Ledger, base: str, revision: str | None) -> str:
 
 
 def _loading(config: Mapping[str, Any], ledger: Ledger) -> str:
-    versions = capability("transformers").versions_for(_grids(ledger).values())
-    wanted = dict(versions)
-    first = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    if ledger.format != "compressed-tensors":
-        wanted.pop("compressed-tensors", None)
-    if ledger.format == "pocketlm":
-        wanted["pocketlm"] = ""
-        first = "import pocketlm.hf  # teaches transformers this format\n" + first
-    packages = " ".join(f'"{n}>={v}"' if v else n for n, v in sorted(wanted.items()))
-    parts = [
-        f"With transformers (`pip install {packages}`), as dense weights:",
-        f"```python\n{first}\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
-        _vllm(config, ledger),
-        "With pocketlm, from the packed weights:",
-        '```python\nimport pocketlm\n\nmodel, tokenizer = pocketlm.load("PATH")\n```',
-    ]
+    parts = []
+    for way in loadings(config, ledger):
+        parts.append(f"**{way.engine}**: {way.note}")
+        if way.code:
+            parts.append(f"```{way.language}\n{way.code}\n```")
     return "\n\n".join(parts)
-
-
-def _vllm(config: Mapping[str, Any], ledger: Ledger) -> str:
-    grids = _grids(ledger)
-    inputs = {
-        name.removesuffix(".weight"): entry.activations
-        for name, entry in ledger.tensors.items()
-        if entry.activations is not None
-    }
-    kept = [
-        name.removesuffix(".weight")
-        for name, entry in ledger.tensors.items()
-        if entry.action == "kept" and name.endswith("_proj.weight")
-    ]
-    try:
-        if ledger.format == "pocketlm" and not grids:
-            raise UnsupportedLayer("the format is pocketlm.")
-        for module, spec in grids.items():
-            shape = ledger.tensors[f"{module}.weight"].shape
-            sides = (shape[0], shape[1])
-            check_layer(ledger.format, spec, sides, "vllm", module, inputs.get(module))
-        check_model(grids, kept, "vllm", inputs)
-    except UnsupportedLayer as error:
-        return f"vLLM cannot load it: {error}"
-    kind = (config.get("architectures") or ["this architecture"])[0]
-    return f"With vLLM, where it supports {kind}:\n\n```sh\nvllm serve PATH\n```"
 
 
 def _sizes(ledger: Ledger, metrics: ReportData | None) -> str:
@@ -357,7 +318,8 @@ def _kept(ledger: Ledger) -> str:
     )
 
 
-def _licence(carried: Mapping[str, Any]) -> str:
+def licence_text(carried: Mapping[str, Any]) -> str:
+    """The licence as a sentence, from what `carried_front_matter` found."""
     licence = carried.get("license")
     if not licence:
         return "That of the base model, whose card does not state it in a form that could be read."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
-from pocketlm.report.data import LinearResult, SizePart
+from pocketlm.report.data import LinearResult, SizePart, StageResult
 from pocketlm.report.kinds import kind_of
-from pocketlm.report.words import bytes_text, number_text, percent_text
+from pocketlm.report.words import bytes_text, number_text, percent_text, signed_text
 
 HEIGHT = 40.0
 
@@ -77,6 +78,28 @@ def size_bars(parts: Sequence[SizePart]) -> tuple[Markup, Markup]:
     original = [(part.name, part.original_bytes) for part in parts]
     compressed = [(part.name, part.compressed_bytes) for part in parts]
     return _stack(original, full, "original"), _stack(compressed, full, "compressed")
+
+
+def waterfall(stages: Sequence[StageResult]) -> list[Markup]:
+    """One floating bar a stage, the original left out: from the loss before it to the loss after.
+
+    Args:
+        stages: The original first.
+    """
+    losses = [stage.log_perplexity - stages[0].log_perplexity for stage in stages]
+    low, high = min(losses), max(losses)
+    span = (high - low) or 1.0
+    return [
+        Markup(
+            '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
+            'aria-label="from {} to {} nats over the original">'
+            '<rect x="{:.2f}" width="{:.2f}" height="10" class="{}"/></svg>'
+        ).format(
+            signed_text(before), signed_text(after), 100 * (min(before, after) - low) / span,
+            max(100 * abs(after - before) / span, 0.4), "c4" if after > before else "c2",
+        )
+        for before, after in pairwise(losses)
+    ]  # fmt: skip
 
 
 def share_bar(value: float, full: float) -> Markup:

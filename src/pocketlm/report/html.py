@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from pocketlm.formats.shards import write_file
 from pocketlm.report import charts, summary, words
 from pocketlm.report.data import FOLDER, Remark, ReportData
+from pocketlm.report.loading import Loading
+from pocketlm.report.verdict import RULE, verdict
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
 _LOOSE = re.compile(r"(?<=\d) (?=(?:%|B|kB|MB|GB|TB|s|min|h)\b|%)|(?<=×) (?=\d)")
 
 
-def render(data: ReportData) -> str:
+def render(data: ReportData, ways: Sequence[Loading] = (), licence: str = "") -> str:
     """The page as text.
 
     Args:
         data: What was measured.
+        ways: How each engine loads the artifact.
+        licence: Of the weights, as a sentence.
     """
     environment = Environment(
         loader=PackageLoader("pocketlm.report", package_path=""),
@@ -40,13 +45,20 @@ def render(data: ReportData) -> str:
         share=words.share_text,
         points=words.points_text,
         tight=_tight,
+        code=_code,
     )
     size_original, size_compressed = charts.size_bars(data.sizes)
     return environment.get_template(TEMPLATE).render(
         data=data,
-        headline=summary.headline(data),
+        verdict=verdict(data),
+        rule=RULE,
+        ways=ways,
+        licence=licence,
         tiles=summary.tiles(data),
-        rows=summary.before_after(data),
+        size_rows=summary.size_rows(data),
+        quality_rows=summary.quality_rows(data),
+        speed_rows=summary.speed_rows(data),
+        falls=charts.waterfall(data.stages) if data.stages else [],
         errors=charts.error_rows(data.linears),
         size_original=size_original,
         size_compressed=size_compressed,
@@ -58,25 +70,41 @@ def render(data: ReportData) -> str:
     )
 
 
-def write_report(artifact_dir: str | Path, data: ReportData) -> Path:
+def write_report(
+    artifact_dir: str | Path,
+    data: ReportData,
+    ways: Sequence[Loading] = (),
+    licence: str = "",
+) -> Path:
     """Writes ``pocketlm/report.html``, whole or not at all.
 
     Args:
         artifact_dir: The artifact.
         data: What was measured.
+        ways: As for `render`.
+        licence: As for `render`.
 
     Returns:
         The file.
     """
     path = Path(artifact_dir) / FOLDER / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, render(data).encode())
+    write_file(path, render(data, ways, licence).encode())
     return path
 
 
 def _tight(text: str) -> str:
     """No line break between a figure and its unit, or a sign and its figure."""
     return _LOOSE.sub("\u00a0", text)
+
+
+def _code(text: str) -> Markup:
+    """What stands between backticks becomes code; all is escaped."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part)
+        for index, part in enumerate(parts)
+    )
 
 
 def _measuring(data: ReportData) -> list[Remark]:

@@ -117,80 +117,75 @@ def before_after(data: ReportData) -> list[Row]:
     Returns:
         Rows in reading order; what was not measured has dashes.
     """
+    return [*size_rows(data), *quality_rows(data), *speed_rows(data)]
+
+
+def size_rows(data: ReportData) -> list[Row]:
+    """Bytes and bits, before and after."""
     bits = data.compressed_bytes * 8 / max(data.parameters, 1)
-    rows = [
+    return [
         _factor("Weights on disk", data.original_bytes, data.compressed_bytes, bytes_text),
         Row("Bits per weight, all", *_pair(data.original_bits, bits)),
         Row("Bits per weight, compressed linears", *_pair(data.original_bits, data.linear_bits)),
     ]
+
+
+def quality_rows(data: ReportData) -> list[Row]:
+    """Perplexity, KL and agreement."""
     quality = data.quality
     divergence = quality.divergence if quality else None
-    if quality and divergence:
-        loss = divergence.loss_over_original
-        relative = quality.perplexity / divergence.original_perplexity - 1
-        rows += [
-            Row(
-                "Perplexity",
-                *_pair(divergence.original_perplexity, quality.perplexity, 4),
-                f"{signed_text(100 * relative)} %",
-            ),
-            Row(
-                "Log-perplexity, nats/token",
-                *_pair(divergence.original_log_perplexity.value, quality.log_perplexity.value, 4),
-                signed_text(loss.value),
-                interval_text(loss, signed=True),
-            ),
-            Row(
-                "KL to the original, mean nats",
-                "0",
-                number_text(divergence.kl_mean.value),
-                interval=interval_text(divergence.kl_mean),
-            ),
-            Row(
-                "KL: 99 % of tokens below, nats",
-                "0",
-                number_text(divergence.kl_p99.value),
-                interval=interval_text(divergence.kl_p99),
-            ),
-            Row(
-                "Same top token",
-                "100 %",
-                percent_text(divergence.top1_agreement.value),
-                interval=_shares(divergence.top1_agreement),
-            ),
-        ]
-    else:
+    if quality is None or divergence is None:
         value = quality.perplexity if quality else None
-        rows.append(Row("Perplexity", MISSING, number_text(value, 4)))
-    before, after = data.original_speed, data.speed
-    rows += [
-        _factor(
-            "Prefill, tokens/s",
-            before.prefill_tokens_per_second if before else None,
-            after.prefill_tokens_per_second if after else None,
+        return [Row("Perplexity", MISSING, number_text(value, 4))]
+    loss = divergence.loss_over_original
+    relative = quality.perplexity / divergence.original_perplexity - 1
+    return [
+        Row(
+            "Perplexity",
+            *_pair(divergence.original_perplexity, quality.perplexity, 4),
+            f"{signed_text(100 * relative)} %",
         ),
-        _factor(
-            "Decode, tokens/s",
-            before.decode_tokens_per_second if before else None,
-            after.decode_tokens_per_second if after else None,
+        Row(
+            "Log-perplexity, nats/token",
+            *_pair(divergence.original_log_perplexity.value, quality.log_perplexity.value, 4),
+            signed_text(loss.value),
+            interval_text(loss, signed=True),
         ),
-        _factor(
-            "Peak memory",
-            before.peak_memory_bytes if before else None,
-            after.peak_memory_bytes if after else None,
-            bytes_text,
+        Row(
+            "KL to the original, mean nats",
+            "0",
+            number_text(divergence.kl_mean.value),
+            interval=interval_text(divergence.kl_mean),
+        ),
+        Row(
+            "KL: 99 % of tokens below, nats",
+            "0",
+            number_text(divergence.kl_p99.value),
+            interval=interval_text(divergence.kl_p99),
+        ),
+        Row(
+            "Same top token",
+            "100 %",
+            percent_text(divergence.top1_agreement.value),
+            interval=_shares(divergence.top1_agreement),
         ),
     ]
-    if (before and before.peak_device_memory_bytes) or (after and after.peak_device_memory_bytes):
-        rows.append(
-            _factor(
-                "Peak memory of the accelerator",
-                before.peak_device_memory_bytes if before else None,
-                after.peak_device_memory_bytes if after else None,
-                bytes_text,
-            )
-        )
-    return rows
+
+
+def speed_rows(data: ReportData) -> list[Row]:
+    """Tokens a second and memory."""
+    before, after = data.original_speed, data.speed
+    figures: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("Prefill, tokens/s", "prefill_tokens_per_second", number_text),
+        ("Decode, tokens/s", "decode_tokens_per_second", number_text),
+        ("Peak memory", "peak_memory_bytes", bytes_text),
+    ]
+    if any(report and report.peak_device_memory_bytes for report in (before, after)):
+        figures.append(("Peak memory of the accelerator", "peak_device_memory_bytes", bytes_text))
+    return [
+        _factor(label, getattr(before, name, None), getattr(after, name, None), show)
+        for label, name, show in figures
+    ]
 
 
 def _pair(original: float | None, compressed: float | None, digits: int = 3) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.runtime.decode import Decoder
+from pocketlm.runtime.decode import Decoder, common_start
 from pocketlm.runtime.generate import GenerationResult, generate_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -55,16 +55,10 @@ class Conversation:
         """
         turns = [*self.messages, {"role": "user", "content": message}]
         ids = prompt_ids(self.tokenizer, turns)
-        self._decoder.cut(_common(self._computed, ids[:-1]))
+        self._decoder.cut(common_start(self._computed, ids[:-1]))
         result = generate_ids(
             self.model, self.tokenizer, ids, decoder=self._decoder, on_text=on_text, **options
         )
         self._computed = [*ids, *result.tokens[:-1]]
         self.messages = [*turns, {"role": "assistant", "content": result.text}]
         return result
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many ids two lists begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.runtime.lean import TOLERANCE, LeanStep, lean_steps
-from pocketlm.runtime.sampling import Sampling
+from pocketlm.runtime.sampling import Choice, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ class Decoder:
         self,
         model: PreTrainedModel,
         rows: int = 1,
-        sampling: Sampling | None = None,
+        sampling: Choice | None = None,
         seed: int = 0,
         *,
         lean: bool = True,
@@ -88,7 +88,7 @@ class Decoder:
 
         self.model, self.rows = model, rows
         self.device = model.device
-        self.sampling = sampling or Sampling()
+        self.sampling: Choice = sampling or Sampling()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.notes: list[str] = []
         self._static_refused = refuses_static(model)
@@ -102,7 +102,7 @@ class Decoder:
         self._slot_at = -1
         self._pad_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._padded = False
-        self._graphs: dict[tuple[int, bool, Sampling], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool, Choice], torch.cuda.CUDAGraph] = {}
         self._lean: LeanStep | NativeStep | None = None
         self._cache: Any = None
         self.length = 0
@@ -119,7 +119,7 @@ class Decoder:
         cache = "a dynamic cache" if self._static_refused is not None else "a static cache"
         return f"{forward} over {cache}" + (", replayed as a CUDA graph" if self._graphs_on else "")
 
-    def restart(self, sampling: Sampling, seed: int) -> None:
+    def restart(self, sampling: Choice, seed: int) -> None:
         """Another way of choosing from here on; what the cache holds stays."""
         self.sampling = sampling
         self.generator.manual_seed(seed)
@@ -265,7 +265,8 @@ class Decoder:
     def _graph(self) -> torch.cuda.CUDAGraph | None:
         """The graph that reads enough positions; captured where there is none yet."""
         seen = min(_next_power(self.length + 1), self._cache.capacity)
-        found = self._graphs.get((seen, self._padded, self.sampling))
+        key = (self.rows, seen, self._padded, self.sampling)
+        found = self._graphs.get(key)
         if found is None:
             try:
                 found = self._captured(seen)
@@ -274,7 +275,7 @@ class Decoder:
                 torch.cuda.synchronize()
                 self._note(f"no CUDA graph: {str(error).splitlines()[0]}")
                 return None
-            self._graphs[seen, self._padded, self.sampling] = found
+            self._graphs[key] = found
         return found
 
     def _captured(self, seen: int) -> torch.cuda.CUDAGraph:
@@ -333,6 +334,12 @@ class Decoder:
         if text not in self.notes:
             self.notes.append(text)
         _say_once(type(self.model).__name__, text)
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _next_power(count: int) -> int:

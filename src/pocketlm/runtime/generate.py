@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.core.errors import ConfigError
+from pocketlm.runtime.answer import Answer
 from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.sampling import Sampling
 from pocketlm.runtime.stream_text import TextStream
@@ -195,7 +196,7 @@ def generate_rows(
     decoder.restart(sampling, seed)
     ends = end_tokens(model, tokenizer)
     answers = [
-        _Answer(TextStream(tokenizer, ids), ends, tuple(stop), _for_row(on_text, row))
+        Answer(TextStream(tokenizer, ids), ends, tuple(stop), _for_row(on_text, row))
         for row, ids in enumerate(rows)
     ]
     started = time.perf_counter()
@@ -244,7 +245,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     return frozenset(int(end) for end in ends if end is not None)
 
 
-def _push(answers: Sequence[_Answer], ids: Sequence[int]) -> bool:
+def _push(answers: Sequence[Answer], ids: Sequence[int]) -> bool:
     """Hands each row its token; False where all have ended."""
     for answer, token in zip(answers, ids, strict=True):
         if answer.stopped_by == "length":
@@ -254,56 +255,3 @@ def _push(answers: Sequence[_Answer], ids: Sequence[int]) -> bool:
 
 def _for_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
     return None if on_text is None else lambda text: on_text(row, text)
-
-
-class _Answer:
-    """The text of a row so far; holds back what could be the beginning of a stop string."""
-
-    def __init__(
-        self,
-        stream: TextStream,
-        ends: frozenset[int],
-        stop: tuple[str, ...],
-        on_text: Callable[[str], None] | None,
-    ) -> None:
-        self._stream, self._ends, self._stop, self._on_text = stream, ends, stop, on_text
-        self.text, self._shown = "", 0
-        self.tokens: list[int] = []
-        self.stopped_by = "length"
-
-    def push(self, token: int) -> None:
-        """Takes a token; `stopped_by` tells whether it was the last."""
-        self.tokens.append(token)
-        if token in self._ends:
-            self.stopped_by = "end"
-            return
-        self.text += self._stream.push(token)
-        self._cut()
-        self._show(hold=self.stopped_by == "length")
-
-    def finish(self) -> None:
-        """Shows what was held back."""
-        if self.stopped_by != "stop":
-            self.text += self._stream.flush()
-            self._cut()
-        self._show(hold=False)
-
-    def _cut(self) -> None:
-        places = [at for at in map(self.text.find, self._stop) if at >= 0]
-        if places:
-            self.text, self.stopped_by = self.text[: min(places)], "stop"
-
-    def _show(self, *, hold: bool) -> None:
-        final = len(self.text)
-        if hold:
-            final -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
-        if final > self._shown:
-            if self._on_text is not None:
-                self._on_text(self.text[self._shown : final])
-            self._shown = final
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text could begin a stop string."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

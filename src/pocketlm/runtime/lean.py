@@ -95,10 +95,10 @@ class _Joined(nn.Module):
 
 
 class _LeanBlock:
-    def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, block: Block, keys: Tensor, values: Tensor, join: bool) -> None:
         self.parts, self.window = block, block.window
-        self.qkv = joined(block.qkv) or _Joined(block.qkv)
-        self.gate_up = joined(block.gate_up) or _Joined(block.gate_up)
+        self.qkv = (joined(block.qkv) if join else None) or _Joined(block.qkv)
+        self.gate_up = (joined(block.gate_up) if join else None) or _Joined(block.gate_up)
         self.keys, self.values = keys, values
         self.head_norms, self.head_epsilon = None, 0.0
         if block.head_norms is not None:
@@ -112,15 +112,16 @@ class LeanStep:
 
     Args:
         parts: Of the model.
-        cache: Whose tensors are read and written.
+        cache: Whose tensors are read and written; its first rows, where a step has fewer.
+        join: Whether linears of one input are multiplied as one.
     """
 
     name = "the lean step"
 
-    def __init__(self, parts: Parts, cache: StaticCache) -> None:
+    def __init__(self, parts: Parts, cache: StaticCache, *, join: bool = True) -> None:
         self.parts = parts
         self.blocks = [
-            _LeanBlock(block, part.keys, part.values)
+            _LeanBlock(block, part.keys, part.values, join)
             for block, part in zip(parts.blocks, cache.parts, strict=True)
         ]
         like = parts.norm.weight
@@ -136,18 +137,20 @@ class LeanStep:
         else:
             place_B = length - pad_B
             cos_B1D, sin_B1D = self.cos_ND[place_B][:, None], self.sin_ND[place_B][:, None]
+        rows = len(ids_B)
 
         def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
             q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
-            block.keys[:, :, length : length + 1] = k
-            block.values[:, :, length : length + 1] = v
+            keys, values = block.keys[:rows], block.values[:rows]
+            keys[:, :, length : length + 1] = k
+            values[:, :, length : length + 1] = v
             first = 0 if block.window is None else max(0, length + 1 - block.window)
             mask = None
             if pad_B is not None:
                 columns_N = torch.arange(first, length + 1, device=pad_B.device)
                 mask = (columns_N >= pad_B[:, None])[:, None, None]
             seen = slice(first, length + 1)
-            return self._attention(q, block.keys[:, :, seen], block.values[:, :, seen], mask)
+            return self._attention(q, keys[:, :, seen], values[:, :, seen], mask)
 
         return self._run(ids_B, attend)
 
@@ -160,18 +163,20 @@ class LeanStep:
         columns_N = torch.arange(seen, device=ids_B.device)
         valid_BN = (columns_N <= slot_1) & (columns_N >= pad_B[:, None])
         masks: dict[int | None, Tensor] = {}
+        rows = len(ids_B)
 
         def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
             q, k, v = self._split(block, qkv_BX, cos_B1D, sin_B1D)
-            block.keys.index_copy_(2, slot_1, k)
-            block.values.index_copy_(2, slot_1, v)
+            keys, values = block.keys[:rows], block.values[:rows]
+            keys.index_copy_(2, slot_1, k)
+            values.index_copy_(2, slot_1, v)
             if block.window not in masks:
                 within = valid_BN
                 if block.window is not None:
                     within = within & (columns_N > slot_1 - block.window)
                 masks[block.window] = within[:, None, None]
             mask = masks[block.window]
-            return self._attention(q, block.keys[:, :, :seen], block.values[:, :, :seen], mask)
+            return self._attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
 
         return self._run(ids_B, attend)
 
@@ -260,9 +265,11 @@ def lean_steps(
     if isinstance(parts, str):
         yield f"steps run through transformers' forward: {parts}."
         return
+    join = True
     if model.device.type == "cpu":
-        from pocketlm.runtime.native.step import native_step
+        from pocketlm.runtime.native.step import ROWS, native_step
 
         step = native_step(parts, cache, rows)
         yield f"no step in C: {step}." if isinstance(step, str) else step
-    yield LeanStep(parts, cache)
+        join = rows <= ROWS  # with more, a product's time is its arithmetic
+    yield LeanStep(parts, cache, join=join)

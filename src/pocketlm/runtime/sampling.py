@@ -9,11 +9,20 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pocketlm.core.errors import ConfigError
+
+
+class Choice(Protocol):
+    """Whatever takes the logits of a step: it chooses, or keeps them for one who does."""
+
+    def draw(self, logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next token of each row [B]."""
+        ...
 
 
 @dataclass(frozen=True)

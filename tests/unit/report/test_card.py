@@ -8,7 +8,7 @@ from pocketlm.report.card import carried_front_matter, model_card
 from pocketlm.report.data import ReportData
 
 RECIPE = Recipe(steps=(StepSpec(method="gptq"),), weights=QuantSpec(group_size=64))
-CONFIG = {"architectures": ["LlamaForCausalLM"]}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def ledger(spec: QuantSpec | None = None, form: str = "compressed-tensors") -> Ledger:
@@ -59,6 +59,10 @@ def test_a_path_is_no_base_model_of_a_hub() -> None:
     card = model_card(CONFIG, ledger(), RECIPE, base_model="/data/models/mine")
     assert "base_model" not in front_matter(card)
     assert "# mine, W4A16" in card
+    carried = carried_front_matter("---\nbase_model: org/Model-1B\n---\n")
+    again = model_card(CONFIG, ledger(), RECIPE, base_model="/data/models/mine", carried=carried)
+    assert front_matter(again)["base_model"] == "org/Model-1B"
+    assert "base_model_relation" not in front_matter(again)  # it was made from something between
 
 
 def test_cards_without_front_matter_carry_nothing() -> None:
@@ -96,6 +100,7 @@ def test_figures_only_where_measured(full: ReportData, bare: ReportData) -> None
     assert "Not measured." in model_card(CONFIG, ledger(), RECIPE)
     assert "Not measured." in model_card(CONFIG, ledger(), RECIPE, bare)
     card = model_card(CONFIG, ledger(), RECIPE, full)
+    assert "**Regression on arc_easy.** 2.42× smaller" in card
     assert full.quality is not None
     assert full.quality.protocol.sentence() in card
     assert "| log-perplexity over the original | " in card

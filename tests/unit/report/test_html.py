@@ -4,9 +4,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from pocketlm.report.data import Answer, ReportData
-from pocketlm.report.html import render, write_report
+from tests.unit.report.test_card import CONFIG, ledger
 
+from pocketlm.report.charts import waterfall
+from pocketlm.report.data import Answer, ReportData, StageResult
+from pocketlm.report.html import render, write_report
+from pocketlm.report.loading import loadings
+
+WAYS = loadings(CONFIG, ledger(), "here")
+SECTIONS = ("size", "quality", "speed", "damage", "making", "loading", "remarks")
 VOID = {"meta", "rect", "br", "img", "link"}
 
 
@@ -77,10 +83,41 @@ def test_everything_measured_is_on_it(full: ReportData) -> None:
 
 def test_what_was_not_measured_is_said(bare: ReportData) -> None:
     text = " ".join(parsed(bare).text)
-    assert "quality has not been measured yet" in text
+    assert "Not judged yet" in text
+    assert "Quality has not been measured yet" in text
     assert "Quality was not measured" in text
     assert "Speed was not measured" in text
     assert "None" not in text.replace("None: the run had", "")
+
+
+def test_the_verdict_stands_first_and_parts_in_reading_order(full: ReportData) -> None:
+    text = render(full, WAYS)
+    order = [text.index(part) for part in ('class="verdict', 'class="tiles"')]
+    order += [text.index(f'<section id="{name}">') for name in SECTIONS]
+    assert order == sorted(order)
+    assert "Regression on arc_easy" in text
+
+
+def test_it_tells_how_each_engine_loads_it(full: ReportData) -> None:
+    page = Balance()
+    page.feed(render(full, WAYS, "That of the base model: apache-2.0."))
+    text = " ".join(page.text)
+    assert "vllm serve here" in text
+    assert "compressed-tensors>=0.15.0" in text
+    assert "llama-cli" in text
+    assert 'pocketlm.load("here")' in text
+    assert "That of the base model: apache-2.0." in text
+    assert "`" not in text
+    assert "#loading" not in parsed(full).links
+
+
+def test_stages_are_a_waterfall(full: ReportData) -> None:
+    losses = {"original": 2.8, "shortgpt": 3.0, "gptq": 3.2, "heal": 2.9}
+    stages = tuple(StageResult(name=n, log_perplexity=x, kl=x - 2.8) for n, x in losses.items())
+    pattern = r'<rect x="([\d.]+)" width="([\d.]+)".*?class="(c\d)"'
+    bars = re.findall(pattern, "".join(waterfall(stages)))
+    assert bars == [("0.00", "50.00", "c4"), ("50.00", "50.00", "c4"), ("25.00", "75.00", "c2")]
+    assert "Damage by stage" in render(full.model_copy(update={"stages": stages}))
 
 
 def test_all_text_is_escaped(full: ReportData) -> None:
