@@ -196,9 +196,10 @@ class Model:
 
         stand_ins: list[Callable[..., Any]] = list(self._recorders())
         stand_ins[-1] = lambda *args, **kwargs: self._wrap(hidden_BTD)
-        self._run_model(self._one_token(), stand_ins, head, gradients)
-        # GPT-2 and its kin view the result in the shape of the ids they were given
-        return captured[0].reshape(*hidden_BTD.shape[:-1], -1)
+        # As many ids as there are positions: GPT-2 and its kin view the result in their shape.
+        ids_BT = torch.zeros(hidden_BTD.shape[:-1], dtype=torch.int64, device=self.device)
+        self._run_model(ids_BT, stand_ins, head, gradients)
+        return captured[0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 logits [N, V] of some finished positions; the caller keeps N small."""
