@@ -230,6 +230,8 @@ def check_compressed(artifact: Artifact) -> str:
     if index is None and not entries:
         if artifact.ledger is not None and artifact.ledger.stages:
             return "no weight is: the model is smaller, and an ordinary checkpoint."
+        if artifact.ledger is None:  # an export, or another tool's model
+            return "no weight is: an ordinary checkpoint."
         raise ArtifactError("nothing is compressed.")
     for module in index.modules.values() if index is not None else ():
         assert index is not None
