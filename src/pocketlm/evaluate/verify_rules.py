@@ -114,7 +114,8 @@ class Rules:
                 what = "stored packed" if name in packed else "stored as it was"
                 said = "packed" if expected else "ignored"
                 raise ArtifactError(f"is {what}, but {said} by config.json.", where=name)
-        return f"{len(packed)} linears are packed, {len(linears - packed)} are not, as config.json says."
+        kept = len(linears - packed)
+        return f"{len(packed)} linears are packed, {kept} are not, as config.json says."
 
     def check_zero_points(self, artifact: Artifact) -> str:
         """Weights average to about nothing: read by another convention they would be a step off."""
@@ -138,7 +139,7 @@ class Rules:
                 f"weights average {middle:.2f} steps away from 0, most of all here "
                 f"({steps[worst]:+.2f}): zero points seem to be stored by another convention.",
                 where=worst,
-                remedy="Check checkpoint_format: gptq stores a zero point less one, gptq_v2 as it is.",
+                remedy="Check checkpoint_format: gptq_v2 stores zero points, gptq stores them less one.",
             )
         return f"weights average {middle:.3f} steps away from 0 (median of {len(steps)} linears)."
 
@@ -202,7 +203,9 @@ class Rules:
                     raise ArtifactError("was left behind.", where=name)
                 if not torch.equal(artifact.read(name), source.source.read(name)):
                     raise ArtifactError("is not what it was in the original.", where=name)
-            return f"{len(names)} tensors are the original's." if names else "the original has none."
+            return (
+                f"{len(names)} tensors are the original's." if names else "the original has none."
+            )
         promised = {
             "multi-token prediction": artifact.config.get("num_nextn_predict_layers")
             or artifact.config.get("mtp_num_hidden_layers"),

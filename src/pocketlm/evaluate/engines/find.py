@@ -91,7 +91,9 @@ def find_engine(name: str, python: str | Path | None = None, path: Path | None =
     if name == "llama.cpp":
         if python is not None:
             raise ConfigError(
-                "llama.cpp is run by Node.js.", where="--engine-python", remedy="Give --engine-path."
+                "llama.cpp is run by Node.js.",
+                where="--engine-python",
+                remedy="Give --engine-path.",
             )
         return _llama_cpp(path)
     if path is not None:

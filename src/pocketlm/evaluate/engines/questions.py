@@ -13,7 +13,9 @@ from pocketlm.models.adapter import Model
 
 SEQUENCES, TOKENS = 4, 64
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 12, 32
-WORDS = "The capital of France is Paris. In 1984 the 3rd edition\n\n didn't sell 1234 copies: naïve."
+WORDS = (
+    "The capital of France is Paris. In 1984 the 3rd edition\n\n didn't sell 1234 copies: naïve."
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _text_ids(model: Model, count: int) -> tuple[list[int] | None, str]:
     except (ConfigError, OSError, ValueError):  # it came without one
         return None, "ids by a formula, for want of a tokenizer"
     text = load_text("builtin", "evaluation").joined
-    ids = tokenizer(text[: 40 * count], add_special_tokens=False).input_ids
+    ids = tokenizer(text[: 12 * count], add_special_tokens=False, verbose=False).input_ids
     if len(ids) < count or max(ids) >= model.vocabulary:
         return None, "ids by a formula: the tokenizer does not fit the text"
     return list(ids[:count]), "the evaluation half of the builtin text"
