@@ -1,4 +1,4 @@
-"""Rules that engines break on, checked on the written files: what loads alone may fail beside others.
+"""Rules that engines break on, checked on the written files.
 
 Splitting over GPUs, linears that an engine fuses, lists of what is not compressed, zero points off
 by one, a chat template or tensors beside the decoder that were left behind.
@@ -139,7 +139,7 @@ class Rules:
                 f"weights average {middle:.2f} steps away from 0, most of all here "
                 f"({steps[worst]:+.2f}): zero points seem to be stored by another convention.",
                 where=worst,
-                remedy="Check checkpoint_format: gptq_v2 stores zero points, gptq stores them less one.",
+                remedy="Check checkpoint_format: gptq_v2 stores zero points, gptq less one.",
             )
         return f"weights average {middle:.3f} steps away from 0 (median of {len(steps)} linears)."
 

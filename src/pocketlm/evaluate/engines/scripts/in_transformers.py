@@ -1,7 +1,7 @@
 """Answers jobs by plain transformers: ``python in_transformers.py JOBS``.
 
-The environment needs pocketlm too, whose `hf` says how an artifact is loaded in float32; the weights
-are decoded and the model is run by the libraries alone.
+The environment needs pocketlm too, whose `hf` says how an artifact is loaded in float32; the
+weights are decoded and the model is run by the libraries alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def answer(job: Job, dtype: str) -> tuple[dict[str, Any], bytes]:
         prompts_NT = torch.tensor(job["prompts"])
         model.generation_config.eos_token_id = None  # what follows an end is compared too
         with torch.no_grad():
-            found_NT = model.generate(
+            found_NT = model.generate(  # pyright: ignore[reportCallIssue]
                 prompts_NT, attention_mask=torch.ones_like(prompts_NT), do_sample=False,
                 max_new_tokens=job["new_tokens"], pad_token_id=0,
             )  # fmt: skip

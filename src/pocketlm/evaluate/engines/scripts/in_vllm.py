@@ -12,7 +12,7 @@ from jobs import NOT_INSTALLED, Job, answer_all
 def answer(job: Job, dtype: str) -> tuple[dict[str, Any], bytes]:
     """Log-probabilities of a job's sequences, and what follows its prompts."""
     import numpy
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     sequences, prompts = job["sequences"], job["prompts"]
     longest = max(len(tokens) for tokens in (*sequences, *prompts)) + job["new_tokens"]
@@ -51,7 +51,7 @@ def _version() -> str:
 
 if __name__ == "__main__":
     try:
-        import vllm  # noqa: F401
+        import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         sys.exit(NOT_INSTALLED)
