@@ -328,9 +328,9 @@ def judged(run: EngineRun, artifact: Artifact, answer: Answer | Refusal) -> Cell
     if isinstance(answer, Refusal):
         return Cell(status="refused", message=answer.message[:300], date=today)
     run.answer = answer
-    run._prepare(artifact)
+    run.prepare(artifact)
     found = run.distance()
-    equal = run._bit_equal() if run.engine.name == "transformers" else None
+    equal = run.bit_equal() if run.engine.name == "transformers" else None
     allowed = flips_at_most(run.engine, run.model, found, bool(run.view.quantizers))
     good = equal or found.kl < KL_LIMITS[run.engine.name]
     return Cell(

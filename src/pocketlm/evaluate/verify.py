@@ -20,7 +20,7 @@ from pocketlm.core.errors import ArtifactError, ConfigError, PocketLMError
 from pocketlm.evaluate.engines.find import Engine, EngineMissing
 from pocketlm.evaluate.results import Result
 from pocketlm.evaluate.verify_engine import EngineRun, ToGguf
-from pocketlm.evaluate.verify_files import LEDGER, Artifact, CheckFunction, NotChecked
+from pocketlm.evaluate.verify_files import LEDGER, Artifact, Named, NotChecked
 from pocketlm.evaluate.verify_files import checks as file_checks
 from pocketlm.evaluate.verify_logits import check_logits
 from pocketlm.evaluate.verify_rules import Rules
@@ -109,7 +109,7 @@ def verify_artifact(
     path = Path(path)
     done: list[Check] = []
 
-    def run(checks: Iterable[tuple[str, tuple[str, ...], CheckFunction]]) -> None:
+    def run(checks: Iterable[Named]) -> None:
         for name, needs, function in checks:
             check = _run(name, needs, function, artifact, done)
             done.append(check)

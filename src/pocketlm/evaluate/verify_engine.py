@@ -21,7 +21,7 @@ from pocketlm.evaluate.engines.ask import Answer, Job, ask
 from pocketlm.evaluate.engines.compare import TIE, Distance, distance, our_hidden, our_logits
 from pocketlm.evaluate.engines.find import Engine
 from pocketlm.evaluate.engines.questions import WORDS, Questions, questions_for
-from pocketlm.evaluate.verify_files import Artifact, NotChecked
+from pocketlm.evaluate.verify_files import Artifact, Named, NotChecked
 from pocketlm.evaluate.verify_logits import round_as_library, why_unequal
 from pocketlm.formats import compressed_tensors
 from pocketlm.formats.gguf_types import FLOATS as PLAIN_TYPES
@@ -75,10 +75,10 @@ class EngineRun:
             self._questions = questions_for(self.view)
         return self._questions
 
-    def checks(self):
+    def checks(self) -> tuple[Named, ...]:
         """Name, the checks it builds on, and function of each."""
         loads, name = f"{self.engine.name} loads it", self.engine.name
-        found = [
+        found: list[Named] = [
             (loads, (), self.check_loads),
             (f"{name} log-probabilities", (loads,), self.check_logits),
             (f"{name} greedy", (loads,), self.check_greedy),
@@ -89,7 +89,7 @@ class EngineRun:
 
     def check_loads(self, artifact: Artifact) -> str:
         """The engine loads it and answers."""
-        self._prepare(artifact)
+        self.prepare(artifact)
         text = WORDS if self.engine.name == "llama.cpp" else None
         job = Job(self.model, self.questions, dtypes_for(self.engine, artifact.index), text)
         answer = ask(self.engine, [job])[0]
@@ -100,8 +100,12 @@ class EngineRun:
         beside = "".join(f" {note}" for note in self.notes)
         return f"{answer.version}, {answer.dtype}, asked {self.questions.source}{refused}.{beside}"
 
-    def _prepare(self, artifact: Artifact) -> None:
-        """Makes our view round inputs as the engine does, where that is known to differ."""
+    def prepare(self, artifact: Artifact) -> None:
+        """Makes our view round inputs as the engine does, where that is known to differ.
+
+        Args:
+            artifact: It says what is compressed.
+        """
         index = artifact.index
         if self.engine.name == "vllm":
             self.view.quantizers = {
@@ -117,7 +121,7 @@ class EngineRun:
     def check_logits(self, artifact: Artifact) -> str:
         """Log-probabilities agree within the engine's bound."""
         found, name = self.distance(), self.engine.name
-        if name == "transformers" and self._bit_equal():
+        if name == "transformers" and self.bit_equal():
             return f"bit-equal float32 logits at {found.positions} positions."
         said = (
             f"KL {found.kl:.1e}, largest {found.kl_largest:.1e}, same likeliest token at "
@@ -168,7 +172,8 @@ class EngineRun:
             self._distance = distance(self.view, self.questions, self.answer)
         return self._distance
 
-    def _bit_equal(self) -> bool:
+    def bit_equal(self) -> bool:
+        """Whether the engine's logits are ours, bit for bit."""
         assert self.answer is not None
         hidden_NTD = our_hidden(self.view, self.questions.sequences_NT)
         sequences, tokens, width = hidden_NTD.shape

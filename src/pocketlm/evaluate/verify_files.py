@@ -34,6 +34,8 @@ RECIPE = "pocketlm/recipe.yaml"
 AGAIN = "Run the same compress command again; it resumes."
 
 CheckFunction = Callable[["Artifact"], str]
+Named = tuple[str, tuple[str, ...], CheckFunction]
+"""A check: its name, the checks it builds on, and its function."""
 
 
 class NotChecked(Exception):
@@ -108,7 +110,7 @@ class Artifact:
 
 def checks(
     against_source: Path | str | None,
-) -> tuple[tuple[str, tuple[str, ...], CheckFunction], ...]:
+) -> tuple[Named, ...]:
     """Name, the checks it builds on, and function of each, in order.
 
     Args:

@@ -19,7 +19,7 @@ from pocketlm.core.errors import ArtifactError, PocketLMError
 from pocketlm.core.permuted import Permuted
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import PackedInt
-from pocketlm.evaluate.verify_files import Artifact, NotChecked
+from pocketlm.evaluate.verify_files import Artifact, Named, NotChecked
 from pocketlm.formats import compressed_tensors, pocketlm
 from pocketlm.formats.capabilities import FUSED, capability, check_layer, check_model, is_expert
 from pocketlm.models import open_model
@@ -51,7 +51,7 @@ class Rules:
     split: int = 1
     against: Path | str | None = None
 
-    def checks(self):
+    def checks(self) -> tuple[Named, ...]:
         """Name, the checks it builds on, and function of each."""
         needs = ("config.json", "shards", "compressed weights")
         of_directories = (
