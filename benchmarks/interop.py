@@ -309,15 +309,19 @@ def ask_rows(
         runs.append((run, artifact))
         jobs.append(Job(path, run.questions, dtypes_for(engine, artifact.index)))
     started = time.monotonic()
-    answers = ask(engine, jobs)
-    print(f"{architecture}: {engine.name}, {len(rows)} models, {time.monotonic() - started:.0f} s",
-          flush=True)  # fmt: skip
-    for row, (run, artifact), answer in zip(rows, runs, answers, strict=True):
+
+    def keep(place: int, answer: Answer | Refusal) -> None:
+        run, artifact = runs[place]
         try:
             cell = judged(run, artifact, answer)
         except PocketLMError as error:
             cell = Cell(message=str(error))
-        note(state, row, engine.name, architecture, cell)
+        note(state, rows[place], engine.name, architecture, cell)
+        state.save()
+
+    ask(engine, jobs, keep)
+    seconds = time.monotonic() - started
+    print(f"{architecture}: {engine.name}, {len(rows)} models, {seconds:.0f} s", flush=True)
 
 
 def judged(run: EngineRun, artifact: Artifact, answer: Answer | Refusal) -> Cell:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pocketlm.evaluate.engines.questions import Questions
 
 NOT_INSTALLED = 3  # exit code of the scripts
 MINUTES_AT_MOST = 30  # for each model
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def ask(
     Args:
         engine: Where it is.
         jobs: What is asked.
-        on_answer: Called with a job's index and its answer, as soon as the process has ended.
+        on_answer: Called with a job's index and its answer, as soon as it is there.
 
     Returns:
         For each job the answer, or the engine's refusal.
@@ -101,23 +103,29 @@ def ask(
         ResourceError: If it took more than `MINUTES_AT_MOST` for each model.
     """
     found: dict[int, Answer | Refusal] = {}
+
+    def gather(left: Sequence[int]) -> None:
+        for index in left:
+            if index in found:
+                continue
+            answer = _read(Path(scratch) / str(index), jobs[index])
+            if answer is None:
+                return
+            keep(index, answer)
+
+    def keep(index: int, answer: Answer | Refusal) -> None:
+        found[index] = answer
+        if on_answer is not None:
+            on_answer(index, answer)
+
     with tempfile.TemporaryDirectory() as scratch:
         while len(found) < len(jobs):
             left = [index for index in range(len(jobs)) if index not in found]
-            said = _process(engine, [_plain(jobs[i], Path(scratch) / str(i)) for i in left])
-            answered = {}
-            for index in left:
-                answer = _read(Path(scratch) / str(index), jobs[index])
-                if answer is None:
-                    break
-                answered[index] = answer
-            if len(answered) < len(left):
-                crashed = left[len(answered)]
-                answered[crashed] = Refusal({"process": said})
-            for index, answer in answered.items():
-                found[index] = answer
-                if on_answer is not None:
-                    on_answer(index, answer)
+            plain = [_plain(jobs[index], Path(scratch) / str(index)) for index in left]
+            said = _process(engine, plain, lambda left=left: gather(left))
+            missing = [index for index in left if index not in found]
+            if missing:
+                keep(missing[0], Refusal({"process": said}))
     return [found[index] for index in range(len(jobs))]
 
 
@@ -133,28 +141,52 @@ def _plain(job: Job, out: Path) -> dict[str, Any]:
     return plain if job.text is None else {**plain, "text": job.text}
 
 
-def _process(engine: Engine, jobs: list[dict[str, Any]]) -> str:
-    """Runs the engine over jobs; returns the end of what it said."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(jobs, file)
-        file.flush()
-        command = [file.name if part == JOBS else part for part in engine.command]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", check=False,
+def _process(engine: Engine, jobs: list[dict[str, Any]], gather: Callable[[], None]) -> str:
+    """Runs the engine over jobs, gathering answers meanwhile; returns the end of what it said."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file, errors = Path(scratch) / "jobs.json", Path(scratch) / "errors"
+        file.write_text(json.dumps(jobs), encoding="utf-8")
+        command = [str(file) if part == JOBS else part for part in engine.command]
+        with errors.open("wb") as log:
+            child = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log,
                 env={**os.environ, **engine.environment},
-                timeout=60 * MINUTES_AT_MOST * len(jobs),
             )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise ResourceError(
-                f"took more than {MINUTES_AT_MOST} minutes for each of {len(jobs)} models.",
-                where=engine.name,
-                remedy="Run it on a larger machine.",
-            ) from None
-    last = " ".join(done.stderr.strip().splitlines()[-3:])[-1000:]
-    if done.returncode == NOT_INSTALLED:
+            try:
+                _wait(child, 60 * MINUTES_AT_MOST * len(jobs), gather)
+            except subprocess.TimeoutExpired:
+                raise ResourceError(
+                    f"took more than {MINUTES_AT_MOST} minutes for each of {len(jobs)} models.",
+                    where=engine.name,
+                    remedy="Run it on a larger machine.",
+                ) from None
+            finally:
+                child.kill()
+                child.wait()
+        text = errors.read_text(encoding="utf-8", errors="replace")
+    last = " ".join(text.strip().splitlines()[-3:])[-1000:]
+    if child.returncode == NOT_INSTALLED:
         raise engine.missing(last)
-    return last or f"the process ended with exit code {done.returncode} and no message."
+    return last or f"the process ended with exit code {child.returncode} and no message."
+
+
+def _wait(child: subprocess.Popen[bytes], seconds: float, gather: Callable[[], None]) -> None:
+    """Waits for a process to end, gathering what it has answered.
+
+    Raises:
+        TimeoutExpired: If it takes longer.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            child.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            gather()
+            if time.monotonic() > until:
+                raise
+        else:
+            gather()
+            return
 
 
 def _read(out: Path, job: Job) -> Answer | Refusal | None:
