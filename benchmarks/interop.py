@@ -185,7 +185,10 @@ class Files:
         if architecture != REAL:
             family, changes = TINY[architecture]
             self.source = folder / "source"
-            build(family, torch.bfloat16, **changes).save_pretrained(self.source)
+            model = build(family, torch.bfloat16, **changes)
+            if "gemma" in family:  # its embeddings, made 16 times larger, would drown the blocks
+                model.get_input_embeddings().weight.data *= 0.3
+            model.save_pretrained(self.source)
             bpe_tokenizer().save_pretrained(self.source)
         self.made: dict[str, Path] = {}
 

@@ -40,7 +40,8 @@ def _section(table: Proofs, engine: str) -> str:
         if dates
         else ""
     )
-    lines = [f"## {engine}", "", f"{heard}{table.engines[engine].capitalize()}.", ""]
+    what = table.engines[engine]
+    lines = [f"## {engine}", "", f"{heard}{what[:1].upper()}{what[1:]}.", ""]
     rows = [row for row in table.rows if any(cells[row.name, n] != Cell() for n in names)]
     if not rows:
         return "\n".join([*lines, "Not run here: every cell.", ""])

@@ -62,7 +62,7 @@ def test_marks_of_a_page() -> None:
     assert "| INT8 | compressed-tensors | INT8 | ✗ 1 | – |" in text
     assert "| W3 | compressed-tensors | W3 | ≠ 5e-01, 9 | – |" in text
     assert "1. ValueError: no kernel for \\*8\\* bits" in text
-    assert "## vllm\n\nOn a gpu.\n\nNot run here: every cell." in text
+    assert "## vllm\n\nOn a GPU.\n\nNot run here: every cell." in text
 
 
 def test_names_of_grids() -> None:
