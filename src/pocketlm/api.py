@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.compression import RecipeLike, compress_model, plan_model, search
+from pocketlm.core.errors import ConfigError
 from pocketlm.outcome import CompressResult
 from pocketlm.recipes import build_recipe, read_recipe
 
