@@ -156,14 +156,14 @@ def judge(
         The verdict; None for a target that is no engine of the table.
 
     Raises:
-        UnsupportedLayer: If the engine refused this, or computed otherwise; names the nearest that
-            it ran.
+        UnsupportedLayer: If the engine refused this; names the nearest that it ran. That it computed
+            otherwise is told, and the user's to judge.
     """
     table = proofs()
     if target not in table.engines:
         return None
     found = verdict(target, format_name, grids, architecture, table)
-    if found.status in ("refused", "disagrees"):
+    if found.status == "refused":
         raise UnsupportedLayer(found.text, where=f"--target {target}", remedy=found.remedy)
     if target == "vllm" and found.status == NOT_RUN:  # the same engine without a GPU
         beside = verdict("vllm-cpu", format_name, grids, architecture, table)

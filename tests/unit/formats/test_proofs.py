@@ -121,4 +121,7 @@ def test_a_plan_heeds_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert planned(3, "transformers") == "nobody ran this for llama in transformers here."
     with pytest.raises(UnsupportedLayer, match=r"--target transformers: .*no kernel.*Nearest that"):
         planned(8, "transformers")
+    other = Cell(status="disagrees", kl=2e-3, wrong=1, version="transformers 5", date="d")
+    seen.cells[key("INT8", "transformers", "llama")] = other
+    assert "computed otherwise (KL 2e-03)" in (planned(8, "transformers") or "")
     assert judge("pocketlm", "pocketlm", ["INT8"], "llama") is None
