@@ -156,8 +156,8 @@ def judge(
         The verdict; None for a target that is no engine of the table.
 
     Raises:
-        UnsupportedLayer: If the engine refused this; names the nearest that it ran. That it computed
-            otherwise is told, and the user's to judge.
+        UnsupportedLayer: If the engine refused this; names the nearest that it ran. Where it
+            computed otherwise the verdict says so.
     """
     table = proofs()
     if target not in table.engines:
