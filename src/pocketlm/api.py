@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.compression import RecipeLike, compress_model, plan_model, search
+from pocketlm.core.errors import ConfigError
 from pocketlm.outcome import CompressResult
 from pocketlm.recipes import build_recipe, read_recipe
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pocketlm.engine.plan import Plan
     from pocketlm.evaluate.results import SpeedReport
     from pocketlm.evaluate.roofline import RooflineReport
-    from pocketlm.evaluate.verify import VerifyReport
+    from pocketlm.evaluate.verify import Check, VerifyReport
     from pocketlm.models.inspect import Inspection
     from pocketlm.report.measure import Measurement
     from pocketlm.runtime.loaded import Loaded
@@ -260,19 +261,56 @@ def bisect(
     )  # fmt: skip
 
 
-def verify(path: str | Path, against_source: str | Path | None = None) -> VerifyReport:
+def verify(
+    path: str | Path,
+    against_source: str | Path | None = None,
+    *,
+    engine: str | None = None,
+    engine_python: str | Path | None = None,
+    engine_path: str | Path | None = None,
+    tensor_parallel: int = 1,
+    on_check: Callable[[Check], None] | None = None,
+) -> VerifyReport:
     """Reloads an artifact's written files and checks all that its ledger claims.
 
     Args:
-        path: The artifact.
+        path: The artifact; with an engine also an export, another tool's model or a GGUF file.
         against_source: The original, to compare tensor names with.
+        engine: "transformers", "vllm" or "llama.cpp": loads the files in a process of its own; its
+            log-probabilities and greedy continuations are compared with ours, and the rules that it
+            is known to break on are checked. None: transformers is asked for a few logits.
+        engine_python: The Python that has transformers or vLLM; None: what POCKETLM_VLLM_PYTHON
+            says, or this one.
+        engine_path: The directory that has node-llama-cpp; None: what POCKETLM_LLAMA_CPP says, or
+            the current one.
+        tensor_parallel: Over how many GPUs the engine is to split it.
+        on_check: Called after each check.
 
     Returns:
         Named checks, each passed, failed or not checked.
+
+    Raises:
+        ArtifactError: If nothing of an artifact is there.
+        ConfigError: If the engine is unknown, or not installed there.
     """
+    from pocketlm.evaluate.engines.find import find_engine
     from pocketlm.evaluate.verify import verify_artifact
 
-    return verify_artifact(path, against_source)
+    if engine is None:
+        if engine_python is not None or engine_path is not None or tensor_parallel > 1:
+            raise ConfigError("it needs --engine.", where="--engine-…, --tensor-parallel")
+        return verify_artifact(path, against_source, on_check)
+    place = None if engine_path is None else Path(engine_path)
+    found = find_engine(engine, engine_python, place)
+    return verify_artifact(
+        path, against_source, on_check, found, split=tensor_parallel, to_gguf=_to_gguf
+    )
+
+
+def _to_gguf(path: Path, file: Path) -> list[str]:
+    """Writes an artifact as a GGUF file; what was lost, as sentences."""
+    made = export(path, file, to="gguf")
+    return made.notes if any(tensor.error for tensor in made.tensors.values()) else []
 
 
 def export(

@@ -220,11 +220,26 @@ class PocketlmQuantizer(HfQuantizer):
         return True
 
 
-def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
-    """float32 logits of one sequence as plain transformers computes them from an artifact.
+def load_plain(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """An artifact as plain transformers loads it.
 
     Where the library leaves bfloat16 layers in a float32 model (see above), the model is decoded by
     the library at once and then cast.
+
+    Args:
+        path: The artifact, or any directory that transformers loads.
+        dtype: What it computes in.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    section = config.get("quantization_config", {})
+    if dtype == torch.float32 and _has_bfloat16_layers(model, section):
+        _decode_to_float32(model)
+    return model.eval()
+
+
+def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
+    """float32 logits of one sequence as plain transformers computes them from an artifact.
 
     Args:
         path: The artifact.
@@ -233,13 +248,8 @@ def plain_logits(path: Path | str, tokens: Sequence[int]) -> Tensor:
     Returns:
         float32 [T, V], on the CPU.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
-    section = config.get("quantization_config", {})
-    if _has_bfloat16_layers(model, section):
-        _decode_to_float32(model)
     with torch.no_grad():
-        return model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].float()
+        return load_plain(path)(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
 def _has_bfloat16_layers(model: nn.Module, section: Mapping[str, Any]) -> bool:

@@ -31,6 +31,8 @@ from pocketlm.engine.order import check_order
 from pocketlm.engine.plan import Plan, make_plan
 from pocketlm.engine.survey import shares
 from pocketlm.formats.capabilities import target_name
+from pocketlm.formats.gguf_hold import holding_type
+from pocketlm.formats.proofs import grid_names, judge
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.shortcut import shortcuts_note
@@ -154,6 +156,7 @@ def prepare(
     grids = choose_grids(
         shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts
     )
+    proof = _proof(model, grids, target)
     seq_len = min(seq_len or SEQ_LEN, model.context)
     job = Job(
         source=after.source,
@@ -217,7 +220,27 @@ def prepare(
             predicted = plan.model_copy(update={"text": windows.health})
     if job.needs_data and windows is None:
         said.append("the model writes its calibration text first, which takes time not counted.")
-    return Prepared(model, job, grids, windows, predicted.model_copy(update={"warnings": said}))
+    predicted = predicted.model_copy(update={"warnings": said, "proof": proof})
+    return Prepared(model, job, grids, windows, predicted)
+
+
+def _proof(model: Model, grids: Grids, target: str) -> str | None:
+    """What runs of the target engine say, before compute is spent.
+
+    Raises:
+        UnsupportedLayer: If it refused such files.
+    """
+    form, names = grids.format_name, grid_names(grids.quantized, grids.inputs)
+    if grids.factoring:
+        names = ("factors",)
+    elif grids.compact:
+        names = ("sparse",)
+    elif target == "llama.cpp":
+        shapes = model.linear_shapes()
+        held = {holding_type(spec, shapes[n][1]) for n, spec in grids.quantized.items()}
+        form, names = "gguf", tuple(sorted(kind or "floats" for kind in held))
+    found = judge(target, form, names, str(model.config.get("model_type")))
+    return None if found is None else found.text
 
 
 def _shortcuts_note(model: Model) -> str | None:

@@ -125,6 +125,7 @@ def draw_plan(console: Console, plan: Plan) -> None:
             "sparsity": plan.sparsity or "none",
             **{name: grid for name, grid in plan.ends.items()},
             "inputs": plan.inputs or "as they come",
+            **({} if plan.proof is None else {f"in {plan.target}": plan.proof}),
             "calibration": _calibration(plan),
             **_text(plan),
             "peak RAM": bytes_text(plan.peak_ram_bytes),

@@ -78,6 +78,8 @@ class Plan(BaseModel):
         notes: What was changed about the grids.
         warnings: What else is not as it was asked for.
         smaller: What each stage that makes a smaller model will do, as sentences.
+        proof: What runs of the target engine say of such files (`formats/proofs.py`); None: the
+            target is none of the engines that were run.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -111,6 +113,7 @@ class Plan(BaseModel):
     notes: dict[str, str]
     warnings: list[str] = Field(default_factory=list)
     smaller: list[str] = Field(default_factory=list)
+    proof: str | None = None
 
 
 def make_plan(model: ModelView, job: Job, grids: Grids, samples: int, seq_len: int) -> Plan:

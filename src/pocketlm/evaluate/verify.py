@@ -2,23 +2,30 @@
 
 Nothing is believed: files are hashed again, headers parsed again, every compressed linear decoded,
 bits recounted, and in the end a process that knows nothing of this one loads the artifact by plain
-transformers and must give the same float32 logits, bit for bit. A bad artifact fails its check by
-name; only a path that is no artifact at all raises.
+transformers and must give the same float32 logits, bit for bit. With an engine, that one loads it
+in its own environment and is compared with our run. A bad artifact fails its check by name; only a
+path that is no artifact at all raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import computed_field
 
-from pocketlm.core.errors import ArtifactError, PocketLMError
+from pocketlm.core.errors import ArtifactError, ConfigError, PocketLMError
+from pocketlm.evaluate.engines.find import Engine, EngineMissing
 from pocketlm.evaluate.results import Result
-from pocketlm.evaluate.verify_files import Artifact, NotChecked
+from pocketlm.evaluate.verify_engine import EngineRun, ToGguf
+from pocketlm.evaluate.verify_files import LEDGER, Artifact, Named, NotChecked
 from pocketlm.evaluate.verify_files import checks as file_checks
 from pocketlm.evaluate.verify_logits import check_logits
+from pocketlm.evaluate.verify_rules import Rules
+from pocketlm.models import open_model
+from pocketlm.models.adapter import Model
 
 Status = Literal["passed", "failed", "not checked"]
 
@@ -74,28 +81,83 @@ def verify_artifact(
     path: Path | str,
     against_source: Path | str | None = None,
     on_check: Callable[[Check], None] | None = None,
+    engine: Engine | None = None,
+    *,
+    split: int = 1,
+    to_gguf: ToGguf | None = None,
 ) -> VerifyReport:
-    """Checks an artifact.
+    """Checks an artifact; with an engine also what that makes of it.
 
     Args:
-        path: Its directory.
+        path: Its directory; with an engine also what `export` wrote, another tool's model or, for
+            llama.cpp, a GGUF file.
         against_source: The model it was made from; its tensors are then compared with the ledger's.
         on_check: Called after each check.
+        engine: Loads the files and is compared with our own run of them; None: plain transformers
+            is asked for the logits of a few tokens.
+        split: Over how many GPUs the engine is to split it.
+        to_gguf: Writes an artifact as a GGUF file, for llama.cpp.
 
     Returns:
         Every check by name; `ok` where none failed.
 
     Raises:
         ArtifactError: If the path is no artifact: no directory, or nothing of one in it.
+        EngineMissing: If the engine is not installed where it was said to be.
+        ConfigError: If it takes no such file.
     """
-    artifact = Artifact.open(Path(path))
+    path = Path(path)
     done: list[Check] = []
-    for name, needs, function in (*file_checks(against_source), LOGITS):
-        check = _run(name, needs, function, artifact, done)
-        done.append(check)
-        if on_check is not None:
-            on_check(check)
+
+    def run(checks: Iterable[Named]) -> None:
+        for name, needs, function in checks:
+            check = _run(name, needs, function, artifact, done)
+            done.append(check)
+            if on_check is not None:
+                on_check(check)
+
+    if engine is None:
+        artifact = Artifact.open(path)
+        run((*file_checks(against_source), LOGITS))
+        return VerifyReport(path=str(path), checks=tuple(done))
+    if path.is_file():
+        if engine.name != "llama.cpp":
+            raise ConfigError(
+                f"{engine.name} is given a directory here.", where=str(path), remedy=TO_DIRECTORY
+            )
+        artifact = Artifact(path)
+        run(EngineRun(engine, path, open_model(path)).checks())
+        return VerifyReport(path=str(path), checks=tuple(done))
+    artifact = Artifact.open(path)
+    files = file_checks(against_source)
+    run(files if (path / LEDGER).is_file() else (c for c in files if c[0] in WITHOUT_LEDGER))
+    if all(check.status == "passed" for check in done if check.name in WITHOUT_LEDGER):
+        view = open_model(path, allow_compressed=True)
+        run(Rules(view, engine.target, split, against_source).checks())
+        with tempfile.TemporaryDirectory() as scratch:
+            run(_engine_run(engine, path, view, Path(scratch), to_gguf).checks())
     return VerifyReport(path=str(path), checks=tuple(done))
+
+
+WITHOUT_LEDGER = ("config.json", "shards", "compressed weights", "tied weights")
+TO_DIRECTORY = "Give the directory of an artifact or export, or choose --engine llama.cpp."
+
+
+def _engine_run(
+    engine: Engine, path: Path, view: Model, scratch: Path, to_gguf: ToGguf | None
+) -> EngineRun:
+    """What an engine is asked about; llama.cpp gets the artifact as a GGUF file.
+
+    Raises:
+        PocketLMError: If the artifact cannot be written as such a file.
+    """
+    if engine.name != "llama.cpp" or to_gguf is None:
+        return EngineRun(engine, path, view)
+    file = scratch / f"{path.name}.gguf"
+    lost = to_gguf(path, file)
+    if lost:  # the file is compared with itself: what writing it cost is said beside
+        view = open_model(file)
+    return EngineRun(engine, file, view, notes=["written by `export --to gguf`.", *lost])
 
 
 LOGITS = ("transformers logits", ("config.json", "shards", "compressed weights"), check_logits)
@@ -117,6 +179,8 @@ def _run(
         return Check(name=name, status="passed", message=function(artifact))
     except NotChecked as reason:
         return Check(name=name, status="not checked", message=str(reason))
+    except EngineMissing:
+        raise
     except PocketLMError as error:
         return Check(name=name, status="failed", message=str(error))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -34,6 +34,8 @@ RECIPE = "pocketlm/recipe.yaml"
 AGAIN = "Run the same compress command again; it resumes."
 
 CheckFunction = Callable[["Artifact"], str]
+Named = tuple[str, tuple[str, ...], CheckFunction]
+"""A check: its name, the checks it builds on, and its function."""
 
 
 class NotChecked(Exception):
@@ -108,7 +110,7 @@ class Artifact:
 
 def checks(
     against_source: Path | str | None,
-) -> tuple[tuple[str, tuple[str, ...], CheckFunction], ...]:
+) -> tuple[Named, ...]:
     """Name, the checks it builds on, and function of each, in order.
 
     Args:
@@ -230,6 +232,8 @@ def check_compressed(artifact: Artifact) -> str:
     if index is None and not entries:
         if artifact.ledger is not None and artifact.ledger.stages:
             return "no weight is: the model is smaller, and an ordinary checkpoint."
+        if artifact.ledger is None:  # an export, or another tool's model
+            return "no weight is: an ordinary checkpoint."
         raise ArtifactError("nothing is compressed.")
     for module in index.modules.values() if index is not None else ():
         assert index is not None

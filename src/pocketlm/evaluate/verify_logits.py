@@ -23,6 +23,7 @@ from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.views import ModelView
 from pocketlm.engine.machine import available_ram_bytes
+from pocketlm.evaluate.engines.compare import divergence
 from pocketlm.evaluate.verify_files import Artifact, NotChecked
 from pocketlm.formats import compressed_tensors
 from pocketlm.formats.capabilities import is_expert
@@ -50,7 +51,7 @@ def check_logits(artifact: Artifact) -> str:
     _require_memory(artifact)
     view, unlike = open_model(artifact.path, allow_compressed=True), ""
     if index is not None and by_library:
-        unlike = _round_as_library(view, index)
+        unlike = round_as_library(view, index)
     tokens = [(3 + 7919 * i) % view.vocabulary for i in range(TOKENS)]
     ours_TV = view_logits(view, tokens)
     theirs_TV = _logits_elsewhere(artifact.path, tokens, ours_TV.shape)
@@ -58,8 +59,8 @@ def check_logits(artifact: Artifact) -> str:
         digest = hashlib.sha256(ours_TV.contiguous().numpy().tobytes()).hexdigest()
         return f"bit-equal to transformers{unlike}, float32, {TOKENS} tokens, sha256 {digest}."
     largest = float((ours_TV - theirs_TV).abs().max())
-    kl = float(_divergence(ours_TV, theirs_TV))
-    reason = _why_unequal(artifact, index)
+    kl = float(divergence(ours_TV, theirs_TV).mean())
+    reason = why_unequal(artifact, index)
     if reason and (by_library or index is None) and kl < KL_LIMIT:
         return (
             f"KL to transformers{unlike} {kl:.1e} (limit {KL_LIMIT:.0e}); not bit-equal, because "
@@ -80,8 +81,12 @@ class _OneScale(InputQuantizer):
         return super().__call__(x) if x.dim() > 2 else super().__call__(x.view(1, -1)).view(x.shape)
 
 
-def _round_as_library(view: Model, index: CompressedIndex) -> str:
+def round_as_library(view: Model, index: CompressedIndex) -> str:
     """Makes a view round inputs as transformers does; says what that leaves out.
+
+    Args:
+        view: The artifact as we read it.
+        index: What is compressed in it, in the format compressed-tensors.
 
     Raises:
         NotChecked: If transformers does not load experts as they are stored for other engines.
@@ -101,8 +106,13 @@ def _round_as_library(view: Model, index: CompressedIndex) -> str:
     return " (the inputs of experts unrounded, as it runs them)" if experts else ""
 
 
-def _why_unequal(artifact: Artifact, index: CompressedIndex | None) -> str | None:
-    """What transformers is known to do otherwise than float32 weights, one linear at a time."""
+def why_unequal(artifact: Artifact, index: CompressedIndex | None) -> str | None:
+    """What transformers is known to do otherwise than float32 weights, one linear at a time.
+
+    Args:
+        artifact: It names the stored tensors.
+        index: What is compressed in it; None: nothing.
+    """
     if index is None:
         experts = any(is_expert(name.removesuffix(".weight")) for name in artifact.tensors)
         return "multiplies the experts' gate and up as one" if experts else None
@@ -151,11 +161,6 @@ def _logits_elsewhere(path: Path, tokens: list[int], shape: torch.Size) -> Tenso
     if values.numel() != math.prod(shape):
         raise ArtifactError(f"transformers gives {values.numel()} logits, not {tuple(shape)}.")
     return values.view(shape)
-
-
-def _divergence(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
-    ours, theirs = (x.double().log_softmax(-1) for x in (ours_TV, theirs_TV))
-    return (ours.exp() * (ours - theirs)).sum(-1).mean()
 
 
 def _scale_dtype(artifact: Artifact, module: str) -> torch.dtype:

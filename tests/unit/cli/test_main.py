@@ -220,3 +220,18 @@ def test_roofline_draws_and_writes(cli, capsys, tmp_path):
     assert "Known: auto, h100" in capsys.readouterr().err
     assert cli("roofline", str(tmp_path), "--device", "l4", "--measure") == 2
     assert "data sheet" in capsys.readouterr().err
+
+
+def test_verify_hands_the_engine_on_and_fails_by_exit_code(api, cli, capsys):
+    from pocketlm.evaluate.verify import Check, VerifyReport
+
+    failed = Check(name="vllm greedy", status="failed", message="other tokens")
+    api.answers["verify"] = VerifyReport(path="out", checks=(failed,))
+    python = "vllm-env/bin/python"
+    given = ("--engine", "vllm", "--engine-python", python, "--tensor-parallel", "2")
+    assert cli("verify", "out", "--against", "model", *given, "--json") == 2
+    asked, options = api.calls["verify"]
+    assert asked == (Path("out"), "model")
+    assert (options["engine"], options["engine_python"]) == ("vllm", Path(python))
+    assert (options["engine_path"], options["tensor_parallel"]) == (None, 2)
+    assert json.loads(capsys.readouterr().out)["checks"][0]["name"] == "vllm greedy"

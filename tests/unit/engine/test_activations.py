@@ -250,7 +250,7 @@ def test_static_ranges_of_experts_without_tokens_are_their_siblings(
     [
         ("ZEROQUANT", "vllm", "no kernel for INT8_GROUP"),
         ("W4A8", "vllm", "no kernel for INT4_GROUP"),
-        ("FP8_DYNAMIC", "vllm-cpu", "does not round inputs as float8-token"),
+        ("FP8", "vllm-cpu", "does not round inputs as float8-tensor"),
         ("FP8_BLOCK", "vllm", "does not divide"),
         ("LLM_INT8", "vllm", "does not load the format pocketlm"),
     ],

@@ -1,0 +1,217 @@
+"""The checks of `verify --engine`: a real engine loads the files and must compute what we do.
+
+Log-probabilities on fixed text and greedy continuations are compared with our own float32 run of
+the decoded weights. Bounds: transformers, whose weights are decoded as ours, gives the same bits;
+vLLM computes in 16 bits where its kernels do; llama.cpp rounds activations to 8 bits beside
+quantized weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pocketlm.core.activations import LEAST_SCALE, InputQuantizer
+from pocketlm.core.errors import ArtifactError
+from pocketlm.evaluate.engines.ask import Answer, Job, ask
+from pocketlm.evaluate.engines.compare import TIE, Distance, distance, our_hidden, our_logits
+from pocketlm.evaluate.engines.find import Engine
+from pocketlm.evaluate.engines.questions import WORDS, Questions, questions_for
+from pocketlm.evaluate.verify_files import Artifact, Named, NotChecked
+from pocketlm.evaluate.verify_logits import round_as_library, why_unequal
+from pocketlm.formats import compressed_tensors
+from pocketlm.formats.gguf_types import FLOATS as PLAIN_TYPES
+from pocketlm.formats.gguf_types import NUMBERS
+from pocketlm.formats.read import CompressedIndex
+from pocketlm.models.adapter import Model
+from pocketlm.models.gguf import GgufFile
+
+KL_LIMITS = {"transformers": 1e-4, "vllm": 1e-3, "llama.cpp": 5e-3}
+# Of the greedy tokens, where activations are rounded to 8 bits: noise that flips choices beyond a
+# tie. F16 files flip none (docs/experiments.md).
+ROUNDING_FLIPS = 0.02
+HALF_FIRST = ("float16", "bfloat16")  # vLLM's products of 4-bit weights take no float32
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Over127(InputQuantizer):
+    """A token's scale in vLLM, max|x| / 127; compressed-tensors and we take max|x| / 127.5."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x̂ of any [..., I], in the dtype of x."""
+        wide = x.float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST_SCALE) / 127
+        return ((wide / scale).round() * scale).to(x.dtype)
+
+
+@dataclass
+class EngineRun:
+    """One model in one engine; each check fills in what later ones need.
+
+    Attributes:
+        engine: Where it is.
+        model: What it loads: the artifact, or a GGUF file.
+        view: The same as we read it, in float32.
+        answer: What it said.
+        notes: What must be told beside it.
+    """
+
+    engine: Engine
+    model: Path
+    view: Model
+    answer: Answer | None = None
+    notes: list[str] = field(default_factory=list)
+    _questions: Questions | None = None
+    _distance: Distance | None = None
+
+    @property
+    def questions(self) -> Questions:
+        """What is asked."""
+        if self._questions is None:
+            self._questions = questions_for(self.view)
+        return self._questions
+
+    def checks(self) -> tuple[Named, ...]:
+        """Name, the checks it builds on, and function of each."""
+        loads, name = f"{self.engine.name} loads it", self.engine.name
+        found: list[Named] = [
+            (loads, (), self.check_loads),
+            (f"{name} log-probabilities", (loads,), self.check_logits),
+            (f"{name} greedy", (loads,), self.check_greedy),
+        ]
+        if name == "llama.cpp":
+            found.append((f"{name} tokenizer", (loads,), self.check_tokenizer))
+        return tuple(found)
+
+    def check_loads(self, artifact: Artifact) -> str:
+        """The engine loads it and answers."""
+        self.prepare(artifact)
+        text = WORDS if self.engine.name == "llama.cpp" else None
+        job = Job(self.model, self.questions, dtypes_for(self.engine, artifact.index), text)
+        answer = ask(self.engine, [job])[0]
+        if not isinstance(answer, Answer):
+            raise ArtifactError(f"{self.engine.name} refuses it: {answer.message}")
+        self.answer = answer
+        refused = "".join(f"; refused in {d}: {m}" for d, m in answer.refused.items())
+        beside = "".join(f" {note}" for note in self.notes)
+        return f"{answer.version}, {answer.dtype}, asked {self.questions.source}{refused}.{beside}"
+
+    def prepare(self, artifact: Artifact) -> None:
+        """Makes our view round inputs as the engine does, where that is known to differ.
+
+        Args:
+            artifact: It says what is compressed.
+        """
+        index = artifact.index
+        if self.engine.name == "vllm":
+            self.view.quantizers = {
+                name: Over127(q.spec) if q.spec.name == "int8-token" else q
+                for name, q in self.view.quantizers.items()
+            }
+        if self.engine.name != "transformers" or index is None:
+            return
+        if index.format == compressed_tensors.NAME:
+            left_out = round_as_library(self.view, index)
+            self.notes += [left_out.strip()] if left_out else []
+
+    def check_logits(self, artifact: Artifact) -> str:
+        """Log-probabilities agree within the engine's bound."""
+        found, name = self.distance(), self.engine.name
+        if name == "transformers" and self.bit_equal():
+            return f"bit-equal float32 logits at {found.positions} positions."
+        said = (
+            f"KL {found.kl:.1e}, largest {found.kl_largest:.1e}, same likeliest token at "
+            f"{found.same_top:.1%} of {found.positions} positions"
+        )
+        limit = KL_LIMITS[name]
+        if not found.kl < limit:
+            raise ArtifactError(f"{said}; the limit is a KL of {limit:.0e}.")
+        if name != "transformers":
+            return f"{said} (limit {limit:.0e})."
+        reason = why_unequal(artifact, artifact.index)
+        if reason is None:
+            raise ArtifactError(f"{said}; its logits should be ours bit for bit.")
+        return f"{said}; not bit-equal, because transformers {reason}."
+
+    def check_greedy(self, artifact: Artifact) -> str:
+        """Greedy continuations are ours, but where our own choice is nearly a tie."""
+        found = self.distance()
+        if not found.greedy:
+            raise NotChecked("the model's context leaves no room.")
+        said = (
+            f"{found.greedy - found.different} of {found.greedy} tokens are our own choice; at "
+            f"{found.wrong} of the others our two best are {TIE} nats or more apart"
+        )
+        if found.wrong > flips_at_most(self.engine, self.model, found, bool(self.view.quantizers)):
+            raise ArtifactError(f"{said}.")
+        return f"{said}, as rounded activations make it." if found.wrong else f"{said}."
+
+    def check_tokenizer(self, artifact: Artifact) -> str:
+        """The engine cuts text into our tokens, and has the chat template."""
+        assert self.answer is not None
+        try:
+            tokenizer = self.view.tokenizer()
+        except (OSError, ValueError):
+            raise NotChecked("the model came without a tokenizer.") from None
+        ours = tuple(tokenizer(WORDS, add_special_tokens=False).input_ids)
+        if self.answer.tokens != ours:
+            raise ArtifactError(f"cuts text otherwise: {self.answer.tokens}, not {ours}.")
+        if (tokenizer.chat_template or None) != self.answer.chat_template:
+            raise ArtifactError("does not find the chat template.")
+        has = "with the chat template" if self.answer.chat_template else "without a chat template"
+        return f"{len(ours)} tokens of a sentence are ours, {has}."
+
+    def distance(self) -> Distance:
+        """How far the engine's answers are from ours."""
+        if self._distance is None:
+            assert self.answer is not None
+            self._distance = distance(self.view, self.questions, self.answer)
+        return self._distance
+
+    def bit_equal(self) -> bool:
+        """Whether the engine's logits are ours, bit for bit."""
+        assert self.answer is not None
+        hidden_NTD = our_hidden(self.view, self.questions.sequences_NT)
+        sequences, tokens, width = hidden_NTD.shape
+        ours = our_logits(self.view, hidden_NTD.reshape(-1, width)).view(sequences, tokens, -1)
+        return torch.equal(ours[:, :-1], self.answer.rows_NTV)
+
+
+def flips_at_most(
+    engine: Engine, model: Path, found: Distance, rounds_inputs: bool = False
+) -> float:
+    """How many greedy tokens may be others than ours, though ours lead by more than a tie.
+
+    Args:
+        engine: llama.cpp rounds activations to 8 bits beside quantized weights.
+        model: What it loaded.
+        found: What was compared.
+        rounds_inputs: Whether the model says that inputs are rounded: 16 bits before the rounding
+            give other codes than float32.
+    """
+    if engine.name == "vllm" and rounds_inputs:
+        return ROUNDING_FLIPS * found.greedy
+    if engine.name != "llama.cpp":
+        return 0
+    plain = {NUMBERS[name] for name in PLAIN_TYPES}
+    kinds = {tensor.kind for tensor in GgufFile(model).header.tensors}
+    return 0 if kinds <= plain else ROUNDING_FLIPS * found.greedy
+
+
+def dtypes_for(engine: Engine, index: CompressedIndex | None) -> tuple[str, ...]:
+    """What an engine is asked to compute in, the first that it takes."""
+    if engine.name == "llama.cpp":
+        return ("gguf",)
+    if engine.name == "transformers":
+        return ("float32",)
+    packed = () if index is None else index.modules.values()
+    by_codes = any(not module.activations for module in packed)
+    return HALF_FIRST if by_codes else DTYPES
+
+
+ToGguf = Callable[[Path, Path], list[str]]
+"""Writes an artifact as a GGUF file; gives what was lost, as sentences."""
