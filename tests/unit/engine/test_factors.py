@@ -27,7 +27,6 @@ import pocketlm.hf  # noqa: F401  (teaches transformers the format)
 from pocketlm import api
 from pocketlm.core.errors import ConfigError, OutputBusy, UnsupportedLayer
 from pocketlm.core.stored import DenseSpec, LowRankSpec, SumSpec
-from pocketlm.engine import machine
 from pocketlm.engine.events import Event
 from pocketlm.evaluate.verify_files import Artifact, checks
 from pocketlm.runtime.factored import LowRankLinear, SumLinear
@@ -57,12 +56,6 @@ FAMILIES = {
         )
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans need no true speed here; measuring it takes half of a tiny run."""
-    monkeypatch.setattr(machine, "_seconds_each", lambda *_: 1e-3)
 
 
 @pytest.fixture(scope="session")

@@ -76,12 +76,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Predictions of time need no exact rates here."""
-    monkeypatch.setattr("pocketlm.engine.machine.MEASURE_SECONDS", 0.0)
-
-
-@pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(0)
