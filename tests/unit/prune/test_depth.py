@@ -96,6 +96,7 @@ def test_then_quantized(saved, compress, tmp_path: Path) -> None:
     assert not (tmp_path / "out.pocketlm-work").exists()
 
 
+@pytest.mark.usefixtures("damage_by_stage")
 def test_two_transforms(saved, compress, tmp_path: Path) -> None:
     source, out = saved("llama"), tmp_path / "out"
     result = compress(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,13 @@ def test_the_order_is_near_the_best_of_all() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         score_OI = torch.rand(6, 8, generator=generator) ** 3
-        every = [
-            kept_share(score_OI[:, list(p)], HALF) for p in permutations(range(8)) if p[0] == 0
-        ]
+        every = []
+        for others in combinations(
+            range(1, 8), 3
+        ):  # beside column 0: order in a group is no matter
+            group = [0, *others]
+            order = [*group, *(i for i in range(8) if i not in group)]
+            every.append(kept_share(score_OI[:, order], HALF))
         found = kept_share(score_OI[:, best_order(score_OI, HALF)], HALF)
         assert found >= kept_share(score_OI, HALF)
         assert found > max(every) - 0.25 * (max(every) - min(every))
