@@ -4,7 +4,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Idle OpenMP threads that spin steal the cores of a small machine.
 export OMP_WAIT_POLICY ?= passive

@@ -1,6 +1,6 @@
-"""What tests do without: exact rates of the machine, waiting for the disk, processes of transformers.
+"""What tests do without: exact rates of the machine, waiting for the disk, more processes.
 
-Nothing here is imported before a test asks for it: the process that hands out tests loads no torch.
+Nothing is imported before a test asks for it: the process that hands out tests loads no torch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from tests.unit.models.families import build
 
 from pocketlm import api, compression
 from pocketlm.catalog import METHODS
-from pocketlm.core.errors import UnsupportedModel
 from pocketlm.engine.journal import Journal
 from pocketlm.evaluate.verify_files import Artifact, checks
 from pocketlm.evaluate.verify_logits import view_logits
@@ -58,7 +57,8 @@ def row(
     return Row((*before, {"method": method, **options}, *after), near, weights, family, looks)
 
 
-NEAR_8, NEAR_4 = 0.02, 0.2
+# Relative distances of the logits; a model that has nothing to do with another is off by 1.4.
+NEAR_8, NEAR_4, HALVED, NARROWER, RANDOM_SPECTRUM = 0.03, 0.25, 0.8, 0.35, 1.0
 ROWS = {
     "rtn": row("rtn", NEAR_8, weights=W8),
     "clip": row("clip", NEAR_8, "rtn", weights=W8),
@@ -72,35 +72,35 @@ ROWS = {
     "autoround": row("autoround", NEAR_4, iters=2, weights=W4),
     "learned_clip": row("learned_clip", NEAR_4, "rtn", epochs=1, weights=W4),
     "lkd": row("lkd", NEAR_4, iters=2, weights=W4),
-    "magnitude": row("magnitude", 1, **HALF),
-    "wanda": row("wanda", 1, **HALF),
-    "ria": row("ria", 1, **HALF),
-    "esparse": row("esparse", 1, **HALF),
-    "gblm": row("gblm", 1, **HALF),
-    "dsnot": row("dsnot", 1, **HALF),
-    "sparsegpt": row("sparsegpt", 1, **HALF),
-    "sparsegpt_joint": row("sparsegpt_joint", 1, weights=W8, **HALF),
-    "alps": row("alps", 1, **HALF),
-    "tune": row("tune", 1, before=({"method": "wanda", **HALF},), iters=2),
-    "svd": row("svd", 1, ratio=0.2),
-    "fwsvd": row("fwsvd", 1, ratio=0.2),
-    "asvd": row("asvd", 1, ratio=0.2),
-    "svd_llm": row("svd_llm", 1, ratio=0.2),
-    "laser": row("laser", 1, layers="1", keep=0.5),
-    "losparse": row("losparse", 1, ratio=0.2, density=0.1, rounds=2),
+    "magnitude": row("magnitude", HALVED, **HALF),
+    "wanda": row("wanda", HALVED, **HALF),
+    "ria": row("ria", HALVED, **HALF),
+    "esparse": row("esparse", HALVED, **HALF),
+    "gblm": row("gblm", HALVED, **HALF),
+    "dsnot": row("dsnot", HALVED, **HALF),
+    "sparsegpt": row("sparsegpt", HALVED, **HALF),
+    "sparsegpt_joint": row("sparsegpt_joint", HALVED, weights=W8, **HALF),
+    "alps": row("alps", HALVED, **HALF),
+    "tune": row("tune", HALVED, before=({"method": "wanda", **HALF},), iters=2),
+    "svd": row("svd", RANDOM_SPECTRUM, ratio=0.2),
+    "fwsvd": row("fwsvd", RANDOM_SPECTRUM, ratio=0.2),
+    "asvd": row("asvd", RANDOM_SPECTRUM, ratio=0.2),
+    "svd_llm": row("svd_llm", RANDOM_SPECTRUM, ratio=0.2),
+    "laser": row("laser", NEAR_4, layers="1", keep=0.5),
+    "losparse": row("losparse", RANDOM_SPECTRUM, ratio=0.2, density=0.1, rounds=2),
     "lqer": row("lqer", NEAR_4, before=("rtn",), rank=4, group_size=32, weights=W4),
     "lorc": row("lorc", NEAR_4, before=("rtn",), rank=4, bits=None, weights=W4),
     "caldera": row("caldera", NEAR_4, before=("gptq",), rank=4, iterations=2, weights=W4),
     "depth": row("depth", 1, blocks=1),
     "shortgpt": row("shortgpt", 1, blocks=1),
-    "flap": row("flap", 1, channels=64),
-    "wanda_sp": row("wanda_sp", 1, channels=64),
-    "minitron": row("minitron", 1, channels=64),
-    "slicegpt": row("slicegpt", 1, hidden=48),
-    "experts": row("experts", 1, keep=3, family="mixtral"),
+    "flap": row("flap", NARROWER, channels=64),
+    "wanda_sp": row("wanda_sp", NARROWER, channels=64),
+    "minitron": row("minitron", NARROWER, channels=64),
+    "slicegpt": row("slicegpt", HALVED, hidden=48),
+    "experts": row("experts", NEAR_4, keep=3, family="mixtral"),
     "permute": row("permute", 1e-4),
-    "laco": row("laco", 1.2, looks=False, blocks=1, threshold=0.01),
-    "llm_pruner": row("llm_pruner", 1, looks=False, channels=64),
+    "laco": row("laco", 1.3, looks=False, blocks=1, threshold=0.01),
+    "llm_pruner": row("llm_pruner", NARROWER, looks=False, channels=64),
 }
 
 
@@ -137,8 +137,7 @@ def logits(path: Path) -> torch.Tensor:
 def test_every_method_has_a_row() -> None:
     assert ROWS.keys() == METHODS.keys()
     for name, asked in ROWS.items():
-        assert any(name in (step, dict(step).get("method")) if isinstance(step, dict) else
-                   name == step for step in asked.steps)  # fmt: skip
+        assert name in [step["method"] for step in asked.steps if isinstance(step, dict)]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -158,8 +157,7 @@ def test_a_run_is_whole_near_and_repeats_itself(
         check(artifact)  # an artifact that is not what its ledger says raises
     before, after = logits(source), logits(tmp_path / "whole")
     distance = float((after - before).norm() / before.norm())
-    print(name, distance)
-    if distance >= asked.near: print("FAR", asked.near)
+    assert distance < asked.near
 
     write, written = Journal.write_block, []
 

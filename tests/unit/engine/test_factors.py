@@ -130,7 +130,7 @@ def test_a_fifth_of_the_parameters_is_gone(sources: dict[str, Path], tmp_path: P
         assert entry.bits <= 0.8 * 16 * rows * columns
 
 
-@pytest.mark.parametrize("name", ["fwsvd-gptq", "losparse"])
+@pytest.mark.parametrize("name", ["fwsvd-gptq", pytest.param("losparse", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
