@@ -1,6 +1,7 @@
 """What tests do without: exact rates of the machine, waiting for the disk, more processes.
 
-Nothing is imported before a test asks for it: the process that hands out tests loads no torch.
+Shapes that annotations state are checked at every call. Nothing else is imported before a test
+asks for it: the process that hands out tests loads no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from tests import shapes
+
+shapes.install()
 
 
 @pytest.fixture(autouse=True, scope="session")
