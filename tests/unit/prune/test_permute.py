@@ -76,6 +76,25 @@ def test_pruning_after_it_keeps_more(saved, text_file: Path, tmp_path: Path) -> 
     assert kept[1] > kept[0]
 
 
+def test_channels_of_large_inputs_are_spread(saved, text_file: Path, tmp_path: Path) -> None:
+    """Weights alike, inputs not: half of the channels carry all, and lie side by side."""
+    model, source = plain(saved("llama")), tmp_path / "source"
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:24] *= 30
+    model.save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((saved("llama") / name).read_bytes())
+    others = ["lm_head", *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up"))]
+    settings = {"calibration": str(text_file), "samples": 4, "seq_len": 32}
+    lost = []
+    for name, steps in (("plain", ["wanda"]), ("moved", ["permute", "wanda"])):
+        asked = {"steps": steps, "weights": None, "ignore": others}
+        pocketlm.compress(source, build_recipe(asked, sparsity="2:4"), tmp_path / name, **settings)
+        lost.append(float((logits(plain(tmp_path / name)) - logits(model)).norm()))
+    assert lost[1] < 0.2 * lost[0]
+
+
 def test_what_has_no_groups_is_refused(saved, compress, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no groups: give N:M"):
         Permute.parse({"sparsity": 0.5})
