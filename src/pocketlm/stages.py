@@ -259,7 +259,7 @@ def reduce(
             settled = earlier_samples(place, job.work_dir)
             count, seq_len = _sizes(model, transform, settings, job, settled)
             outline = ModelOutline(model)
-            changes = transform.changes(outline, None)
+            changes = transform.changes(outline, None)  # refuses what cannot be before any work
             plan = plan_transform(model, reopen(model, changes), job, changes, count, seq_len)
             plans.append(plan)
             refuse_impossible(plan, output, model.device)

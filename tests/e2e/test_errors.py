@@ -172,7 +172,7 @@ def test_an_artifact_of_another_recipe(cli, source, tmp_path):
     before = (output / WEIGHTS).read_bytes()
     done = cli("compress", source, "-o", output, "--json", "--bits", "3", *QUICK)
     assert done.code == 2
-    assert done.json["error"]["type"] in ("OutputBusy", "ResumeError")
+    assert done.json["error"]["type"] == "OutputBusy"
     assert "--restart" in done.json["error"]["remedy"]
     assert (output / WEIGHTS).read_bytes() == before
     assert cli("compress", source, "-o", output, "--bits", "3", "--restart", *QUICK).code == 0
@@ -198,9 +198,7 @@ def test_pickle_checkpoints(cli, model, tmp_path):
 
 
 def test_a_device_that_is_not_there(cli, source, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has one")
-    refuses(cli, source, tmp_path / "out", "ConfigError", "cuda", flags=("--device", "cuda"))
+    refuses(cli, source, tmp_path / "out", "ConfigError", "cuda:99", flags=("--device", "cuda:99"))
 
 
 def test_verify_of_what_is_no_artifact(cli, source, tmp_path):

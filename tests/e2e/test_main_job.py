@@ -72,11 +72,14 @@ def test_inspect(cli: Cli, source):
 
 
 def test_verify_passes(cli: Cli, artifact, source):
+    """Here transformers runs in a process of its own, which knows nothing of this one."""
     done = cli("verify", artifact, "--against", source)
     assert done.code == 0, done.out
     assert "Verified" in done.out
+    assert "bit-equal to transformers" in done.out.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_verify_fails_loudly(cli: Cli, artifact, tmp_path):
     spoilt = tmp_path / "spoilt"
     shutil.copytree(artifact, spoilt)
@@ -274,40 +277,32 @@ def wait_for_block(process: subprocess.Popen[str], work: Path) -> None:
         time.sleep(0.005)
 
 
-@pytest.fixture(scope="module")
-def many_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose compression takes some seconds."""
-    return save_model(tmp_path_factory.mktemp("many") / "model", num_hidden_layers=12)
-
-
-def test_ctrl_c_leaves_a_state_to_go_on_from(process: Start, cli: Cli, many_blocks, tmp_path):
-    output = tmp_path / "out"
-    running = process("compress", many_blocks, "-o", output, *QUICK)
-    wait_for_block(running, tmp_path / "out.pocketlm-work")
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+def test_a_second_run_and_ctrl_c(process: Start, cli: Cli, tmp_path):
+    """Another run on the same output is refused and harms nothing; Ctrl-C leaves a state to go on
+    from. One process shows both: it takes seconds to start.
+    """
+    model = save_model(tmp_path / "model", num_hidden_layers=12)
+    output, work = tmp_path / "out", tmp_path / "out.pocketlm-work"
+    asked = ("compress", model, "-o", output, "--method", "rtn", *QUICK)
+    running = process(*asked)
+    try:
+        wait_for_block(running, work)
+        running.send_signal(signal.SIGSTOP)
+        blocks = len(list((work / "blocks").glob("*.json")))
+        assert 0 < blocks < 12
+        done = cli(*asked, "--json")
+        assert done.code == 2
+        assert done.json["error"]["type"] == "OutputBusy"
+        assert "another run" in done.json["error"]["what"]
+        running.send_signal(signal.SIGINT)  # it waits until the process goes on
+    finally:
+        running.send_signal(signal.SIGCONT)
+        out, err = running.communicate(timeout=60)
     assert running.returncode == 130, (out, err)
     assert "run the same command to go on" in err
     assert not (output / "config.json").exists()
-    done = cli("compress", many_blocks, "-o", output, *QUICK)
+    done = cli(*asked)
     assert done.code == 0, done.err
     assert (output / "config.json").exists()
     assert "block 12 of 12" in done.err
     assert "\nblock 1 of 12" not in done.err  # it is not done again
-
-
-def test_two_runs_on_one_output(process: Start, cli: Cli, many_blocks, tmp_path):
-    output = tmp_path / "out"
-    running = process("compress", many_blocks, "-o", output, *QUICK)
-    try:
-        wait_for_block(running, tmp_path / "out.pocketlm-work")
-        running.send_signal(signal.SIGSTOP)
-        done = cli("compress", many_blocks, "-o", output, "--json", *QUICK)
-        assert done.code == 2
-        assert done.json["error"]["type"] == "OutputBusy"
-        assert "another run" in done.json["error"]["what"]
-    finally:
-        running.send_signal(signal.SIGCONT)
-        running.communicate(timeout=120)
-    assert running.returncode == 0
-    assert (output / "config.json").exists()

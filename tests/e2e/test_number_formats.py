@@ -14,6 +14,7 @@ Cli = Callable[..., Done]
 FEW = ("--samples", "4", "--seq-len", "32", "--device", "cpu")
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("scheme", "method", "storage"),
     [

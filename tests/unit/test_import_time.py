@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 HEAVY = ("torch", "transformers", "scipy", "matplotlib")
 REPORT = f"import sys; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
 
@@ -18,24 +16,20 @@ def loaded_after(code: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_import_loads_nothing_heavy():
-    assert loaded_after("import pocketlm; pocketlm.__version__") == []
+def test_import_and_names_load_nothing_heavy():
+    code = "import pocketlm; pocketlm.__version__; assert 'compress' in pocketlm.__all__"
+    assert loaded_after(code) == []
 
 
-def test_the_names_are_there_without_being_imported():
-    assert loaded_after("import pocketlm; assert 'compress' in pocketlm.__all__") == []
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["compress", "--help"], ["nonsense"]]
-)
-def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]):
-    assert loaded_after(f"from pocketlm.cli.main import run\nrun({arguments!r})") == []
-
-
-def test_contradicting_flags_end_before_anything_heavy():
-    arguments = ["compress", "model", "-o", "out", "--scheme", "W4A16", "--bits", "3"]
-    code = f"from pocketlm.cli.main import run\nassert run({arguments!r}) == 2"
+def test_help_and_mistakes_load_nothing_heavy():
+    """All of them one after the other: each adds to what is loaded."""
+    code = "from pocketlm.cli.main import run\n"
+    contradicting = ["compress", "model", "-o", "out", "--scheme", "W4A16", "--bits", "3"]
+    for arguments, ending in (
+        (["--help"], 0), (["--version"], 0), (["compress", "--help"], 0), (["nonsense"], 2),
+        (contradicting, 2),
+    ):  # fmt: skip
+        code += f"assert run({arguments!r}) == {ending}, {arguments!r}\n"
     assert loaded_after(code) == []
 
 

@@ -165,15 +165,16 @@ class Edit:
             shape = operation.shape(shape)
         return shape
 
-    def make(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor, in the dtype of its first part.
+    def make(self, read: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor.
 
         Args:
             read: Gives a tensor of the source.
+            dtype: Of the result; None: that of its first part.
         """
         name, weight = self.parts[0]
         value = read(name)
-        dtype = value.dtype
+        dtype = value.dtype if dtype is None else dtype
         if len(self.parts) > 1 or weight != 1.0:
             value = value.double() * weight
             for name, weight in self.parts[1:]:

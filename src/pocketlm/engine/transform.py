@@ -104,7 +104,6 @@ def _run(
     log: EventLog,
     planned: float,
 ) -> Ledger:
-    transform.changes(outline, None)  # refuses what cannot be before any work
     progress = Progress(log, {"calibrate": planned, "assemble": 0.0})
     progress.stage("calibrate", "looking at the original")
     survey = StreamedSurvey(

@@ -13,7 +13,7 @@ Legend: O output rows, I input columns, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from pocketlm.core.tensors import Dense
 FLOOR = 1e-4  # the least scale of an input, over the largest: one without input costs nothing
 
 
+@runtime_checkable
 class Metric(Protocol):
     """A square root S of how much the inputs weigh."""
 

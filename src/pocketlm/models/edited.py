@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from pocketlm.core.changes import Changes
@@ -21,16 +22,20 @@ class EditedSource:
     Args:
         source: The original.
         changes: What is made of it.
+        dtype: Of tensors that are no copies; None: as they are written, rounded to the source's.
     """
 
-    def __init__(self, source: TensorSource, changes: Changes) -> None:
-        self._source, self._changes = source, changes
+    def __init__(
+        self, source: TensorSource, changes: Changes, dtype: torch.dtype | None = None
+    ) -> None:
+        self._source, self._changes, self._dtype = source, changes, dtype
         self._edits = {edit.name: edit for edit in changes.edits}
         infos = source.infos()
         self._infos: dict[str, TensorInfo] = {}
         for edit in changes.edits:
             first = infos[edit.parts[0][0]]
-            self._infos[edit.name] = TensorInfo(edit.name, first.dtype, edit.shape(first.shape))
+            made = first.dtype if dtype is None or edit.copies else dtype
+            self._infos[edit.name] = TensorInfo(edit.name, made, edit.shape(first.shape))
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the result, in the order of the edits."""
@@ -45,7 +50,7 @@ class EditedSource:
         edit = self._edits.get(name)
         if edit is None:
             raise SourceError(f"holds no tensor '{name}'.", where=WHERE)
-        value = edit.make(self._source.read)
+        value = edit.make(self._source.read, self._infos[name].dtype)
         require_finite(name, value, WHERE)
         return value
 

@@ -102,7 +102,8 @@ def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) 
     Args:
         model: The original.
         changes: Configuration and edits.
-        dtype: What blocks compute in; None: as in the original.
+        dtype: What blocks compute in, and what is edited stays in: a proof must not see how a
+            checkpoint's dtype rounds. None: as in the original, and as it would be written.
 
     Returns:
         The model, as it would open from disk.
@@ -111,10 +112,11 @@ def reopen(model: Model, changes: Changes, *, dtype: torch.dtype | None = None) 
         SourceError: If configuration and tensors do not fit together.
         UnsupportedModel: If transformers cannot build that configuration.
     """
+    source = EditedSource(model.source, changes, dtype)
     dtype = model.compute_dtype if dtype is None else dtype
     skeleton = skeleton_like(model.skeleton.model, dtype, changes.config)
     parts = Parts(
-        source=EditedSource(model.source, changes),
+        source=source,
         config=changed_config(model, changes.config),
         skeleton=skeleton,
         side_files=model.side_files,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from pocketlm.formats.shards import write_file
@@ -28,27 +29,8 @@ def render(data: ReportData, ways: Sequence[Loading] = (), licence: str = "") ->
         ways: How each engine loads the artifact.
         licence: Of the weights, as a sentence.
     """
-    environment = Environment(
-        loader=PackageLoader("pocketlm.report", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        bytes=words.bytes_text,
-        seconds=words.seconds_text,
-        number=words.number_text,
-        signed=words.signed_text,
-        percent=words.percent_text,
-        interval=words.interval_text,
-        share=words.share_text,
-        points=words.points_text,
-        tight=_tight,
-        code=_code,
-    )
     size_original, size_compressed = charts.size_bars(data.sizes)
-    return environment.get_template(TEMPLATE).render(
+    return _template().render(
         data=data,
         verdict=verdict(data),
         rule=RULE,
@@ -68,6 +50,30 @@ def render(data: ReportData, ways: Sequence[Loading] = (), licence: str = "") ->
         remarks=_grouped((*data.remarks, *_measuring(data))),
         actions=_actions(data),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("pocketlm.report", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        bytes=words.bytes_text,
+        seconds=words.seconds_text,
+        number=words.number_text,
+        signed=words.signed_text,
+        percent=words.percent_text,
+        interval=words.interval_text,
+        share=words.share_text,
+        points=words.points_text,
+        tight=_tight,
+        code=_code,
+    )
+    return environment.get_template(TEMPLATE)
 
 
 def write_report(

@@ -16,7 +16,6 @@ from tests.unit.models.families import build
 from pocketlm.core.errors import CalibrationError, UnsupportedLayer
 from pocketlm.core.spec import INPUTS, SCHEMES, ActivationSpec
 from pocketlm.engine.events import Event
-from pocketlm.evaluate import verify_logits
 from pocketlm.evaluate.verify import verify_artifact
 from pocketlm.evaluate.verify_logits import view_logits
 from pocketlm.hf import plain_logits
@@ -26,12 +25,7 @@ from pocketlm.runtime.load import load, packed_summary
 TOKENS = list(range(3, 35))
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verify runs plain transformers in this process: a new one takes seconds to import it."""
-    monkeypatch.setattr(
-        verify_logits, "_logits_elsewhere", lambda path, tokens, _: plain_logits(path, tokens)
-    )
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 KINDS = {

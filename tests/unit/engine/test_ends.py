@@ -22,7 +22,6 @@ from pocketlm.engine.grids import choose_grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.options import Job
 from pocketlm.engine.plan import make_plan
-from pocketlm.evaluate import verify_logits
 from pocketlm.evaluate.verify import verify_artifact
 from pocketlm.evaluate.verify_logits import view_logits
 from pocketlm.hf import plain_logits
@@ -37,12 +36,12 @@ INT4 = QuantSpec(bits=4, group_size=32)
 TOKENS = list(range(3, 35))
 
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verify runs plain transformers in this process; chunks are of 64 rows."""
-    monkeypatch.setattr(
-        verify_logits, "_logits_elsewhere", lambda path, tokens, _: plain_logits(path, tokens)
-    )
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are of 64 rows."""
     monkeypatch.setattr(runtime_model, "load_tokenizer", lambda *args, **kwargs: None)
     monkeypatch.setattr(engine_ends, "CHUNK_WEIGHTS", 64 * 64)
 

@@ -45,7 +45,7 @@ def name_of(recipe: tuple[Any, ...]) -> str:
 AWQ = {"method": "awq", "steps": 2}
 RECIPES = [
     (AWQ, "clip", AUTOROUND),
-    ("clip", LKD),
+    pytest.param(("clip", LKD), marks=pytest.mark.slow),
     pytest.param((AUTOROUND, "refine"), marks=pytest.mark.slow),
     pytest.param((CLIP, "gptq"), marks=pytest.mark.slow),
 ]

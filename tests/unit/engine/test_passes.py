@@ -96,11 +96,11 @@ def test_awq_writes_the_norms_it_divided(tmp_path: Path, compress, tiny: Path) -
 
 
 MEMORY, DISK = 1 << 30, 1000
-STOPPED = [
-    ((AWQ, "clip", "rtn"), MEMORY),
+STOPPED = [  # tests/contracts stops every method once
+    pytest.param((AWQ, "clip", "rtn"), MEMORY, marks=pytest.mark.slow),
     pytest.param(("smoothquant", "gptq"), MEMORY, marks=pytest.mark.slow),
     pytest.param(("correct", "gptq"), MEMORY, marks=pytest.mark.slow),
-    (("correct", "gptq"), DISK),
+    pytest.param(("correct", "gptq"), DISK, marks=pytest.mark.slow),
     pytest.param(("hqq",), MEMORY, marks=pytest.mark.slow),
     ((AWQ, "nearest", "refine"), DISK),
 ]

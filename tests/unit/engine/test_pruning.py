@@ -37,9 +37,16 @@ def check(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "target"), [("2:4", "transformers"), ("2:4", "pocketlm"), ("0.5", "pocketlm")]
+    ("method", "sparsity", "target"),
+    [
+        *((method, "2:4", "transformers") for method in PRUNING),
+        *((method, "0.5", "pocketlm") for method in PRUNING),
+        *(  # how zeros are stored depends on no method
+            pytest.param(m, "2:4", "pocketlm", marks=[] if m == "wanda" else pytest.mark.slow)
+            for m in PRUNING
+        ),
+    ],
 )
-@pytest.mark.parametrize("method", PRUNING)
 def test_every_method_writes_exactly_as_many_zeros(
     tmp_path: Path, compress, method: str, sparsity: str, target: str
 ) -> None:
@@ -196,7 +203,10 @@ def test_masks_are_ranked_by_the_inputs_of_the_block_before_it_is_pruned(
 
 @pytest.mark.parametrize(
     ("method", "target", "activation_bytes"),
-    [("sparsegpt", "transformers", 1 << 30), ("gblm", "pocketlm", 1000)],
+    [
+        pytest.param("sparsegpt", "transformers", 1 << 30, marks=pytest.mark.slow),
+        ("gblm", "pocketlm", 1000),
+    ],
 )
 def test_stopped_pruning_goes_on_to_the_same_bytes(
     tmp_path: Path, compress, method: str, target: str, activation_bytes: int

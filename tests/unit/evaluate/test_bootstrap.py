@@ -26,6 +26,13 @@ def test_seeds_decide() -> None:
     assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
 
 
+def test_a_quantile_is_the_least_value_that_its_share_does_not_exceed() -> None:
+    one_window = np.arange(10.0, 0.0, -1.0)[None]
+    found = quantile_intervals(one_window, [0.05, 0.1, 0.11, 0.5, 0.91, 0.95])
+    assert [interval.value for interval in found] == [1, 1, 2, 5, 10, 10]
+    assert all(interval.low == interval.value == interval.high for interval in found)
+
+
 def test_quantiles_are_over_tokens_and_their_intervals_over_windows() -> None:
     generator = np.random.default_rng(0)
     windows = generator.exponential(size=(30, 1)) * generator.exponential(size=(30, 50))

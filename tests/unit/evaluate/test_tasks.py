@@ -1,4 +1,4 @@
-"""Tasks through lm-eval on tiny models; those that need it run where it is installed."""
+"""Tasks through lm-eval on tiny models; what needs it runs with ``make test-tasks``."""
 
 from __future__ import annotations
 
@@ -65,12 +65,8 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch, data, tmp_path):
         load_tasks(settings(data, tmp_path))
 
 
-@pytest.fixture
-def lm_eval():
-    return pytest.importorskip("lm_eval", reason="lm-eval has an environment of its own")
-
-
-def test_all_tasks_in_pairs_and_nothing_is_scored_twice(lm_eval, data, pair, tmp_path, monkeypatch):
+@pytest.mark.tasks
+def test_all_tasks_in_pairs_and_nothing_is_scored_twice(data, pair, tmp_path, monkeypatch):
     original, model = pair
     (results,) = run_tasks([model], original, settings(data, tmp_path))
     assert [result.task for result in results] == list(NAMES)
@@ -96,7 +92,8 @@ def test_all_tasks_in_pairs_and_nothing_is_scored_twice(lm_eval, data, pair, tmp
     assert [result.items for result in fewer] == [2, 2, 2, 2]
 
 
-def test_a_model_beside_itself_changes_nothing(lm_eval, data, pair, tmp_path):
+@pytest.mark.tasks
+def test_a_model_beside_itself_changes_nothing(data, pair, tmp_path):
     (results,) = run_tasks([pair[0]], pair[0], settings(data, tmp_path, ("piqa",)))
     found = results[0].comparison
     assert (found.flips, found.change.value, found.p_value) == (0, 0.0, 1.0)
@@ -116,7 +113,8 @@ def quality_of_nothing():
     )
 
 
-def test_an_interrupted_run_goes_on(lm_eval, data, pair, tmp_path, monkeypatch):
+@pytest.mark.tasks
+def test_an_interrupted_run_goes_on(data, pair, tmp_path, monkeypatch):
     from pocketlm.evaluate import harness
 
     monkeypatch.setattr(harness, "LOGIT_BYTES", 1)  # one request a batch
@@ -136,7 +134,8 @@ def test_an_interrupted_run_goes_on(lm_eval, data, pair, tmp_path, monkeypatch):
     assert fresh == [results]
 
 
-def test_continuations_are_scored_as_transformers_scores_them(lm_eval, pair, tmp_path):
+@pytest.mark.tasks
+def test_continuations_are_scored_as_transformers_scores_them(pair, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pocketlm.evaluate.cache import Findings
@@ -159,7 +158,8 @@ def test_continuations_are_scored_as_transformers_scores_them(lm_eval, pair, tmp
         )
 
 
-def test_answers_end_before_a_stop_string(lm_eval, pair, tmp_path):
+@pytest.mark.tasks
+def test_answers_end_before_a_stop_string(pair, tmp_path):
     from types import SimpleNamespace
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,7 +184,8 @@ def test_answers_end_before_a_stop_string(lm_eval, pair, tmp_path):
         ask(do_sample=True)
 
 
-def test_scores_are_those_of_lm_eval_with_transformers(lm_eval, data, pair, tmp_path):
+@pytest.mark.tasks
+def test_scores_are_those_of_lm_eval_with_transformers(data, pair, tmp_path):
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -198,7 +199,8 @@ def test_scores_are_those_of_lm_eval_with_transformers(lm_eval, data, pair, tmp_
         assert result.score.value == theirs["results"][result.task]["acc_norm,none"]
 
 
-def test_hellaswag_asks_as_lm_eval_itself_does(lm_eval):
+@pytest.mark.tasks
+def test_hellaswag_asks_as_lm_eval_itself_does():
     import ast
 
     import yaml
@@ -216,7 +218,8 @@ def test_hellaswag_asks_as_lm_eval_itself_does(lm_eval):
     assert choices == [preprocess(ending) for ending in item["endings"]]
 
 
-def test_wrong_names_and_absent_data(lm_eval, data, tmp_path):
+@pytest.mark.tasks
+def test_wrong_names_and_absent_data(data, tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'hellaswag'"):
         load_tasks(settings(data, tmp_path, ("helaswag",)))
     with pytest.raises(SourceError, match="--task-data"):

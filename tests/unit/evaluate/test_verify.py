@@ -164,6 +164,7 @@ def test_the_source_is_compared(whole: Path, tmp_path: Path) -> None:
         verify_files.check_source(artifact, source)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_plain_transformers_agrees_bit_for_bit(whole: Path) -> None:
     report = verify_artifact(whole)
     assert report.ok, report.failures()

@@ -55,6 +55,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def damage_by_stage() -> None:
+    """Has the report tell what each stage costs."""
+
+
+@pytest.fixture(autouse=True)
+def _no_damage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluating every stage for the report takes a third of a tiny run: a test has to ask."""
+    if "damage_by_stage" not in request.fixturenames:
+        monkeypatch.setattr("pocketlm.report.waterfall.measure_stages", lambda *_, **__: ())
+
+
+@pytest.fixture
 def compress(text_file: Path) -> Callable[..., CompressResult]:
     def run(source: Path, output: Path, *steps: Any, **options: Any) -> CompressResult:
         recipe = {"steps": list(steps), "ignore": ["lm_head"]}
@@ -73,12 +85,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     """float32 logits [T, V] of one sequence."""
     with torch.no_grad():
         return model(torch.arange(3, 27)[None]).logits[0]
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Predictions of time need no exact rates here."""
-    monkeypatch.setattr("pocketlm.engine.machine.MEASURE_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)

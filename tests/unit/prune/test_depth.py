@@ -96,6 +96,7 @@ def test_then_quantized(saved, compress, tmp_path: Path) -> None:
     assert not (tmp_path / "out.pocketlm-work").exists()
 
 
+@pytest.mark.usefixtures("damage_by_stage")
 def test_two_transforms(saved, compress, tmp_path: Path) -> None:
     source, out = saved("llama"), tmp_path / "out"
     result = compress(
@@ -119,6 +120,7 @@ def test_plan_knows_the_size(saved, compress, tmp_path: Path, text_file: Path) -
     assert planned.smaller == result.plan.smaller == ["2 of 4 blocks removed"]
 
 
+@pytest.mark.slow  # tests/contracts does it with one block less
 def test_killed_and_resumed(saved, compress, tmp_path: Path, monkeypatch) -> None:
     """A run stopped after two blocks goes on with them, and gives the same bytes."""
     source = saved("llama")

@@ -31,41 +31,51 @@ def test_zero_ratio_is_identity(saved, compress, tmp_path: Path, family: str, me
 
 @pytest.mark.parametrize("score", ["output", "weight", "count"])
 def test_experts_that_are_never_chosen_go(saved, compress, tmp_path: Path, score: str) -> None:
-    model = plain(saved("mixtral"))
+    """Of a, 0, -a, b, -b the two largest products with any token are those above zero."""
+    original = saved("mixtral", num_local_experts=5)
+    model = plain(original)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.post_attention_layernorm.weight.abs_()
-            rows = layer.mlp.gate.weight
-            rows[1] = rows[[0, 2, 3]].mean(0)  # never above both others' second best
-            layer.mlp.experts.down_proj[1] = 0
+            rows_ED = layer.mlp.gate.weight
+            rows_ED[1], rows_ED[2], rows_ED[4] = 0, -rows_ED[0], -rows_ED[3]
     source, out = tmp_path / "source", tmp_path / "out"
     model.save_pretrained(source)
-    tokenizer_into(source, saved("mixtral"))
-    compress(source, out, {"method": "experts", "keep": 3, "score": score})
+    tokenizer_into(source, original)
+    compress(source, out, {"method": "experts", "keep": 4, "score": score})
     smaller = plain(out)
-    assert smaller.config.num_local_experts == 3
-    assert smaller.model.layers[0].mlp.gate.weight.shape == (3, 32)
-    if score == "output":  # its output is nothing
-        kept = model.model.layers[0].mlp.experts.down_proj[[0, 2, 3]]
-        assert torch.equal(smaller.model.layers[0].mlp.experts.down_proj, kept)
+    assert smaller.config.num_local_experts == 4
+    assert smaller.model.layers[0].mlp.gate.weight.shape == (4, 32)
+    for before, after in zip(model.model.layers, smaller.model.layers, strict=True):
+        kept = before.mlp.experts.down_proj[[0, 2, 3, 4]]
+        assert torch.equal(after.mlp.experts.down_proj, kept)
 
 
-def test_twins_are_merged_into_themselves(saved, compress, tmp_path: Path) -> None:
-    """Of two equal experts one goes, and the average is what they were."""
+def test_a_twin_is_merged_into_its_twin(saved, compress, tmp_path: Path) -> None:
+    """Expert 4 is asked least and has 1's weights: it goes, and their average is what both were."""
     model = plain(saved("qwen3-moe"))
     with torch.no_grad():
-        for index in (0, 2, 3):
-            experts = model.model.layers[index].mlp.experts
-            for weight in (experts.gate_up_proj, experts.down_proj):
+        for index in (0, 2, 3):  # block 1 is dense
+            layer = model.model.layers[index]
+            rows_ED = layer.mlp.gate.weight
+            # Of a, -a, b, -b two are above zero, and a part of another direction rarely above them.
+            rows_ED[2], rows_ED[5], rows_ED[4] = -rows_ED[0], -rows_ED[3], 0.3 * rows_ED[4]
+            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
                 weight[4] = weight[1]
     source, out = tmp_path / "source", tmp_path / "out"
     model.save_pretrained(source)
     tokenizer_into(source, saved("qwen3-moe"))
-    compress(source, out, {"method": "experts", "keep": 5, "merge": True}, samples=8)
-    assert plain(out).config.num_experts == 5
+    step = {"method": "experts", "keep": 5, "merge": True, "score": "count"}
+    compress(source, out, step, samples=8)
     ledger = json.loads((out / "pocketlm" / "ledger.json").read_text())
     assert "merged" in {entry["action"] for entry in ledger["tensors"].values()}
-    assert torch.isfinite(logits(plain(out))).all()
+    after = plain(out)
+    assert after.config.num_experts == 5
+    for index in (0, 2, 3):
+        old, new = (one.model.layers[index].mlp for one in (model, after))
+        assert torch.equal(new.gate.weight, old.gate.weight[[0, 1, 2, 3, 5]])
+        for name in ("gate_up_proj", "down_proj"):
+            stay = getattr(old.experts, name)[[0, 1, 2, 3, 5]]
+            torch.testing.assert_close(getattr(new.experts, name), stay)
 
 
 def test_fewer_than_a_token_takes_is_refused(saved, compress, tmp_path: Path) -> None:

@@ -62,6 +62,36 @@ def test_awq_lowers_the_output_error(inputs_TI: Tensor, states: list[LinearState
     assert rounded_error(states, scale_I, hessian_II) < 0.6 * plain
 
 
+def test_awq_takes_the_best_of_both_families(inputs_TI: Tensor) -> None:
+    """|x|^a, and (|x| / |w|)^a with |w| over its group's largest, as arXiv:2306.00978 and its code
+    have them; every trial is rounded here once more.
+    """
+    stats, steps, winners = gathered(Hessian(COLUMNS), inputs_TI), 4, set()
+    size_I = inputs_TI.square().mean(0).sqrt()
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        weight_OI = torch.randn(ROWS, COLUMNS, generator=generator)
+        if seed % 2:  # columns of very different size
+            weight_OI *= torch.rand(COLUMNS, generator=generator)
+        state = LinearState("x", weight_OI, QuantSpec(bits=3, group_size=64), torch.float16)
+        tiles_OGn = weight_OI.abs().view(ROWS, 2, 64)
+        share_I = (tiles_OGn / tiles_OGn.amax(-1, keepdim=True)).mean(0).flatten()
+        trials = [
+            base_I ** (a / steps)
+            for a in range(1, steps + 1)
+            for base_I in (size_I, size_I / share_I)
+        ]
+        trials = [t_I / (t_I.max() * t_I.min()).sqrt() for t_I in trials]
+        hessian_II = stats[Hessian].matrix_II()
+        errors = [rounded_error([state], t_I, hessian_II) for t_I in trials]
+        best = min(range(len(trials)), key=errors.__getitem__)
+        found_I = Awq(clip=False, steps=steps).scale([state], stats)
+        assert found_I is not None
+        assert torch.allclose(found_I, trials[best], rtol=1e-4)
+        winners.add(best % 2)
+    assert winners == {0, 1}
+
+
 def test_awq_leaves_alone_what_it_cannot_improve(states: list[LinearState]) -> None:
     assert Awq().scale(states, Statistics(Hessian(COLUMNS))) is None  # no token
     level = states[0].reference_OI.sign()  # any grid holds it exactly

@@ -37,6 +37,12 @@ def large_vocabulary(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the searches of this module measure; test_run.py shows that it may be shared."""
+    return tmp_path_factory.mktemp("findings")
+
+
 def search(source: Path, windows: Windows, root: Path, target="transformers", **changes):
     model = open_model(source)
     sizes = sum(info.bytes_stored for info in model.source.infos().values())
@@ -48,8 +54,8 @@ def search(source: Path, windows: Windows, root: Path, target="transformers", **
     return model, question, run_search(model, windows, question, root)
 
 
-def test_a_size_that_needs_them_compresses_them(large_vocabulary, windows, tmp_path):
-    model, question, found = search(large_vocabulary, windows, tmp_path)
+def test_a_size_that_needs_them_compresses_them(large_vocabulary, windows, findings):
+    model, question, found = search(large_vocabulary, windows, findings)
     assert found.recipe is not None
     assert found.chosen is not None
     ends = model.ends()
@@ -63,13 +69,13 @@ def test_a_size_that_needs_them_compresses_them(large_vocabulary, windows, tmp_p
     written = stored_sizes(model, grids, None)["output"]
     assert written <= found.chosen.file_bytes <= question.budget.file_bytes
     assert any("import pocketlm.hf" in note for note in found.notes)
-    again = search(large_vocabulary, windows, tmp_path)[2]
+    again = search(large_vocabulary, windows, findings)[2]
     assert again.recipe == found.recipe
 
 
-def test_their_damage_is_the_kl_of_the_changed_model(large_vocabulary, windows, tmp_path):
+def test_their_damage_is_the_kl_of_the_changed_model(large_vocabulary, windows, findings):
     """Against the original's own class with the decoded rows put in place."""
-    model, _, found = search(large_vocabulary, windows, tmp_path)
+    model, _, found = search(large_vocabulary, windows, findings)
     original = LlamaForCausalLM.from_pretrained(large_vocabulary)
     tokens = windows.tokens_NT
     for end in model.ends():
@@ -93,10 +99,10 @@ def test_their_damage_is_the_kl_of_the_changed_model(large_vocabulary, windows, 
         ({"recipe": RECIPE.model_copy(update={"ignore": ("embed_tokens", "lm_head")})}, "ignored"),
     ],
 )
-def test_else_they_keep_their_precision(large_vocabulary, windows, tmp_path, changes, said):
+def test_else_they_keep_their_precision(large_vocabulary, windows, findings, changes, said):
     if said is not None:
         changes = {**changes, "budget": Budget(file_bytes=10**8)}
-    _, _, found = search(large_vocabulary, windows, tmp_path, **changes)
+    _, _, found = search(large_vocabulary, windows, findings, **changes)
     assert not {"model.embed_tokens", "lm_head"} & set(found.recipe.overrides)
     assert not any(unit.name in ("model.embed_tokens", "lm_head") for unit in found.units)
     assert said is None or any(said in note for note in found.notes)

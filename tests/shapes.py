@@ -1,0 +1,29 @@
+"""Checks the shapes that annotations state, at every call of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+from jaxtyping import install_import_hook
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def install() -> None:
+    """Has every module of ours that states shapes checked; call it before they are imported."""
+    modules = [
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        for path in sorted(SOURCE.rglob("*.py"))
+        if "from jaxtyping" in path.read_text("utf-8")
+    ]
+    assert modules
+    install_import_hook(modules, f"{__name__}.check")
+
+
+def check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, where an annotation is a shape; it knows no `Self` outside of a class."""
+    shaped = any("Tensor, " in str(hint) for hint in function.__annotations__.values())
+    return beartype(function) if shaped else function
