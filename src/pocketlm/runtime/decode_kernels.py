@@ -1,28 +1,76 @@
-"""Triton kernels of one decoding step's attention: rotation and writing of keys and values in one,
-attention split over positions in two.
+"""Triton kernels of one decoding step, all that lies between products: norms with the residual,
+the gate, rotation and writing of keys and values, attention split over positions.
 
 At one token PyTorch's attention has one program for each head of keys, eight in a Llama-3-8B, on
 over a hundred processors; and rotation, its copies and the writes are eight launches. Positions
 that count are known on the device alone (`slot`): programs read as far as that and no further, so
 that one CUDA graph serves a cache of any filling.
 
-Attention over parts of the positions and their sum by running maxima: FlashAttention-2
-(arXiv:2307.08691), and its split over keys for decoding.
+On Hopper every kernel lets the one behind it start at once, and waits itself for the one before
+(programmatic dependent launch): the next product's weights come in while these compute.
 
-Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated width, N positions.
+Attention over parts of the positions and their sum by running maxima: FlashAttention-2
+(arXiv:2307.08691), and its split over keys for decoding; the last program of a head adds the parts.
+
+Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated width, N positions,
+C hidden width, F width of the gate.
 """
 
 # pyright: reportIndexIssue=false, reportMissingImports=false
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    gdc_launch_dependents = gdc_wait = None
+
+BLOCK_F = 1024  # values of the gate that a program makes
 BLOCK_N = 32  # positions that a program reads at once
 DOT_ROWS = 16  # the least that tensor cores take
 PROGRAMS = 256  # wanted at least: two for each processor of a large GPU
+
+
+@triton.jit
+def _add_norm(
+    x, y, weight, x_out, h_out, columns, epsilon,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK)
+    inside = c < columns
+    at = tl.program_id(0) * columns + c
+    w = tl.load(weight + c, mask=inside, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    v = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        added = tl.load(y + at, mask=inside, other=0.0)
+        v = (v.to(tl.float32) + added.to(tl.float32)).to(v.dtype)
+        tl.store(x_out + at, v, mask=inside)
+    v = v.to(tl.float32)
+    h = (v * tl.rsqrt(tl.sum(v * v) / columns + epsilon)).to(w.dtype)
+    tl.store(h_out + at, h.to(tl.float32) * w.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _gate(gate_up, out, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < columns
+    gate = tl.load(gate_up + row * 2 * columns + c, mask=inside, other=0.0)
+    up = tl.load(gate_up + (row * 2 + 1) * columns + c, mask=inside, other=0.0)
+    opened = (gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))).to(gate.dtype)
+    tl.store(out + row * columns + c, opened.to(tl.float32) * up.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -30,7 +78,11 @@ def _rotate_and_store(
     qkv, cos, sin, q_weight, k_weight, slot, pad, q_out, keys, values,
     k_row, k_head, k_place, v_row, v_head, v_place, epsilon,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORMED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     place = tl.load(slot)
     d = tl.arange(0, D)
@@ -60,12 +112,15 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _attend_part(
-    q, keys, values, slot, pad, part, top, total,
+def _attend(
+    q, keys, values, slot, pad, part, top, total, done, out,
     k_row, k_head, k_place, v_row, v_head, v_place, scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = pair // K, pair % K
     stop = tl.load(slot) + 1
@@ -102,24 +157,78 @@ def _attend_part(
         weight = weight * fade + tl.sum(p, 1)
         sum_GD = sum_GD * fade[:, None] + tl.dot(p.to(v_ND.dtype), v_ND, input_precision="ieee")
         maximum = higher
-    line = (pair * SPLITS + split) * G + g
-    tl.store(part + line[:, None] * D + d[None, :], sum_GD, mask=g[:, None] < G)
-    tl.store(top + line, maximum, mask=g < G)
-    tl.store(total + line, weight, mask=g < G)
+    if SPLITS == 1:
+        at_GD = (pair * G + g)[:, None] * D + d[None, :]
+        tl.store(out + at_GD, sum_GD / weight[:, None], mask=g[:, None] < G)
+    else:
+        line = (pair * SPLITS + split) * G + g
+        tl.store(part + line[:, None] * D + d[None, :], sum_GD, mask=g[:, None] < G)
+        tl.store(top + line, maximum, mask=g < G)
+        tl.store(total + line, weight, mask=g < G)
+        tl.debug_barrier()
+        if tl.atomic_add(done + pair, 1) == SPLITS - 1:  # the others' parts are there
+            tl.debug_barrier()
+            s = tl.arange(0, SPLITS)
+            for one in tl.static_range(G):
+                line_S = (pair * SPLITS + s) * G + one
+                part_SD = tl.load(part + line_S[:, None] * D + d[None, :], cache_modifier=".cg")
+                top_S = tl.load(top + line_S, cache_modifier=".cg")
+                total_S = tl.load(total + line_S, cache_modifier=".cg")
+                share_S = tl.exp(top_S - tl.max(top_S, 0))
+                mean_D = tl.sum(part_SD * share_S[:, None], 0) / tl.sum(total_S * share_S, 0)
+                tl.store(out + (pair * G + one) * D + d, mean_D)
+            tl.store(done + pair, 0)  # for the next launch
 
 
-@triton.jit
-def _join_parts(
-    part, top, total, out, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr
-):  # fmt: skip
-    pair, g = tl.program_id(0), tl.program_id(1)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, D)
-    line = (pair * SPLITS + s) * G + g
-    maximum = tl.load(top + line)
-    share = tl.exp(maximum - tl.max(maximum, 0))
-    sum_SD = tl.load(part + line[:, None] * D + d[None, :]) * share[:, None]
-    weight = tl.sum(tl.load(total + line) * share, 0)
-    tl.store(out + (pair * G + g) * D + d, tl.sum(sum_SD, 0) / weight)
+@lru_cache(maxsize=16)
+def _starts_early(device: torch.device) -> bool:
+    """Whether kernels overlap there: from Hopper on."""
+    if gdc_wait is None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _options(x: Tensor) -> dict[str, Any]:
+    early = _starts_early(x.device)
+    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
+
+
+def norm(x_BC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
+    """RMS norm: x / rms(x) in float32, times the weight in the weight's dtype; [B, C]."""
+    h_BC = torch.empty_like(x_BC)
+    _launch_norm(x_BC, None, weight_C, epsilon, x_BC, h_BC)
+    return h_BC
+
+
+def added_norm(
+    x_BC: Tensor, y_BC: Tensor, weight_C: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The sum of both, and its norm; each [B, C]."""
+    sum_BC, h_BC = torch.empty_like(x_BC), torch.empty_like(x_BC)
+    _launch_norm(x_BC, y_BC, weight_C, epsilon, sum_BC, h_BC)
+    return sum_BC, h_BC
+
+
+def _launch_norm(
+    x_BC: Tensor, y_BC: Tensor | None, weight_C: Tensor, epsilon: float, sum_BC: Tensor, h_BC: Tensor
+) -> None:
+    rows, columns = x_BC.shape
+    block = triton.next_power_of_2(columns)
+    _add_norm[rows,](
+        x_BC.contiguous(), x_BC if y_BC is None else y_BC.contiguous(), weight_C, sum_BC, h_BC,
+        columns, epsilon, y_BC is not None, block, num_warps=min(16, max(1, block // 256)),
+        **_options(x_BC),
+    )  # fmt: skip
+
+
+def gated(gate_up_BX: Tensor) -> Tensor:
+    """silu(gate) · up [B, F] of both, side by side [B, 2 F]."""
+    rows, columns = gate_up_BX.shape[0], gate_up_BX.shape[1] // 2
+    out_BF = gate_up_BX.new_empty(rows, columns)
+    _gate[rows, triton.cdiv(columns, BLOCK_F)](
+        gate_up_BX.contiguous(), out_BF, columns, BLOCK_F, **_options(gate_up_BX)
+    )
+    return out_BF
 
 
 def refuses(head_dim: int, rotated: int, dtype: torch.dtype) -> str | None:
@@ -167,7 +276,7 @@ def rotate_and_store(
     _rotate_and_store[rows, H + 2 * K](
         qkv_BX.contiguous(), *angles, q_weight, k_weight, slot_1, pad_B, q_BHD,
         keys_BKND, values_BKND, *keys_BKND.stride()[:3], *values_BKND.stride()[:3], epsilon,
-        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1,
+        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1, **_options(qkv_BX),
     )  # fmt: skip
     return q_BHD
 
@@ -180,6 +289,7 @@ def attend(
     pad_B: Tensor,
     scale: float,
     window: int | None,
+    done_P: Tensor,
 ) -> Tensor:
     """Attention of one token over the cache's positions from `pad` to `slot`.
 
@@ -191,6 +301,7 @@ def attend(
         pad_B: The first one of each row, int64.
         scale: Of scores.
         window: The most positions that count; None for all.
+        done_P: Zeros, int32 for each of P = B K heads of keys; zeros again when it has ended.
 
     Returns:
         [B, H · D].
@@ -202,13 +313,12 @@ def attend(
     part = torch.empty(B * K, splits, G, D, dtype=torch.float32, device=q_BHD.device)
     top = torch.empty(2, B * K, splits, G, dtype=torch.float32, device=q_BHD.device)
     out_BX = torch.empty(B, H * D, dtype=q_BHD.dtype, device=q_BHD.device)
-    rows = max(DOT_ROWS, triton.next_power_of_2(G))
-    _attend_part[B * K, splits](
-        q_BHD, keys_BKND, values_BKND, slot_1, pad_B, part, top[0], top[1],
+    _attend[B * K, splits](
+        q_BHD, keys_BKND, values_BKND, slot_1, pad_B, part, top[0], top[1], done_P, out_BX,
         *keys_BKND.stride()[:3], *values_BKND.stride()[:3], scale,
-        K, G, D, splits, window or 0, BLOCK_N, rows,
+        K, G, D, splits, window or 0, BLOCK_N, max(DOT_ROWS, triton.next_power_of_2(G)),
+        **_options(q_BHD),
     )  # fmt: skip
-    _join_parts[B * K, G](part, top[0], top[1], out_BX, G, D, splits, num_warps=1)
     return out_BX
 
 

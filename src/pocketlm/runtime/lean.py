@@ -3,8 +3,7 @@
 transformers' forward spends hundreds of microseconds a block on Python and on small operations; at
 one token that is more than the products take. Here a block is: norm, one product for queries, keys
 and values, rotation, attention over the static cache, product, norm, one product for gate and up,
-product. On CUDA what lies between products is fused by torch.compile, once for all blocks, and
-attention is decode_kernels.py.
+product. On CUDA what lies between products is decode_kernels.py.
 A step is trusted only after its logits were compared with those of the model's own forward.
 
 Legend: B rows, H heads of queries, K heads of keys, G = H / K, D head width, N positions seen,
@@ -13,7 +12,6 @@ C hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +125,10 @@ class LeanStep:
         like = parts.norm.weight
         self.cos_ND, self.sin_ND = parts.angles(cache.capacity, like)
         self.heads = (parts.heads, parts.kv_heads, parts.head_dim)
-        self.fused = _fused() if like.is_cuda else _EAGER
         self.kernels = _kernels(self.heads[2], self.cos_ND) if like.is_cuda else None
+        self.silu = _is_silu(parts.activation)
+        pairs = cache.parts[0].keys.shape[0] * parts.kv_heads
+        self.done_P = torch.zeros(pairs, dtype=torch.int32, device=like.device)
 
     def at(self, ids_B: Tensor, length: int, pad_B: Tensor | None) -> Tensor:
         """Logits [B, V] of ids at position `length`, known to the host."""
@@ -189,15 +189,16 @@ class LeanStep:
                 self.heads, block.keys, block.values, slot_1, pad_B,
             )  # fmt: skip
             return kernels.attend(
-                q_BHD, block.keys, block.values, slot_1, pad_B, self.parts.scale, block.window
-            )
+                q_BHD, block.keys, block.values, slot_1, pad_B, self.parts.scale, block.window,
+                self.done_P,
+            )  # fmt: skip
 
         return attend
 
     def _split(
         self, block: _LeanBlock, qkv_BX: Tensor, cos_B1D: Tensor, sin_B1D: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.fused.split_heads(
+        return split_heads(
             qkv_BX, cos_B1D, sin_B1D, block.head_norms, block.head_epsilon, self.heads
         )
 
@@ -206,18 +207,24 @@ class LeanStep:
         ids_B: Tensor,
         attend: Callable[[_LeanBlock, Tensor], Tensor],
     ) -> Tensor:
-        parts, fused = self.parts, self.fused
+        parts, kernels = self.parts, self.kernels
+        norm, add = (normed, added_norm) if kernels is None else (kernels.norm, kernels.added_norm)
         x_BC = parts.embedding(ids_B)
         first = parts.blocks[0].attention_norm
-        h_BC = fused.normed(x_BC, first.weight, first.epsilon)
+        h_BC = norm(x_BC, first.weight, first.epsilon)
         norms = [block.attention_norm for block in parts.blocks[1:]] + [parts.norm]
         for block, after in zip(self.blocks, norms, strict=True):
             y_BC = block.parts.output(attend(block, block.qkv(h_BC)))
-            norm = block.parts.mlp_norm
-            x_BC, h_BC = fused.added_norm(x_BC, y_BC, norm.weight, norm.epsilon)
-            y_BC = block.parts.down(fused.gated(block.gate_up(h_BC), parts.activation))
-            x_BC, h_BC = fused.added_norm(x_BC, y_BC, after.weight, after.epsilon)
+            mlp = block.parts.mlp_norm
+            x_BC, h_BC = add(x_BC, y_BC, mlp.weight, mlp.epsilon)
+            y_BC = block.parts.down(self._gated(block.gate_up(h_BC)))
+            x_BC, h_BC = add(x_BC, y_BC, after.weight, after.epsilon)
         return parts.head(h_BC)
+
+    def _gated(self, gate_up_BX: Tensor) -> Tensor:
+        if self.kernels is not None and self.silu:
+            return self.kernels.gated(gate_up_BX)
+        return gated(gate_up_BX, self.parts.activation)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[B, K, G, D] over [B, K, N, D] → [B, H · D]; the heads of a group are its queries."""
@@ -225,15 +232,10 @@ class LeanStep:
         return o.reshape(o.shape[0], -1)
 
 
-class _Functions:
-    """What lies between products, as it is or compiled."""
-
-    def __init__(self, wrap: Callable[[Any], Any]) -> None:
-        self.normed, self.added_norm = wrap(normed), wrap(added_norm)
-        self.split_heads, self.gated = wrap(split_heads), wrap(gated)
-
-
-_EAGER = _Functions(lambda function: function)
+def _is_silu(function: Callable[[Tensor], Tensor]) -> bool:
+    """Found by trying."""
+    x = torch.linspace(-6, 6, 64)
+    return torch.allclose(function(x), F.silu(x), atol=1e-6)
 
 
 def _kernels(head_dim: int, cos_ND: Tensor) -> Any:
@@ -244,15 +246,6 @@ def _kernels(head_dim: int, cos_ND: Tensor) -> Any:
         return None
     refused = decode_kernels.refuses(head_dim, cos_ND.shape[-1], cos_ND.dtype)
     return decode_kernels if refused is None else None
-
-
-@functools.lru_cache(maxsize=1)
-def _fused() -> _Functions:
-    try:
-        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return _EAGER
-    return _Functions(functools.partial(torch.compile, dynamic=False))
 
 
 def lean_steps(

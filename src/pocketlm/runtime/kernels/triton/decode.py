@@ -24,9 +24,9 @@ from pocketlm.runtime.kernels.triton.unpack import copy_ahead, unpack
 
 
 @gluon.jit
-def _units(q_ptr, tile, tiles, step, units, EVEN: gl.constexpr, R: gl.constexpr, C: gl.constexpr,
-           W: gl.constexpr, WORDS: gl.constexpr):  # fmt: skip
-    """The units of one step, [W, R, C, words of 16 bits]."""
+def _units(q_ptr, tile, tiles, step, units, live, EVEN: gl.constexpr, R: gl.constexpr,
+           C: gl.constexpr, W: gl.constexpr, WORDS: gl.constexpr):  # fmt: skip
+    """The units of one step, [W, R, C, words of 16 bits]; read only if `live`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, WORDS // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
     )
@@ -39,13 +39,13 @@ def _units(q_ptr, tile, tiles, step, units, EVEN: gl.constexpr, R: gl.constexpr,
     base = q_ptr + (tile * R).to(gl.int64) * units * WORDS
     at = gl.set_auto_layout((r * units + unit) * WORDS + word, LAYOUT)
     if EVEN:
-        return gl.load(base + at, eviction_policy="evict_first")
-    mask = gl.set_auto_layout((unit < units) & (r >= 0) & (word >= 0), LAYOUT)
+        return gl.load(base + at, mask=live, eviction_policy="evict_first")
+    mask = gl.set_auto_layout((unit < units) & (r >= 0) & (word >= 0), LAYOUT) & live
     return gl.load(base + at, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @gluon.jit
-def _per_group(s_ptr, tile, tiles, step, groups, STEPS: gl.constexpr, EVEN: gl.constexpr,
+def _per_group(s_ptr, tile, tiles, step, groups, live, STEPS: gl.constexpr, EVEN: gl.constexpr,
                R: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
     """Scales or zero points of a step's groups as they are stored, [W, 16 R]."""
     w = gl.arange(0, W)[:, None]
@@ -54,8 +54,8 @@ def _per_group(s_ptr, tile, tiles, step, groups, STEPS: gl.constexpr, EVEN: gl.c
     at = gl.minimum(tile * R + row // 16, tiles - 1) * groups * 16 + group * 16 + row % 16
     at = gl.set_auto_layout(at, gl.SliceLayout(2, MMA))
     if EVEN:
-        return gl.load(s_ptr + at)
-    mask = gl.set_auto_layout((group < groups) & (row >= 0), gl.SliceLayout(2, MMA))
+        return gl.load(s_ptr + at, mask=live)
+    mask = gl.set_auto_layout((group < groups) & (row >= 0), gl.SliceLayout(2, MMA)) & live
     return gl.load(s_ptr + at, mask=mask, other=0)
 
 
@@ -95,37 +95,57 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
     async_copy.commit_group()
 
 
+@gluon.jit
+def _fetch(ptr, tile, sets, count, R: gl.constexpr):
+    """Has R row tiles brought into the second-level cache, of `count` values each; ends at once."""
+    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    if tile < sets:
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, t; }",
+            "=r,l,r", [ptr + (tile * R).to(gl.int64) * count, R * count * SIZE],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def decode_kernel(
     x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
     rows, columns, outputs, units, groups, x_stride, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
     EVEN: gl.constexpr, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
-    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr,
+    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr, FETCHED: gl.constexpr,
 ):  # fmt: skip
-    """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1).
+    """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1), and with
+    fewer programs than tiles those of every P-th set of tiles from there on.
 
     AHEAD: steps whose weights are under way; divides their number. SHARED: activations come
     through shared memory, copied one step ahead: for more than a few of them. PDL: the kernel
-    behind this one may start as soon as all programs run, and this one did so itself.
+    behind this one may start as soon as all programs run, and this one did so itself. FETCHED:
+    sets of tiles that are on their way into the second-level cache.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )
     WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
     K: gl.constexpr = C * UNIT
-    tile = gl.program_id(0)
+    program, programs = gl.program_id(0), gl.num_programs(0)
     tiles, steps = gl.cdiv(outputs, 16), gl.cdiv(units, C * W)
-    total = gl.zeros([W, R * 16, N], gl.float32, MMA)
+    sets = gl.cdiv(tiles, R)
     qs, tops, ss, zs = (), (), (), ()
     for i in gl.static_range(AHEAD):
-        q = _units(q_ptr, tile, tiles, i, units, EVEN, R, C, W, WORDS)
+        q = _units(q_ptr, program, tiles, i, units, True, EVEN, R, C, W, WORDS)
         qs += (q,)
         if WIDTH == 3:
-            tops += (_units(top_ptr, tile, tiles, i, units, EVEN, R, C, W, UNIT),)
-        ss += (_per_group(s_ptr, tile, tiles, i, groups, STEPS, EVEN, R, W, MMA),)
+            tops += (_units(top_ptr, program, tiles, i, units, True, EVEN, R, C, W, UNIT),)
+        ss += (_per_group(s_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
         if ZEROS:
-            zs += (_per_group(z_ptr, tile, tiles, i, groups, STEPS, EVEN, R, W, MMA),)
+            zs += (_per_group(z_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
+    for i in gl.static_range(FETCHED):
+        _fetch(q_ptr, program + i * programs, sets, units * WORDS, R)
+        _fetch(s_ptr, program + i * programs, sets, groups * 16, R)
+        if WIDTH == 3:
+            _fetch(top_ptr, program + i * programs, sets, units * UNIT, R)
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [],
@@ -136,50 +156,67 @@ def decode_kernel(
         xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2, W, N, K], XS)
         _copy_activations(xs.index(0), x_ptr, 0, rows, columns, x_stride, W, K, N)
     ones = gl.full([W, 16, K], 1.0, x_ptr.dtype.element_ty, gl.DotOperandLayout(0, MMA, 2))
-    for first in range(0, steps, AHEAD):
-        for i in gl.static_range(AHEAD):
-            step = first + i
-            q, top, s = qs[i], qs[i], ss[i].to(gl.float32)
+    copied = 0
+    for tile in range(program, sets, programs):
+        if FETCHED > 0:
+            _fetch(q_ptr, tile + FETCHED * programs, sets, units * WORDS, R)
+            _fetch(s_ptr, tile + FETCHED * programs, sets, groups * 16, R)
             if WIDTH == 3:
-                top = tops[i]
-            ahead = gl.minimum(step + AHEAD, steps - 1)
-            next_q = _units(q_ptr, tile, tiles, ahead, units, EVEN, R, C, W, WORDS)
-            qs = qs[:i] + (next_q,) + qs[i + 1 :]
-            if WIDTH == 3:
-                next_top = _units(top_ptr, tile, tiles, ahead, units, EVEN, R, C, W, UNIT)
-                tops = tops[:i] + (next_top,) + tops[i + 1 :]
-            next_s = _per_group(s_ptr, tile, tiles, ahead, groups, STEPS, EVEN, R, W, MMA)
-            ss = ss[:i] + (next_s,) + ss[i + 1 :]
-            if SHARED:
-                _copy_activations(
-                    xs.index((step + 1) % 2), x_ptr, gl.minimum(step + 1, steps - 1), rows, columns,
-                    x_stride, W, K, N,
+                _fetch(top_ptr, tile + FETCHED * programs, sets, units * UNIT, R)
+        total = gl.zeros([W, R * 16, N], gl.float32, MMA)
+        for first in range(0, steps, AHEAD):
+            for i in gl.static_range(AHEAD):
+                step = first + i
+                q, top, s = qs[i], qs[i], ss[i].to(gl.float32)
+                if WIDTH == 3:
+                    top = tops[i]
+                same = step + AHEAD < steps  # the step that comes AHEAD is of the same tiles
+                at = gl.where(same, tile, tile + programs)
+                ahead = gl.where(same, step + AHEAD, i)
+                live = at < sets
+                next_q = _units(q_ptr, at, tiles, ahead, units, live, EVEN, R, C, W, WORDS)
+                qs = qs[:i] + (next_q,) + qs[i + 1 :]
+                if WIDTH == 3:
+                    next_top = _units(top_ptr, at, tiles, ahead, units, live, EVEN, R, C, W, UNIT)
+                    tops = tops[:i] + (next_top,) + tops[i + 1 :]
+                next_s = _per_group(
+                    s_ptr, at, tiles, ahead, groups, live, STEPS, EVEN, R, W, MMA
                 )  # fmt: skip
-                async_copy.wait_group(1)
-                b = xs.index(step % 2).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
-            else:
-                b = _activations(x_ptr, step, rows, columns, x_stride, EVEN, W, K, N, MMA)
-            a = unpack(q, top, b, WIDTH, UNIT, R, C, W)
-            a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-            part = mma_v2(a, b, gl.zeros([W, R * 16, N], gl.float32, MMA))
-            if ZEROS:
-                z = zs[i].to(gl.float32)
-                next_z = _per_group(z_ptr, tile, tiles, ahead, groups, STEPS, EVEN, R, W, MMA)
-                zs = zs[:i] + (next_z,) + zs[i + 1 :]
-                sums = mma_v2(ones, b, gl.zeros([W, 16, N], gl.float32, MMA))
-                if R > 1:
-                    sums = gl.sum(sums, 1, keep_dims=True) * 0.0625
-                part -= gl.expand_dims(z, 2) * sums
-            total += part * gl.expand_dims(s, 2)
-    if SHARED:
-        async_copy.wait_group(0)  # what is still copied must not meet what the sum puts there
-    y = gl.sum(total, 0)
-    output = gl.set_auto_layout(
-        tile * (R * 16) + gl.arange(0, R * 16)[:, None] + 0 * gl.arange(0, N)[None, :],
-        gl.SliceLayout(0, MMA),
-    )
-    row = gl.set_auto_layout(
-        gl.arange(0, N)[None, :] + 0 * gl.arange(0, R * 16)[:, None], gl.SliceLayout(0, MMA)
-    )
-    mask = (row < rows) & (output < outputs)
-    gl.store(y_ptr + row * y_stride + output, y.to(y_ptr.dtype.element_ty), mask=mask)
+                ss = ss[:i] + (next_s,) + ss[i + 1 :]
+                if SHARED:
+                    _copy_activations(
+                        xs.index((copied + 1) % 2), x_ptr, gl.where(step + 1 < steps, step + 1, 0),
+                        rows, columns, x_stride, W, K, N,
+                    )  # fmt: skip
+                    async_copy.wait_group(1)
+                    b = xs.index(copied % 2).permute((0, 2, 1))
+                    b = b.load(gl.DotOperandLayout(1, MMA, 2))
+                    copied += 1
+                else:
+                    b = _activations(x_ptr, step, rows, columns, x_stride, EVEN, W, K, N, MMA)
+                a = unpack(q, top, b, WIDTH, UNIT, R, C, W)
+                a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+                part = mma_v2(a, b, gl.zeros([W, R * 16, N], gl.float32, MMA))
+                if ZEROS:
+                    z = zs[i].to(gl.float32)
+                    next_z = _per_group(
+                        z_ptr, at, tiles, ahead, groups, live, STEPS, EVEN, R, W, MMA
+                    )  # fmt: skip
+                    zs = zs[:i] + (next_z,) + zs[i + 1 :]
+                    sums = mma_v2(ones, b, gl.zeros([W, 16, N], gl.float32, MMA))
+                    if R > 1:
+                        sums = gl.sum(sums, 1, keep_dims=True) * 0.0625
+                    part -= gl.expand_dims(z, 2) * sums
+                total += part * gl.expand_dims(s, 2)
+        if SHARED:
+            async_copy.wait_group(0)  # what is still copied must not meet what the sum puts there
+        y = gl.sum(total, 0)
+        output = gl.set_auto_layout(
+            tile * (R * 16) + gl.arange(0, R * 16)[:, None] + 0 * gl.arange(0, N)[None, :],
+            gl.SliceLayout(0, MMA),
+        )
+        row = gl.set_auto_layout(
+            gl.arange(0, N)[None, :] + 0 * gl.arange(0, R * 16)[:, None], gl.SliceLayout(0, MMA)
+        )
+        mask = (row < rows) & (output < outputs)
+        gl.store(y_ptr + row * y_stride + output, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +42,32 @@ def missing() -> str | None:
     return None
 
 
+class Card(NamedTuple):
+    """What a launch depends on.
+
+    Attributes:
+        name: As CUDA spells it.
+        hopper: Whether it is one.
+        processors: Multiprocessors.
+        shared_bytes: Shared memory that a program can have.
+    """
+
+    name: str
+    hopper: bool
+    processors: int
+    shared_bytes: int
+
+
 @lru_cache(maxsize=16)
-def _device(index: int) -> tuple[str, bool]:
-    """A card's name, and whether it is a Hopper."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.major == 9
+def card(index: int) -> Card:
+    """The card of that number."""
+    found = torch.cuda.get_device_properties(index)
+    return Card(
+        found.name,
+        found.major == 9,
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+    )
 
 
 class TritonWeights:
@@ -83,7 +105,7 @@ class TritonWeights:
 
     def matmul(self, x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid) -> Tensor:
         """The product [M, O]: unpacked in registers."""
-        name, hopper = _device(x_MI.device.index or 0)
+        name, hopper, *_ = card(x_MI.device.index or 0)
         width = lane_bits(grid.bits, grid.group_size)
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
@@ -141,13 +163,17 @@ def decode_product(
     steps, ahead = -(-units // (taken * launch.warps)), launch.ahead
     while steps % ahead:
         ahead //= 2
-    decode_kernel[(-(-tiles // launch.row_tiles),)](
+    programs = -(-tiles // launch.row_tiles)
+    if launch.resident:
+        programs = min(programs, launch.resident * card(x_MI.device.index or 0).processors)
+    decode_kernel[(programs,)](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
         tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
         STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
         UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
         R=launch.row_tiles, C=taken, W=launch.warps, N=max(8, 1 << (tokens - 1).bit_length()),
-        AHEAD=ahead, SHARED=launch.shared, PDL=early, num_warps=launch.warps,
+        AHEAD=ahead, SHARED=launch.shared, PDL=early, FETCHED=launch.fetched if early else 0,
+        num_warps=launch.warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
@@ -181,7 +207,7 @@ def prefill_product(
         STEPS=grid.group_size // (taken * unit),
         WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
         C=taken, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
-        num_warps=launch.warps,
+        DEEP=launch.deep and taken * unit <= 64, num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()

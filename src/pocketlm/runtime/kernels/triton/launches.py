@@ -33,6 +33,10 @@ class Launch:
         ahead: Of "decode": steps whose weights are under way; a power of two.
         shared: Of "decode": whether activations come through shared memory.
         early: Of "decode", on Hopper: whether it starts before the kernel before it has ended.
+        resident: Of "decode": programs for each multiprocessor, which take tiles in turn; 0: one
+            program for each set of tiles.
+        fetched: Of "decode", where it is early: sets of tiles of a program that are on their way
+            into the second-level cache before their turn.
         tokens: Of "prefill": activations of a tile.
         stages: Of "prefill": length of the ring in shared memory.
         splits: Of "prefill": parts of the columns that are summed by programs of their own.
@@ -45,9 +49,12 @@ class Launch:
     ahead: int = 1
     shared: bool = False
     early: bool = True
+    resident: int = 0
+    fetched: int = 0
     tokens: int = 64
     stages: int = 4
     splits: int = 1
+    deep: bool = False
 
     def units(self, unit: int, group_size: int, columns: int) -> int:
         """How many units of `unit` columns a step takes: whole steps make up a group, and a row."""

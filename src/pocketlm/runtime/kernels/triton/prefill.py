@@ -49,12 +49,30 @@ def _of_rows(shared, A: gl.constexpr, like: gl.constexpr):
     return gl.expand_dims(shared.load(gl.SliceLayout(1, A)).to(gl.float32).to(like), 1)
 
 
+@gluon.jit
+def _operand(qs, ts, ss, zs, stage, A: gl.constexpr, DTYPE: gl.constexpr, WIDTH: gl.constexpr,
+             UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr, W: gl.constexpr,
+             LOAD_Q: gl.constexpr, LOAD_T: gl.constexpr):  # fmt: skip
+    """The weights of a stage as operand A, [16 W, C UNIT]."""
+    q = qs.index(stage).load(LOAD_Q)
+    s = _of_rows(ss.index(stage), A, DTYPE)
+    top, z = q, s
+    if WIDTH == 3:
+        top = ts.index(stage).load(LOAD_T)
+    if ZEROS:
+        z = _of_rows(zs.index(stage), A, DTYPE)
+    v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
+    v = gl.convert_layout(gl.reshape(v, [W * 16, C * UNIT]), A, assert_trivial=True)
+    return scaled(v, s, z, ZEROS)
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def prefill_kernel(
     x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
     rows, outputs, units, groups, x_stride, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
     C: gl.constexpr, W: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    DEEP: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
 
@@ -121,44 +139,41 @@ def prefill_kernel(
 
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
-    q = qs.index(0).load(LOAD_Q)
-    s = _of_rows(ss.index(0), A, DTYPE)
-    top, z = q, s
-    if WIDTH == 3:
-        top = ts.index(0).load(LOAD_T)
-    if ZEROS:
-        z = _of_rows(zs.index(0), A, DTYPE)
-    v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
-    v = scaled(gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True), s, z, ZEROS)
+    v = _operand(qs, ts, ss, zs, 0, A, DTYPE, WIDTH, UNIT, ZEROS, C, W, LOAD_Q, LOAD_T)
     acc = gl.zeros([W * 16, N], gl.float32, ACC)
-    for i in range(steps):
-        acc = warpgroup_mma(v, xs.index(i % STAGES).permute((1, 0)), acc, is_async=True)
-        # While that runs: the next step's weights, and a copy into what step i - 1 has left.
-        async_copy.wait_group(STAGES - 3)
-        fence_async_shared()
-        following = (i + 1) % STAGES
-        q = qs.index(following).load(LOAD_Q)
-        s = _of_rows(ss.index(following), A, DTYPE)
-        top, z = q, s
-        if WIDTH == 3:
-            top = ts.index(following).load(LOAD_T)
-        if ZEROS:
-            z = _of_rows(zs.index(following), A, DTYPE)
-        ahead = i + STAGES - 1
-        if ahead < steps:
-            free, step = ahead % STAGES, start + ahead
-            copy_ahead(xs.index(free), x_at + step * K)
-            copy_ahead(qs.index(free), q_at + step * (C * WORDS))
-            copy_ahead(ss.index(free), s_at + step // STEPS * 16)
-            if WIDTH == 3:
-                copy_ahead(ts.index(free), t_at + step * (C * UNIT))
-            if ZEROS:
-                copy_ahead(zs.index(free), z_at + step // STEPS * 16)
-        async_copy.commit_group()
-        v = unpack(q, top, s, WIDTH, UNIT, 1, C, W)
-        v = gl.convert_layout(gl.reshape(v, [W * 16, K]), A, assert_trivial=True)
-        v = scaled(v, s, z, ZEROS)
-        acc, v = warpgroup_mma_wait(0, [acc, v])  # v too: it is to be made before the wait
+    before = v
+    for i in range(0, steps, 2 if DEEP else 1):
+        for half in gl.static_range(2 if DEEP else 1):
+            # While the product of this step runs: the next step's weights, and a copy into what
+            # the step before has left. DEEP: that one may still run when this one is started.
+            at = i + half
+            if half == 1:
+                v = v * (at < steps).to(DTYPE)
+            acc = warpgroup_mma(v, xs.index(at % STAGES).permute((1, 0)), acc, is_async=True)
+            if DEEP:
+                acc, before = warpgroup_mma_wait(1, [acc, before])
+            async_copy.wait_group(STAGES - 3)
+            fence_async_shared()
+            ahead = at + STAGES - 1
+            if ahead < steps:
+                free, step = ahead % STAGES, start + ahead
+                copy_ahead(xs.index(free), x_at + step * K)
+                copy_ahead(qs.index(free), q_at + step * (C * WORDS))
+                copy_ahead(ss.index(free), s_at + step // STEPS * 16)
+                if WIDTH == 3:
+                    copy_ahead(ts.index(free), t_at + step * (C * UNIT))
+                if ZEROS:
+                    copy_ahead(zs.index(free), z_at + step // STEPS * 16)
+            async_copy.commit_group()
+            following = _operand(
+                qs, ts, ss, zs, (at + 1) % STAGES, A, DTYPE, WIDTH, UNIT, ZEROS, C, W, LOAD_Q, LOAD_T
+            )  # fmt: skip
+            if DEEP:
+                before, v = v, following
+            else:
+                acc, v = warpgroup_mma_wait(0, [acc, following])  # to be made before the wait
+    if DEEP:
+        acc, before = warpgroup_mma_wait(0, [acc, before])
 
     output = gl.set_auto_layout(gl.arange(0, W * 16), gl.SliceLayout(1, ACC))
     row = gl.set_auto_layout(gl.arange(0, N), gl.SliceLayout(0, ACC))
