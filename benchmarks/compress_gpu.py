@@ -98,6 +98,8 @@ class Parts:
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
         self._open: list[list[Any]] = []
+        self._names = ["other"]
+        self.peaks: dict[str, int] = defaultdict(int)
         self._spans: list[tuple[str, Any, Any, list[Any]]] = []
 
     def now(self) -> Any:
@@ -111,16 +113,27 @@ class Parts:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Times what happens inside as `name`."""
+        self.peak()
         start, inner = self.now(), []
         self._open.append(inner)
+        self._names.append(name)
         try:
             yield
         finally:
+            self.peak()
+            self._names.pop()
             self._open.pop()
             span = (name, start, self.now(), inner)
             self._spans.append(span)
             if self._open:
                 self._open[-1].append(span)
+
+    def peak(self) -> None:
+        """Ascribes the highest bytes allocated since the last call to what is open."""
+        if self._cuda:
+            most = max(self.peaks[self._names[-1]], torch.cuda.max_memory_allocated())
+            self.peaks[self._names[-1]] = most
+            torch.cuda.reset_peak_memory_stats()
 
     def _seconds(self, start: Any, stop: Any) -> float:
         return start.elapsed_time(stop) / 1000 if self._cuda else stop - start
@@ -246,7 +259,9 @@ def compress(
             device="cuda" if cuda else "cpu",
         )  # fmt: skip
         whole = time.perf_counter() - begun
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    parts.peak()
+    peak = max(parts.peaks.values(), default=0)
+    print({name: round(most / GIB, 2) for name, most in parts.peaks.items()}, file=sys.stderr)
     print(method, f"{whole:.1f} s in all", result.seconds, file=sys.stderr)
     shutil.rmtree(output)
     return {"blocks": blocks, "peak_gib": peak / GIB, "seconds": whole, "stages": result.seconds}

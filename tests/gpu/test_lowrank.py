@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from pocketlm.core.linalg import truncated_svd
 from pocketlm.core.measure import relative_error
@@ -19,7 +18,6 @@ from pocketlm.lowrank.svd_llm import SvdLlm
 from pocketlm.quant.clip import Clip
 from pocketlm.quant.gptq import Gptq
 from pocketlm.quant.rtn import Rtn
-from pocketlm.runtime.factored import LowRankLinear
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -59,32 +57,3 @@ def test_a_large_matrix_is_decomposed_at_random_and_well():
     values = 0.98 ** torch.arange(512.0, device=CUDA)
     found = truncated_svd(left * values @ right, 64)[1]
     assert torch.allclose(found, values[:64], rtol=1e-2)
-
-
-@pytest.mark.parametrize("tokens", [1, 2048])
-def test_factors_take_less_time_than_the_weight(tokens):
-    """A fifth of the parameters gone, at a size where the products take the time."""
-    size = 8192
-    rank = Svd(ratio=0.2, multiple_of=64).rank_of("x", (size, size))
-    whole = nn.Linear(size, size, bias=False, device=CUDA, dtype=torch.bfloat16)
-    left = nn.Linear(rank, size, bias=False, device=CUDA, dtype=torch.bfloat16)
-    right = nn.Linear(size, rank, bias=False, device=CUDA, dtype=torch.bfloat16)
-    factors = LowRankLinear(left, right)
-    x_MI = torch.randn(tokens, size, device=CUDA, dtype=torch.bfloat16)
-    assert _milliseconds(factors, x_MI) < 0.97 * _milliseconds(whole, x_MI)
-
-
-@torch.inference_mode()
-def _milliseconds(linear, x_MI):
-    for _ in range(5):
-        linear(x_MI)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(5):
-            linear(x_MI)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 5)
-    return sorted(times)[len(times) // 2]

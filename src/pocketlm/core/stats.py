@@ -144,7 +144,9 @@ class Hessian(Stat):
         if key not in self._factors:
             hessian_II = self.shrunk_II(shrinkage)
             if order_I is not None:
-                hessian_II = hessian_II[order_I[:, None], order_I]
+                # One axis after the other: both at once makes two matrices of indices on a GPU.
+                hessian_II = hessian_II.index_select(0, order_I)
+                hessian_II = hessian_II.index_select(1, order_I)
             self._factors[key] = inverse_factor(hessian_II, damping)
         return self._factors[key]
 

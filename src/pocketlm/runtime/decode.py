@@ -288,15 +288,20 @@ class Decoder:
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    self.sampling.draw(self._logits_at_slot(), self.generator)
+                    self._draw(self._logits_at_slot())
             torch.cuda.current_stream(self.device).wait_stream(side)
             self.generator.set_state(state)
             with torch.cuda.graph(graph):
-                self.tokens_B.copy_(self.sampling.draw(self._logits_at_slot(), self.generator))
+                self.tokens_B.copy_(self._draw(self._logits_at_slot()))
                 self._slot_1.add_(1)
         self.tokens_B.copy_(before_B)
         self._slot_at = -1
         return graph
+
+    def _draw(self, logits_BV: Tensor) -> Tensor:
+        if self.sampling.temperature == 0.0 and isinstance(self._lean, LeanStep):
+            return self._lean.likeliest(logits_BV)
+        return self.sampling.draw(logits_BV, self.generator)
 
     @contextmanager
     def _at_slot(self, seen: int) -> Generator[None]:

@@ -13,7 +13,7 @@ Attention over parts of the positions and their sum by running maxima: FlashAtte
 (arXiv:2307.08691), and its split over keys for decoding; the last program of a head adds the parts.
 
 Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated width, N positions,
-C hidden width, F width of the gate.
+C hidden width, F width of the gate, V vocabulary.
 """
 
 # pyright: reportIndexIssue=false, reportMissingImports=false
@@ -33,6 +33,7 @@ except ImportError:  # an older Triton
     gdc_launch_dependents = gdc_wait = None
 
 BLOCK_F = 1024  # values of the gate that a program makes
+BLOCK_V = 2048  # logits that a program compares
 BLOCK_N = 32  # positions that a program reads at once
 DOT_ROWS = 16  # the least that tensor cores take
 PROGRAMS = 256  # wanted at least: two for each processor of a large GPU
@@ -71,6 +72,32 @@ def _gate(gate_up, out, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     up = tl.load(gate_up + (row * 2 + 1) * columns + c, mask=inside, other=0.0)
     opened = (gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))).to(gate.dtype)
     tl.store(out + row * columns + c, opened.to(tl.float32) * up.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _likeliest(
+    logits, best, place, done, out, width,
+    PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row * width + at, mask=at < width, other=float("-inf"))
+    top, first = tl.max(value.to(tl.float32), 0, return_indices=True)
+    tl.store(best + row * PARTS + part, top)
+    tl.store(place + row * PARTS + part, part * BLOCK + first)
+    tl.debug_barrier()
+    if tl.atomic_add(done + row, 1) == PARTS - 1:  # the others' results are there
+        tl.debug_barrier()
+        p = tl.arange(0, ALL)
+        tops = tl.load(
+            best + row * PARTS + p, mask=p < PARTS, other=float("-inf"), cache_modifier=".cg"
+        )
+        _, which = tl.max(tops, 0, return_indices=True)
+        tl.store(out + row, tl.load(place + row * PARTS + which, cache_modifier=".cg"))
+        tl.store(done + row, 0)  # for the next launch
 
 
 @triton.jit
@@ -210,7 +237,12 @@ def added_norm(
 
 
 def _launch_norm(
-    x_BC: Tensor, y_BC: Tensor | None, weight_C: Tensor, epsilon: float, sum_BC: Tensor, h_BC: Tensor
+    x_BC: Tensor,
+    y_BC: Tensor | None,
+    weight_C: Tensor,
+    epsilon: float,
+    sum_BC: Tensor,
+    h_BC: Tensor,
 ) -> None:
     rows, columns = x_BC.shape
     block = triton.next_power_of_2(columns)
@@ -240,6 +272,25 @@ def refuses(head_dim: int, rotated: int, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{dtype} is not multiplied"
     return None
+
+
+def likeliest(logits_BV: Tensor, done_P: Tensor) -> Tensor:
+    """The index of each row's largest value, the first of equal ones; int64 [B].
+
+    Args:
+        logits_BV: A row for each sequence.
+        done_P: Zeros, int32, at least B; zeros again when it has ended.
+    """
+    rows, width = logits_BV.shape
+    parts = triton.cdiv(width, BLOCK_V)
+    best_BP = torch.empty(rows, parts, dtype=torch.float32, device=logits_BV.device)
+    place_BP = torch.empty(rows, parts, dtype=torch.int32, device=logits_BV.device)
+    out_B = torch.empty(rows, dtype=torch.long, device=logits_BV.device)
+    _likeliest[rows, parts](
+        logits_BV.contiguous(), best_BP, place_BP, done_P, out_B, width,
+        parts, triton.next_power_of_2(parts), BLOCK_V, **_options(logits_BV),
+    )  # fmt: skip
+    return out_B
 
 
 def rotate_and_store(

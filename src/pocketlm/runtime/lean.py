@@ -180,6 +180,12 @@ class LeanStep:
 
         return self._run(ids_B, attend)
 
+    def likeliest(self, logits_BV: Tensor) -> Tensor:
+        """The ids [B] of the largest logits."""
+        if self.kernels is None:
+            return logits_BV.argmax(-1)
+        return self.kernels.likeliest(logits_BV, self.done_P)
+
     def _by_kernels(self, slot_1: Tensor, pad_B: Tensor) -> Callable[[_LeanBlock, Tensor], Tensor]:
         kernels: Any = self.kernels
 

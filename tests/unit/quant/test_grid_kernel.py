@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from pocketlm.core.spec import QuantSpec
 from pocketlm.quant import grid
-from pocketlm.quant.grid import multiples_tried, round_to_grid, searched_grid
+from pocketlm.quant.grid import Grid, multiples_tried, round_to_grid, searched_grid
 from pocketlm.quant.grid_kernel import left_over, search
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +25,13 @@ def weight_OI(rows: int, columns: int) -> torch.Tensor:
     values_OI = torch.randn(rows, columns, generator=generator)
     values_OI[0, : columns // 2] = 0  # a group without weights
     return values_OI.to(DEVICE)
+
+
+def squares(weight: torch.Tensor, found: Grid, spec: QuantSpec, weigh_I) -> torch.Tensor:
+    """The weighted squared error of each group on a grid."""
+    off_OI = round_to_grid(weight, found, spec).dequantize() - weight
+    weighed_OI = off_OI.square() * (1.0 if weigh_I is None else weigh_I)
+    return weighed_OI.view(*found.scale_OG.shape, -1).sum(-1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -41,11 +48,16 @@ def test_the_kernel_is_the_search(
         scale_OG, zero_OG = search(
             weight, spec, dtype, weigh_I, list(multiples_tried(spec, 0.5, 6))
         )
-        # two shrinks may be equally good but for the order of a sum
-        assert float((scale_OG != expected.scale_OG).double().mean()) < 0.06
+        # Two shrinks may be equally good but for the order of a sum; and a GPU joins a product and
+        # a sum, so that scales of float32 may differ in their last place.
+        same = torch.isclose(scale_OG, expected.scale_OG, rtol=1e-6, atol=0)
         if zero_OG is not None:
             assert expected.zero_OG is not None
-            assert float((zero_OG != expected.zero_OG).double().mean()) < 0.06
+            same &= zero_OG == expected.zero_OG
+        assert float((~same).double().mean()) < 0.1
+        found = Grid(scale_OG, zero_OG)
+        ours_OG, theirs_OG = (squares(weight, one, spec, weigh_I) for one in (found, expected))
+        torch.testing.assert_close(ours_OG, theirs_OG, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -29,6 +29,7 @@ from pocketlm.runtime.kernels.triton.layout import (
     unit_columns,
 )
 
+LEAST_STAGES = 3  # of the ring of "prefill"
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -194,7 +195,11 @@ def prefill_product(
 
     x_MI = _readable(x_MI)
     rows, unit, splits = x_MI.shape[0], _unit(grid), launch.splits
+    width = lane_bits(grid.bits, grid.group_size)
     taken = launch.units(unit, grid.group_size, grid.columns)
+    room = card(x_MI.device.index or 0).shared_bytes
+    while taken > 1 and room < LEAST_STAGES * _stage_bytes(launch, width, taken * unit):
+        taken //= 2
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     target = y_MO
     if splits > 1:
@@ -204,15 +209,21 @@ def prefill_product(
     prefill_kernel[blocks](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
         rows, grid.rows, grid.columns // unit, grid.groups, x_MI.stride(0), grid.rows,
-        STEPS=grid.group_size // (taken * unit),
-        WIDTH=lane_bits(grid.bits, grid.group_size), UNIT=unit, ZEROS="zero" in buffers,
-        C=taken, W=launch.warps, N=launch.tokens, STAGES=launch.stages, SPLITS=splits,
+        STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
+        C=taken, W=launch.warps, N=launch.tokens, SPLITS=splits,
+        STAGES=min(launch.stages, room // _stage_bytes(launch, width, taken * unit)),
         DEEP=launch.deep and taken * unit <= 64, num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()
         add_parts_kernel[(-(-count // 1024),)](target, y_MO, count, SPLITS=splits, num_warps=4)
     return y_MO
+
+
+def _stage_bytes(launch: Launch, width: int, columns: int) -> int:
+    """Shared memory of a stage of "prefill": activations, codes, scales and zero points."""
+    codes = 2 * columns * width * launch.warps  # of 16 rows a warp
+    return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * launch.warps
 
 
 def expand(
