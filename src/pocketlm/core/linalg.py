@@ -83,8 +83,8 @@ def inverse_factor(hessian_II: Float[Tensor, "i i"], damping: float) -> InverseF
 def _factor(hessian_II: Tensor, damping: float) -> Tensor | None:
     damped_II = hessian_II.flip(0, 1)
     damped_II.diagonal().add_(damping * hessian_II.diagonal().mean())
-    # In place: matrices of 14336 columns take 0.8 GB each. What is symmetric is its transpose, which
-    # lies as the factorisation wants it.
+    # In place: matrices of 14336 columns take 0.8 GB each. What is symmetric is its transpose, and
+    # that lies as the factorisation wants it.
     lower_II, failed = damped_II.mT, torch.empty((), dtype=torch.int32, device=damped_II.device)
     torch.linalg.cholesky_ex(lower_II, out=(lower_II, failed))
     if int(failed):

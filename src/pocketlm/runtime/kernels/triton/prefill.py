@@ -165,8 +165,9 @@ def prefill_kernel(
                 if ZEROS:
                     copy_ahead(zs.index(free), z_at + step // STEPS * 16)
             async_copy.commit_group()
+            next_stage = (at + 1) % STAGES
             following = _operand(
-                qs, ts, ss, zs, (at + 1) % STAGES, A, DTYPE, WIDTH, UNIT, ZEROS, C, W, LOAD_Q, LOAD_T
+                qs, ts, ss, zs, next_stage, A, DTYPE, WIDTH, UNIT, ZEROS, C, W, LOAD_Q, LOAD_T
             )  # fmt: skip
             if DEEP:
                 before, v = v, following
