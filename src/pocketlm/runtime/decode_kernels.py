@@ -16,7 +16,7 @@ Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated wid
 C hidden width, F width of the gate, V vocabulary.
 """
 
-# pyright: reportIndexIssue=false, reportMissingImports=false
+# pyright: reportIndexIssue=false, reportMissingImports=false, reportOptionalCall=false
 from __future__ import annotations
 
 from functools import lru_cache
@@ -40,6 +40,13 @@ PROGRAMS = 256  # wanted at least: two for each processor of a large GPU
 
 
 @triton.jit
+def _overlap():
+    """Lets the kernel behind this one start, and waits for the one before."""
+    gdc_launch_dependents()
+    gdc_wait()
+
+
+@triton.jit
 def _add_norm(
     x, y, weight, x_out, h_out, columns, epsilon,
     ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -49,8 +56,7 @@ def _add_norm(
     at = tl.program_id(0) * columns + c
     w = tl.load(weight + c, mask=inside, other=0.0)
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     v = tl.load(x + at, mask=inside, other=0.0)
     if ADD:
         added = tl.load(y + at, mask=inside, other=0.0)
@@ -64,8 +70,7 @@ def _add_norm(
 @triton.jit
 def _gate(gate_up, out, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < columns
     gate = tl.load(gate_up + row * 2 * columns + c, mask=inside, other=0.0)
@@ -80,8 +85,7 @@ def _likeliest(
     PARTS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + row * width + at, mask=at < width, other=float("-inf"))
@@ -108,8 +112,7 @@ def _rotate_and_store(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     row, head = tl.program_id(0), tl.program_id(1)
     place = tl.load(slot)
     d = tl.arange(0, D)
@@ -146,8 +149,7 @@ def _attend(
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        _overlap()
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = pair // K, pair % K
     stop = tl.load(slot) + 1
