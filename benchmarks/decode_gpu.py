@@ -100,6 +100,7 @@ def measure(kind: str, arguments: argparse.Namespace, shape: ModelShape) -> list
                 "predicted_ms": 1e3 * predicted.decode.predicted_seconds,
                 "off": predicted.decode.predicted_seconds / seconds - 1,
                 "product_share": device.product_share,
+                "product_us": 1e6 * (device.product_seconds or 0.0),
                 "operation_us": 1e6 * (device.step_seconds or 0.0),
                 "loop": decoder.loop,
                 "notes": decoder.notes,

@@ -94,6 +94,27 @@ def test_every_launch_of_few_rows(launch):
                 assert relative_error(y_MO, x_MI, weight) < 8e-3, (bits, symmetric, tokens)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        Launch("decode", warps=8, resident=1, fetched=1),
+        Launch("decode", ahead=2, resident=2, fetched=2),
+        Launch("decode", warps=8, row_tiles=2, resident=1),
+        Launch("decode", warps=8, shared=True, resident=1, fetched=1),
+    ],
+    ids=str,
+)
+def test_resident_programs_take_tiles_in_turn(launch, bits):
+    for rows, columns, group, symmetric in ((9000, 512, 64, True), (4440, 1152, 128, False)):
+        weight = random_packed(rows, columns, group, bits, symmetric)
+        grid, buffers = Grid.of(weight), TritonWeights().pack(weight, torch.bfloat16, CUDA)
+        for tokens in (1, 8):
+            x_MI = activations(tokens, columns, torch.bfloat16)
+            y_MO = decode_product(x_MI, buffers, grid, launch, early=hopper())
+            assert relative_error(y_MO, x_MI, weight) < 8e-3, (rows, tokens)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_many_rows_equal_the_definition(bits, dtype):
@@ -104,13 +125,15 @@ def test_many_rows_equal_the_definition(bits, dtype):
         Launch("prefill", columns=64, tokens=64),
         Launch("prefill", tokens=128, warps=8),
         Launch("prefill", columns=64, tokens=256, warps=8),
+        Launch("prefill", columns=64, tokens=128, warps=16, deep=True),
+        Launch("prefill", tokens=128, warps=16),  # of 8 bits more than shared memory holds
     )
-    for number, case in enumerate(cases(4, 100 + bits, (5, 33, 64, 130, 300))):
+    for number, case in enumerate(cases(6, 100 + bits, (5, 33, 64, 130, 300))):
         rows, columns, group, symmetric, tokens = case
         weight = random_packed(rows, columns, group, bits, symmetric)
         grid, buffers = Grid.of(weight), TritonWeights().pack(weight, dtype, CUDA)
         x_MI = activations(tokens, columns, dtype, strided=bool(number % 2))
-        y_MO = prefill_product(x_MI, buffers, grid, launches[number % 4])
+        y_MO = prefill_product(x_MI, buffers, grid, launches[number])
         assert relative_error(y_MO, x_MI, weight) < TOLERANCE[dtype], case
 
 

@@ -7,6 +7,7 @@ more operation of a step costs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import time
@@ -24,6 +25,7 @@ from pocketlm.evaluate.results import Result
 
 AUTO = "auto"
 RATE_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is timed
+PRODUCT_SIDES = {"cuda": (4096, (14336, 4096)), "cpu": (2048, (4096, 1024))}  # I, both O
 PRODUCT_BYTES = 512 << 20  # of weights read in turn, so that no cache holds them
 RUNS = 5
 
@@ -39,9 +41,10 @@ class Device(Result):
         rates: Dense operations per second by the width of what is multiplied: ``fp32``, ``bf16``
             (fp16 too), ``fp8``, ``int8``, ``fp4``, ``int4``.
         sources: Field → where its number is from.
-        product_share: Share of the bandwidth that the product kernel reaches with the tokens of a
-            step; None where it was not measured.
-        step_seconds: That one more operation adds to a step, beyond its bytes; None likewise.
+        product_share: Share of the bandwidth at which the product kernel reads one more byte of
+            weights, with the tokens of a step; None where it was not measured.
+        product_seconds: That one more product adds to a step, beyond its bytes; None likewise.
+        step_seconds: That one more small operation adds; None likewise.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Device(Result):
     rates: dict[str, float]
     sources: dict[str, str]
     product_share: float | None = None
+    product_seconds: float | None = None
     step_seconds: float | None = None
 
     @classmethod
@@ -125,6 +129,7 @@ def measured(weight_bits: int | None = None, batch: int = 1) -> Device:
     memory = torch.cuda.get_device_properties(place).total_memory if cuda else available_ram_bytes()
     bandwidth = copy_bandwidth(place)
     step = step_seconds(place)
+    rate, beyond = product_cost(place, weight_bits, batch, step)
     return Device(
         name=AUTO,
         title=device_name(place),
@@ -136,7 +141,8 @@ def measured(weight_bits: int | None = None, batch: int = 1) -> Device:
             "bandwidth": "measured: copying, bytes read and written",
             "bf16": "measured: a product of square matrices, in the faster of bfloat16 and float32",
         },
-        product_share=product_bandwidth(place, weight_bits, batch, step) / bandwidth,
+        product_share=rate / bandwidth,
+        product_seconds=beyond,
         step_seconds=step,
     )
 
@@ -154,21 +160,39 @@ def matmul_rate(place: torch.device) -> float:
     return max(rates)
 
 
-def product_bandwidth(
+def product_cost(
     place: torch.device, weight_bits: int | None, batch: int, step: float
-) -> float:
-    """Bytes of weights per second that products with few tokens read, caches out of reach.
+) -> tuple[float, float]:
+    """What products with few tokens take, caches out of reach, each after a small operation.
+
+    A line through a large and a small weight: time = bytes / rate + what a product takes beyond.
 
     Args:
         place: The device.
         weight_bits: Bits of a code, groups of 128; None for bfloat16.
         batch: Tokens.
-        step: Seconds that an operation takes beyond its bytes; not counted.
+        step: Seconds of the operation between two products.
+
+    Returns:
+        Bytes of weights per second, and seconds of a product beyond its bytes.
     """
+    columns, sizes = PRODUCT_SIDES["cuda" if place.type == "cuda" else "cpu"]
+    (many, slow), (few, fast) = (
+        _product_seconds(place, weight_bits, batch, rows, columns) for rows in sizes
+    )
+    if slow <= fast:  # a busy machine: no line can be drawn
+        return many / slow, 0.0
+    rate = (many - few) / (slow - fast)
+    return rate, max(0.0, fast - few / rate - step)
+
+
+def _product_seconds(
+    place: torch.device, weight_bits: int | None, batch: int, rows: int, columns: int
+) -> tuple[int, float]:
+    """Bytes of a weight, and seconds of its product together with a small operation before it."""
     from pocketlm.core.tensors import PackedInt
     from pocketlm.runtime.linear import PackedLinear
 
-    rows, columns = (14336, 4096) if place.type == "cuda" else (4096, 2048)
     if weight_bits is None:
         one = torch.nn.Linear(columns, rows, bias=False, device=place, dtype=torch.bfloat16)
         stored = one.weight.nbytes
@@ -183,26 +207,38 @@ def product_bandwidth(
         first = PackedLinear(weight, dtype=torch.bfloat16, device=place)
         stored = first.packed_bytes
         calls = [first, *(copy.deepcopy(first) for _ in range(_copies(stored) - 1))]
-    x = torch.randn(batch, columns, device=place).to(torch.bfloat16)
+    between = _small_operation(place, batch, columns)
 
     def all_calls() -> None:
         for call in calls:
-            call(x)
+            call(between())
 
     with torch.inference_mode():
-        seconds = _seconds(_replayed(all_calls, place), place) - step * len(calls)
-    return stored * len(calls) / seconds
+        seconds = _seconds(_replayed(all_calls, place), place)
+    return stored, seconds / len(calls)
 
 
 def step_seconds(place: torch.device, operations: int = 200) -> float:
     """Seconds of one small operation among many: in a CUDA graph, or called from Python."""
-    x = torch.zeros(1, 4096, device=place)
+    one = _small_operation(place, 1, 4096)
 
     def chain() -> None:
         for _ in range(operations):
-            x.add_(1.0)
+            one()
 
-    return _seconds(_replayed(chain, place), place) / operations
+    with torch.inference_mode():
+        return _seconds(_replayed(chain, place), place) / operations
+
+
+def _small_operation(place: torch.device, batch: int, columns: int) -> Callable[[], Tensor]:
+    """Gives [batch, columns]: on CUDA a norm, by the kernel that a step runs there."""
+    x_BC = torch.zeros(batch, columns, device=place, dtype=torch.bfloat16)
+    if place.type == "cuda":
+        with contextlib.suppress(ImportError):  # no Triton
+            from pocketlm.runtime.decode_kernels import norm
+
+            return lambda: norm(x_BC, x_BC[0], 1e-5)
+    return lambda: x_BC.add_(1.0)
 
 
 def _replayed(work: Callable[[], None], place: torch.device) -> Callable[[], None]:

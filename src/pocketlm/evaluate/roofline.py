@@ -235,7 +235,9 @@ def _pass(
         )
         if device.product_share is not None and device.step_seconds is not None:
             lost = load.weight_bytes / device.bandwidth * (1 / device.product_share - 1)
-            predicted += max(computing, moving + lost) + load.launches * device.step_seconds
+            product = load.operations and load.weight_bytes
+            each = device.product_seconds if product else device.step_seconds
+            predicted += max(computing, moving + lost) + load.launches * (each or 0.0)
     tokens, seconds = batch * new, sum(operator.seconds for operator in operators)
     return Pass(
         name=name,
@@ -325,7 +327,7 @@ def _attention(
             0.0,
             blocks * 2 * query,
             cached * (read + new),
-            3 * blocks,  # rotation, writing of keys and values, attention
+            2 * blocks,  # rotation with the writing of keys and values, attention
         )
 
 

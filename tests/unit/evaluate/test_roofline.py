@@ -102,12 +102,13 @@ def test_experts_are_read_as_often_as_they_are_hit(tmp_path):
 
 
 def test_a_measured_device_predicts_more_than_the_bound(llama):
-    found = roofline(llama, machine(product_share=0.5, step_seconds=1e-6))
+    found = roofline(llama, machine(product_share=0.5, product_seconds=3e-6, step_seconds=1e-6))
     decode = found.decode
     weights = sum(operator.weight_bytes for operator in decode.operators)
-    launches = 1 + 5 + 2 * 4 + 2 * 3 + 2 + 1  # joined products, three for attention
+    products = 2 * 4 + 1  # some joined
+    others = 1 + 5 + 2 * 2 + 2  # two for attention
     assert decode.predicted_seconds == pytest.approx(
-        decode.seconds + weights / 1e9 + launches * 1e-6
+        decode.seconds + weights / 1e9 + products * 3e-6 + others * 1e-6
     )
 
 
