@@ -43,6 +43,7 @@ SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096), (4096, 28672), (4096, 6144
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MANY_TOKENS = (1024, 2048)  # the first shape only
 GROUP = 128
+COMPILED_ROWS = 8800  # of a weight on which a launch is tried: more than one tile a program
 COLD_BYTES = 240 << 20  # copies of a weight together: several times the second-level cache
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda", 0)
@@ -173,7 +174,7 @@ def fill(
     limits: tuple[float, float],
 ) -> None:
     """Times a kernel for the rows that have the weight's shape."""
-    copies = copies_of(kernel.pack(weight.to("cpu"), BF16, DEVICE))
+    copies = copies_of(kernel.pack(weight, BF16, DEVICE))
     product = kernel.matmul if isinstance(kernel, Int4Cuda) else table_product
     for row in rows:
         if (row["I"], row["O"], row["bits"]) != (grid.columns, grid.rows, weight.bits):
@@ -209,16 +210,15 @@ def show(result: Mapping[str, Any]) -> str:
     return harness.table(head, map(line, result["rows"])) + "\n\n" + rates
 
 
-def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
+def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
     """Launches worth trying."""
-    for warps, row_tiles, ahead in FEW if tokens <= 8 else ():
-        for early in (True, False):
-            shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
-            yield Launch("decode", early=early, **shape)
-    for warps, row_tiles, ahead in SHARED if 2 <= tokens <= 16 else ():
-        for early in (True, False):
-            shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
-            yield Launch("decode", shared=True, early=early, **shape)
+    few = FEW if bits == 4 else FEW[:OTHER_WIDTHS]
+    for warps, row_tiles, ahead, resident, fetched in few if tokens <= 8 else ():
+        shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
+        yield Launch("decode", resident=resident, fetched=fetched, **shape)
+    for warps, row_tiles, ahead, early in SHARED if 2 <= tokens <= 16 else ():
+        shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
+        yield Launch("decode", shared=True, early=early, **shape)
     for tile, width, warps, stages in MANY if tokens >= 16 else ():
         if tile > max(tokens, 16) or tile * 4 < min(tokens, 256):
             continue
@@ -229,21 +229,36 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
                 yield Launch("prefill", width, warps, **shape)
 
 
-# warps, row tiles, steps ahead
+# warps, row tiles, steps ahead, programs of a multiprocessor, tiles fetched
 FEW = (
-    *((4, 1, 1), (4, 1, 2), (4, 1, 4), (4, 2, 2), (8, 1, 1), (8, 1, 2), (8, 1, 4), (8, 2, 1)),
-    *((16, 1, 1), (16, 1, 2)),
+    *((4, 1, 2, 0, 0), (4, 1, 2, 0, 1), (8, 1, 2, 0, 0), (4, 1, 4, 0, 0), (4, 2, 2, 0, 0)),
+    *((4, 1, 4, 0, 1), (4, 1, 2, 4, 1), (4, 1, 2, 5, 1), (4, 1, 4, 4, 1), (4, 1, 4, 3, 1)),
+    *((4, 2, 2, 0, 1), (4, 2, 2, 2, 1), (8, 1, 2, 0, 1), (8, 1, 4, 0, 0), (8, 1, 2, 2, 0)),
+    *((8, 1, 2, 2, 1), (8, 1, 4, 2, 1), (8, 1, 2, 1, 1), (8, 1, 4, 1, 1), (4, 1, 8, 0, 0)),
+    *((8, 2, 2, 1, 1), (4, 1, 4, 2, 1)),
 )
-SHARED = ((4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 2, 2), (4, 4, 1), (8, 1, 1), (8, 1, 2), (8, 2, 1))
+OTHER_WIDTHS = 5  # of FEW, tried for codes of 2, 3 and 8 bits
+# warps, row tiles, steps ahead, early
+SHARED = (
+    *((4, 1, 1, True), (4, 2, 1, True), (4, 2, 2, True), (4, 4, 1, True), (4, 4, 1, False)),
+    *((8, 1, 1, True), (8, 2, 1, True), (8, 2, 1, False)),
+)
 # activations of a tile, columns of a step, warps, stages
 MANY = (
-    *((16, 128, 4, 4), (16, 128, 8, 4), (32, 128, 4, 4), (32, 128, 8, 4), (32, 128, 16, 4)),
-    *((64, 128, 4, 4), (64, 128, 8, 4), (64, 128, 16, 4), (128, 128, 4, 3), (128, 128, 8, 4)),
-    *((128, 64, 8, 4), (128, 64, 16, 4), (128, 128, 16, 3), (256, 128, 8, 3), (256, 64, 8, 4)),
+    *((16, 128, 4, 4), (16, 128, 4, 6), (32, 128, 4, 4), (32, 128, 8, 4), (64, 128, 4, 4)),
+    *((64, 128, 8, 4), (128, 128, 8, 4), (128, 64, 8, 4), (128, 64, 8, 6), (256, 64, 8, 5)),
 )
-TUNED_TOKENS = {4: (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
-TUNED_TOKENS |= dict.fromkeys((2, 3, 8), (1, 8, 16, 64, 512))
-TUNED_SHAPES = {4: SHAPES, 3: SHAPES[:1], 2: SHAPES[:1], 8: SHAPES[:1]}
+ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SOME_TOKENS = (1, 8, 16, 64, 512)
+HEAD = (4096, 128256)
+# Bits → the shapes and numbers of activations that are tuned.
+TUNED = {
+    4: {
+        **{shape: ALL_TOKENS if at < 2 else SOME_TOKENS for at, shape in enumerate(SHAPES)},
+        HEAD: (1, 8, 64),
+    },
+    **{bits: {SHAPES[0]: SOME_TOKENS} for bits in (3, 2, 8)},
+}
 
 
 def timed_product(launch: Launch) -> Product:
@@ -257,9 +272,9 @@ def timed_product(launch: Launch) -> Product:
 def compile_launch(case: tuple[int, Launch, int]) -> str | None:
     """Compiles a launch into Triton's cache and tries it; what went wrong, if anything."""
     bits, launch, tokens = case
-    weight = random_weight(256, 4096, bits)
+    weight = random_weight(COMPILED_ROWS, 4096, bits)
     try:
-        buffers = TritonWeights().pack(weight.to("cpu"), BF16, DEVICE)
+        buffers = TritonWeights().pack(weight, BF16, DEVICE)
         x_MI = torch.randn(tokens, 4096, device=DEVICE, dtype=BF16)
         found_MO, again_MO = (timed_product(launch)(x_MI, buffers, Grid.of(weight)) for _ in "12")
         if not torch.equal(found_MO, again_MO):
@@ -281,10 +296,10 @@ def tune(workers: int, seconds: float) -> list[dict[str, Any]]:
     stop = time.monotonic() + seconds
     cases = {
         (bits, launch, tokens if launch.product == "decode" else launch.tokens)
-        for bits, shapes in TUNED_SHAPES.items()
-        for columns, outputs in shapes
-        for tokens in TUNED_TOKENS[bits]
-        for launch in candidates(tokens, columns, outputs)
+        for bits, shapes in TUNED.items()
+        for (columns, outputs), counts in shapes.items()
+        for tokens in counts
+        for launch in candidates(bits, tokens, columns, outputs)
     }
     ordered = sorted(cases, key=str)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -294,17 +309,17 @@ def tune(workers: int, seconds: float) -> list[dict[str, Any]]:
         if why is not None:
             print(f"{bits} bits, {launch}: {why}", file=sys.stderr)
     rows = []
-    for bits, shapes in TUNED_SHAPES.items():
-        for columns, outputs in shapes:
+    for bits, shapes in TUNED.items():
+        for (columns, outputs), counts in shapes.items():
             weight = random_weight(outputs, columns, bits)
             grid = Grid.of(weight)
-            copies = copies_of(TritonWeights().pack(weight.to("cpu"), BF16, DEVICE))
-            for tokens in TUNED_TOKENS[bits]:
+            copies = copies_of(TritonWeights().pack(weight, BF16, DEVICE))
+            for tokens in counts:
                 if time.monotonic() > stop:
                     return rows
                 times = {
                     launch: product_ms(timed_product(launch), copies, grid, tokens)
-                    for launch in candidates(tokens, columns, outputs)
+                    for launch in candidates(bits, tokens, columns, outputs)
                     if (bits, launch) not in broken
                 }
                 best = min(times, key=lambda launch: times[launch])

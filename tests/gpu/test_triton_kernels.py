@@ -125,7 +125,7 @@ def test_many_rows_equal_the_definition(bits, dtype):
         Launch("prefill", columns=64, tokens=64),
         Launch("prefill", tokens=128, warps=8),
         Launch("prefill", columns=64, tokens=256, warps=8),
-        Launch("prefill", columns=64, tokens=128, warps=16, deep=True),
+        Launch("prefill", columns=64, tokens=128, warps=16),
         Launch("prefill", tokens=128, warps=16),  # of 8 bits more than shared memory holds
     )
     for number, case in enumerate(cases(6, 100 + bits, (5, 33, 64, 130, 300))):

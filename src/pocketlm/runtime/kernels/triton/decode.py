@@ -20,13 +20,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from pocketlm.runtime.kernels.triton.unpack import copy_ahead, unpack
+from pocketlm.runtime.kernels.triton import ptx
+from pocketlm.runtime.kernels.triton.unpack import copy_ahead, halves, unpack
+
+LOAD_8, LOAD_16, LOAD_32 = (gl.constexpr(ptx.load(kind)) for kind in ("s8", "u16", "u32"))
 
 
 @gluon.jit
 def _units(q_ptr, tile, tiles, step, units, live, EVEN: gl.constexpr, R: gl.constexpr,
            C: gl.constexpr, W: gl.constexpr, WORDS: gl.constexpr):  # fmt: skip
-    """The units of one step, [W, R, C, words of 16 bits]; read only if `live`."""
+    """The units of one step, [W, R, C, words of 32 bits]; read only if `live`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, WORDS // 32], [1, 1, 1, 32], [W, 1, 1, 1], [3, 2, 1, 0]
     )
@@ -47,16 +50,32 @@ def _units(q_ptr, tile, tiles, step, units, live, EVEN: gl.constexpr, R: gl.cons
 @gluon.jit
 def _per_group(s_ptr, tile, tiles, step, groups, live, STEPS: gl.constexpr, EVEN: gl.constexpr,
                R: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
-    """Scales or zero points of a step's groups as they are stored, [W, 16 R]."""
+    """Scales or zero points of a step's groups, [W, 16 R]: the bits that are stored, as int32.
+
+    What goes round the loop are whole registers: halves of them would be put together as soon as
+    they are there, and the loop would wait for what it has just asked for.
+    """
     w = gl.arange(0, W)[:, None]
     row = gl.arange(0, R * 16)[None, :]
     group = (step * W + w) // STEPS
     at = gl.minimum(tile * R + row // 16, tiles - 1) * groups * 16 + group * 16 + row % 16
     at = gl.set_auto_layout(at, gl.SliceLayout(2, MMA))
-    if EVEN:
-        return gl.load(s_ptr + at, mask=live)
     mask = gl.set_auto_layout((group < groups) & (row >= 0), gl.SliceLayout(2, MMA)) & live
-    return gl.load(s_ptr + at, mask=mask, other=0)
+    BITS: gl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth
+    return gl.inline_asm_elementwise(
+        LOAD_32 if BITS == 32 else LOAD_16 if BITS == 16 else LOAD_8, "=r,l,r",
+        [s_ptr + at, mask.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _number(bits, like):
+    """Scales as float32, from their bits."""
+    if like.dtype.element_ty == gl.bfloat16:
+        return (bits << 16).to(gl.float32, bitcast=True)
+    if like.dtype.element_ty == gl.float16:
+        return bits.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return bits.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -96,14 +115,16 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
 
 
 @gluon.jit
-def _fetch(ptr, tile, sets, count, R: gl.constexpr):
+def _fetch(ptr, at, tiles, count, R: gl.constexpr):
     """Has R row tiles brought into the second-level cache, of `count` values each; ends at once."""
     SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    if tile < sets:
+    first = at * R
+    if first < tiles:
         gl.inline_asm_elementwise(
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
             "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, t; }",
-            "=r,l,r", [ptr + (tile * R).to(gl.int64) * count, R * count * SIZE],
+            "=r,l,r",
+            [ptr + first.to(gl.int64) * count, gl.minimum(R, tiles - first) * count * SIZE],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -127,25 +148,25 @@ def decode_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )
-    WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
+    WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH) // 2  # of a unit, 32 bits each
+    TOP: gl.constexpr = UNIT // 2  # words of its high bits
     K: gl.constexpr = C * UNIT
     program, programs = gl.program_id(0), gl.num_programs(0)
     tiles, steps = gl.cdiv(outputs, 16), gl.cdiv(units, C * W)
     sets = gl.cdiv(tiles, R)
     qs, tops, ss, zs = (), (), (), ()
     for i in gl.static_range(AHEAD):
-        q = _units(q_ptr, program, tiles, i, units, True, EVEN, R, C, W, WORDS)
-        qs += (q,)
+        qs += (_units(q_ptr, program, tiles, i, units, True, EVEN, R, C, W, WORDS),)
         if WIDTH == 3:
-            tops += (_units(top_ptr, program, tiles, i, units, True, EVEN, R, C, W, UNIT),)
+            tops += (_units(top_ptr, program, tiles, i, units, True, EVEN, R, C, W, TOP),)
         ss += (_per_group(s_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
         if ZEROS:
             zs += (_per_group(z_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
     for i in gl.static_range(FETCHED):
-        _fetch(q_ptr, program + i * programs, sets, units * WORDS, R)
-        _fetch(s_ptr, program + i * programs, sets, groups * 16, R)
+        _fetch(q_ptr, program + i * programs, tiles, units * WORDS, R)
+        _fetch(s_ptr, program + i * programs, tiles, groups * 16, R)
         if WIDTH == 3:
-            _fetch(top_ptr, program + i * programs, sets, units * UNIT, R)
+            _fetch(top_ptr, program + i * programs, tiles, units * TOP, R)
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [],
@@ -159,17 +180,18 @@ def decode_kernel(
     copied = 0
     for tile in range(program, sets, programs):
         if FETCHED > 0:
-            _fetch(q_ptr, tile + FETCHED * programs, sets, units * WORDS, R)
-            _fetch(s_ptr, tile + FETCHED * programs, sets, groups * 16, R)
+            _fetch(q_ptr, tile + FETCHED * programs, tiles, units * WORDS, R)
+            _fetch(s_ptr, tile + FETCHED * programs, tiles, groups * 16, R)
             if WIDTH == 3:
-                _fetch(top_ptr, tile + FETCHED * programs, sets, units * UNIT, R)
+                _fetch(top_ptr, tile + FETCHED * programs, tiles, units * TOP, R)
         total = gl.zeros([W, R * 16, N], gl.float32, MMA)
         for first in range(0, steps, AHEAD):
             for i in gl.static_range(AHEAD):
                 step = first + i
-                q, top, s = qs[i], qs[i], ss[i].to(gl.float32)
+                q, s = halves(qs[i]), _number(ss[i], s_ptr)
+                top = q
                 if WIDTH == 3:
-                    top = tops[i]
+                    top = halves(tops[i])
                 same = step + AHEAD < steps  # the step that comes AHEAD is of the same tiles
                 at = gl.where(same, tile, tile + programs)
                 ahead = gl.where(same, step + AHEAD, i)
@@ -177,7 +199,9 @@ def decode_kernel(
                 next_q = _units(q_ptr, at, tiles, ahead, units, live, EVEN, R, C, W, WORDS)
                 qs = qs[:i] + (next_q,) + qs[i + 1 :]
                 if WIDTH == 3:
-                    next_top = _units(top_ptr, at, tiles, ahead, units, live, EVEN, R, C, W, UNIT)
+                    next_top = _units(
+                        top_ptr, at, tiles, ahead, units, live, EVEN, R, C, W, UNIT // 2
+                    )
                     tops = tops[:i] + (next_top,) + tops[i + 1 :]
                 next_s = _per_group(
                     s_ptr, at, tiles, ahead, groups, live, STEPS, EVEN, R, W, MMA
@@ -198,7 +222,7 @@ def decode_kernel(
                 a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
                 part = mma_v2(a, b, gl.zeros([W, R * 16, N], gl.float32, MMA))
                 if ZEROS:
-                    z = zs[i].to(gl.float32)
+                    z = zs[i].to(gl.float32)  # a whole number
                     next_z = _per_group(
                         z_ptr, at, tiles, ahead, groups, live, STEPS, EVEN, R, W, MMA
                     )  # fmt: skip

@@ -29,6 +29,7 @@ from pocketlm.runtime.kernels.triton.layout import (
     unit_columns,
 )
 
+CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
@@ -159,7 +160,8 @@ def decode_product(
     tokens, unit = x_MI.shape[0], _unit(grid)
     taken = launch.units(unit, grid.group_size, grid.columns)
     y_MO = torch.empty(tokens, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
-    codes, scale = buffers["codes"], buffers["scale"]
+    words = {name: buffers[name].view(torch.int32) for name in CODES if name in buffers}
+    codes, scale = words["codes"], buffers["scale"]
     tiles, units = -(-grid.rows // TILE_ROWS), grid.columns // unit
     steps, ahead = -(-units // (taken * launch.warps)), launch.ahead
     while steps % ahead:
@@ -168,7 +170,7 @@ def decode_product(
     if launch.resident:
         programs = min(programs, launch.resident * card(x_MI.device.index or 0).processors)
     decode_kernel[(programs,)](
-        x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
+        x_MI, codes, words.get("high_bits", codes), scale, buffers.get("zero", scale), y_MO,
         tokens, grid.columns, grid.rows, units, grid.groups, x_MI.stride(0), grid.rows,
         STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
         UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
@@ -212,7 +214,7 @@ def prefill_product(
         STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
         C=taken, W=launch.warps, N=launch.tokens, SPLITS=splits,
         STAGES=min(launch.stages, room // _stage_bytes(launch, width, taken * unit)),
-        DEEP=launch.deep and taken * unit <= 64, num_warps=launch.warps,
+        DEEP=taken * unit <= 64, num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()

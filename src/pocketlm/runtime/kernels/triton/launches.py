@@ -54,7 +54,6 @@ class Launch:
     tokens: int = 64
     stages: int = 4
     splits: int = 1
-    deep: bool = False
 
     def units(self, unit: int, group_size: int, columns: int) -> int:
         """How many units of `unit` columns a step takes: whole steps make up a group, and a row."""

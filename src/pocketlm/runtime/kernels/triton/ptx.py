@@ -80,6 +80,12 @@ def scale(kind: str, zeros: bool) -> str:
     return " ".join([*lines, "}"])
 
 
+def load(kind: str) -> str:
+    """A number from memory that does not change ($1) into a whole register, if $2 is not 0."""
+    lines = ["{ .reg .pred p;", "setp.ne.b32 p, $2, 0;", "mov.b32 $0, 0;"]
+    return " ".join([*lines, f"@p ld.global.nc.{kind} $0, [$1];", "}"])
+
+
 def registers(results: int, arguments: int) -> str:
     """Constraints of that many registers; a result is written before the last argument is read."""
     return ",".join(["=&r"] * results + ["r"] * arguments)

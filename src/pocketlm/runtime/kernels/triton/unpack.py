@@ -28,6 +28,17 @@ REGISTERS_SHIFT_SCALE = gl.constexpr(ptx.registers(1, 3))
 
 
 @gluon.jit
+def halves(words):
+    """Words of 32 bits → words of 16 bits, twice as many along the last axis."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True,
+        pack=1,
+    )  # fmt: skip
+    S: gl.constexpr = words.shape
+    return gl.reshape(gl.join(low, high), [S[0], S[1], S[2], 2 * S[3]])
+
+
+@gluon.jit
 def _join8(a, b, c, d, e, f, g, h):
     """Field 4 s + 2 k + h of each word → [.., h, k, s]."""
     return gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
