@@ -7,7 +7,8 @@ zero points z are taken off as z Σ x, a product with ones. At the end the warps
 a fixed order. There is no second launch and no atomic: the same inputs give the same bits.
 
 Weights are read some steps ahead, the first before the kernel that made x has ended (programmatic
-dependent launch): they do not depend on it.
+dependent launch): they do not depend on it. A program may make several sets of outputs in turn,
+reading ahead from one into the next, and may have whole sets brought into the second-level cache.
 
 Legend as in layout.py; W warps, N activations, a step is C units for each warp.
 """

@@ -3,10 +3,12 @@
 A program makes 16 W outputs for N activations. Units of weights and tiles of activations come
 through a ring in shared memory (cp.async); a warp takes its 16 rows of weights from there, unpacks
 and scales them in registers while the tensor cores still work on the step before, and they enter
-wgmma as operand A; activations are operand B as they lie. Scaled weights are rounded to the
-activations' dtype, as `dequantize()` rounds them; sums are float32.
+wgmma as operand A; activations are operand B as they lie. With steps of 64 columns a product is
+started while the one before still runs (with more columns ptxas makes them wait for each other).
+Scaled weights are rounded to the activations' dtype, as `dequantize()` rounds them; sums are
+float32.
 
-Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
+Legend as in layout.py; W warps (4, 8 or 16), N activations, K = C UNIT columns of a step.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -77,6 +79,7 @@ def prefill_kernel(
     """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
 
     With SPLITS > 1 program (i, j, k) sums the k-th part of the columns into y [SPLITS, M, O].
+    DEEP: two products may be under way.
     """
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
