@@ -214,19 +214,25 @@ def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[L
     """Launches worth trying."""
     few = FEW if bits == 4 else FEW[:OTHER_WIDTHS]
     for warps, row_tiles, ahead, resident, fetched in few if tokens <= 8 else ():
-        shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
-        yield Launch("decode", resident=resident, fetched=fetched, **shape)
+        yield Launch(
+            "decode",
+            warps=warps,
+            row_tiles=row_tiles,
+            ahead=ahead,
+            resident=resident,
+            fetched=fetched,
+        )
     for warps, row_tiles, ahead, early in SHARED if 2 <= tokens <= 16 else ():
-        shape = {"warps": warps, "row_tiles": row_tiles, "ahead": ahead}
-        yield Launch("decode", shared=True, early=early, **shape)
+        yield Launch(
+            "decode", warps=warps, row_tiles=row_tiles, ahead=ahead, shared=True, early=early
+        )
     for tile, width, warps, stages in MANY if tokens >= 16 else ():
         if tile > max(tokens, 16) or tile * 4 < min(tokens, 256):
             continue
         for splits in (1, 2, 4, 8):
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
-                shape = {"tokens": tile, "stages": stages, "splits": splits}
-                yield Launch("prefill", width, warps, **shape)
+                yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
 
 
 # warps, row tiles, steps ahead, programs of a multiprocessor, tiles fetched
