@@ -40,8 +40,8 @@ from pocketlm.runtime.kernels.triton.kernel import (
 from pocketlm.runtime.kernels.triton.launches import Launch
 
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096), (4096, 28672), (4096, 6144))  # I, O
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-MANY_TOKENS = (1024, 2048)  # the first shape only
+TOKENS = (1, 8, 16, 64, 512)
+MANY_TOKENS = (32, 128, 256, 2048)  # the first shape only
 GROUP = 128
 COMPILED_ROWS = 8800  # of a weight on which a launch is tried: more than one tile a program
 COLD_BYTES = 240 << 20  # copies of a weight together: several times the second-level cache
@@ -158,7 +158,7 @@ def measure() -> dict[str, Any]:
     columns, outputs = SHAPES[0]
     dense = {row["M"]: row["bf16_ms"] for row in rows if (row["I"], row["O"]) == SHAPES[0]}
     for bits in (2, 3, 8):
-        extra = [{"I": columns, "O": outputs, "M": m, "bits": bits} for m in (1, 16, 64, 512)]
+        extra = [{"I": columns, "O": outputs, "M": m, "bits": bits} for m in (1,)]
         weight = random_weight(outputs, columns, bits)
         fill(extra, "ours_ms", TritonWeights(), weight, Grid.of(weight), limits)
         rows += [{**row, "bf16_ms": dense[row["M"]]} for row in extra]
@@ -210,10 +210,9 @@ def show(result: Mapping[str, Any]) -> str:
     return harness.table(head, map(line, result["rows"])) + "\n\n" + rates
 
 
-def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
+def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
     """Launches worth trying."""
-    few = FEW if bits == 4 else FEW[:OTHER_WIDTHS]
-    for warps, row_tiles, ahead, resident, fetched in few if tokens <= 8 else ():
+    for warps, row_tiles, ahead, resident, fetched in FEW if tokens <= 8 else ():
         yield Launch(
             "decode",
             warps=warps,
@@ -229,7 +228,7 @@ def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[L
     for tile, width, warps, stages in MANY if tokens >= 16 else ():
         if tile > max(tokens, 16) or tile * 4 < min(tokens, 256):
             continue
-        for splits in (1, 2, 4, 8):
+        for splits in SPLITS:
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
                 yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
@@ -238,32 +237,25 @@ def candidates(bits: int, tokens: int, columns: int, outputs: int) -> Iterator[L
 # warps, row tiles, steps ahead, programs of a multiprocessor, tiles fetched
 FEW = (
     *((4, 1, 2, 0, 0), (4, 1, 2, 0, 1), (8, 1, 2, 0, 0), (4, 1, 4, 0, 0), (4, 2, 2, 0, 0)),
-    *((4, 1, 4, 0, 1), (4, 1, 2, 4, 1), (4, 1, 2, 5, 1), (4, 1, 4, 4, 1), (4, 1, 4, 3, 1)),
-    *((4, 2, 2, 0, 1), (4, 2, 2, 2, 1), (8, 1, 2, 0, 1), (8, 1, 4, 0, 0), (8, 1, 2, 2, 0)),
-    *((8, 1, 2, 2, 1), (8, 1, 4, 2, 1), (8, 1, 2, 1, 1), (8, 1, 4, 1, 1), (4, 1, 8, 0, 0)),
-    *((8, 2, 2, 1, 1), (4, 1, 4, 2, 1)),
+    *((4, 1, 4, 0, 1), (4, 1, 2, 5, 1), (4, 1, 4, 4, 1), (4, 2, 2, 0, 1), (8, 1, 2, 2, 0)),
+    *((8, 1, 4, 2, 1), (8, 1, 4, 1, 1)),
 )
-OTHER_WIDTHS = 5  # of FEW, tried for codes of 2, 3 and 8 bits
 # warps, row tiles, steps ahead, early
-SHARED = (
-    *((4, 1, 1, True), (4, 2, 1, True), (4, 2, 2, True), (4, 4, 1, True), (4, 4, 1, False)),
-    *((8, 1, 1, True), (8, 2, 1, True), (8, 2, 1, False)),
-)
+SHARED = ((4, 2, 1, True), (4, 2, 2, True), (4, 4, 1, True), (8, 1, 1, True), (8, 2, 1, False))
 # activations of a tile, columns of a step, warps, stages
 MANY = (
-    *((16, 128, 4, 4), (16, 128, 4, 6), (32, 128, 4, 4), (32, 128, 8, 4), (64, 128, 4, 4)),
-    *((64, 128, 8, 4), (128, 128, 8, 4), (128, 64, 8, 4), (128, 64, 8, 6), (256, 64, 8, 5)),
+    *((16, 128, 4, 6), (32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4)),
+    *((256, 64, 8, 5),),
 )
-ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-SOME_TOKENS = (1, 8, 16, 64, 512)
+SPLITS = (1, 4, 8)
 HEAD = (4096, 128256)
-# Bits → the shapes and numbers of activations that are tuned.
+# Bits → the shapes and numbers of activations that are tuned; other widths take those of 4 bits.
 TUNED = {
     4: {
-        **{shape: ALL_TOKENS if at < 2 else SOME_TOKENS for at, shape in enumerate(SHAPES)},
+        **{shape: (1, 8, 16, 32, 64, 128, 256, 512) for shape in SHAPES[:2]},
+        **dict.fromkeys(SHAPES[2:], (1, 8, 16, 64, 512)),
         HEAD: (1, 8, 64),
     },
-    **{bits: {SHAPES[0]: SOME_TOKENS} for bits in (3, 2, 8)},
 }
 
 
@@ -305,7 +297,7 @@ def tune(workers: int, seconds: float) -> list[dict[str, Any]]:
         for bits, shapes in TUNED.items()
         for (columns, outputs), counts in shapes.items()
         for tokens in counts
-        for launch in candidates(bits, tokens, columns, outputs)
+        for launch in candidates(tokens, columns, outputs)
     }
     ordered = sorted(cases, key=str)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -325,7 +317,7 @@ def tune(workers: int, seconds: float) -> list[dict[str, Any]]:
                     return rows
                 times = {
                     launch: product_ms(timed_product(launch), copies, grid, tokens)
-                    for launch in candidates(bits, tokens, columns, outputs)
+                    for launch in candidates(tokens, columns, outputs)
                     if (bits, launch) not in broken
                 }
                 best = min(times, key=lambda launch: times[launch])

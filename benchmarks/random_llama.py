@@ -86,8 +86,9 @@ def _packed(
     rows: int, columns: int, bits: int, group: int | None, device: torch.device
 ) -> PackedLinear:
     half = 1 << (bits - 1)
-    codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
-    scale_OG = torch.full((rows, columns // (group or columns)), STD / (0.58 * half))
+    codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=device)
+    groups = columns // (group or columns)
+    scale_OG = torch.full((rows, groups), STD / (0.58 * half), device=device)
     weight = PackedInt(codes_OI, scale_OG, None, bits)
     return PackedLinear(weight, dtype=torch.bfloat16, device=device)
 

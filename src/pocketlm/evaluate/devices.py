@@ -202,8 +202,9 @@ def _product_seconds(
         ]
     else:
         half = 1 << (weight_bits - 1)
-        codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
-        weight = PackedInt(codes_OI, torch.ones(rows, columns // 128), None, weight_bits)
+        codes_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=place)
+        scale_OG = torch.ones(rows, columns // 128, device=place)
+        weight = PackedInt(codes_OI, scale_OG, None, weight_bits)
         first = PackedLinear(weight, dtype=torch.bfloat16, device=place)
         stored = first.packed_bytes
         calls = [first, *(copy.deepcopy(first) for _ in range(_copies(stored) - 1))]

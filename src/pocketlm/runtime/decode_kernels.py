@@ -32,6 +32,7 @@ try:
 except ImportError:  # an older Triton
     gdc_launch_dependents = gdc_wait = None
 
+OVERLAPPED = frozenset({"norm", "gate", "rotate", "attend", "likeliest"})  # where it pays
 BLOCK_F = 1024  # values of the gate that a program makes
 BLOCK_V = 2048  # logits that a program compares
 BLOCK_N = 32  # positions that a program reads at once
@@ -217,8 +218,8 @@ def _starts_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _options(x: Tensor) -> dict[str, Any]:
-    early = _starts_early(x.device)
+def _options(x: Tensor, kernel: str) -> dict[str, Any]:
+    early = kernel in OVERLAPPED and _starts_early(x.device)
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 
@@ -251,7 +252,7 @@ def _launch_norm(
     _add_norm[rows,](
         x_BC.contiguous(), x_BC if y_BC is None else y_BC.contiguous(), weight_C, sum_BC, h_BC,
         columns, epsilon, y_BC is not None, block, num_warps=min(16, max(1, block // 256)),
-        **_options(x_BC),
+        **_options(x_BC, "norm"),
     )  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def gated(gate_up_BX: Tensor) -> Tensor:
     rows, columns = gate_up_BX.shape[0], gate_up_BX.shape[1] // 2
     out_BF = gate_up_BX.new_empty(rows, columns)
     _gate[rows, triton.cdiv(columns, BLOCK_F)](
-        gate_up_BX.contiguous(), out_BF, columns, BLOCK_F, **_options(gate_up_BX)
+        gate_up_BX.contiguous(), out_BF, columns, BLOCK_F, **_options(gate_up_BX, "gate")
     )
     return out_BF
 
@@ -290,7 +291,7 @@ def likeliest(logits_BV: Tensor, done_P: Tensor) -> Tensor:
     out_B = torch.empty(rows, dtype=torch.long, device=logits_BV.device)
     _likeliest[rows, parts](
         logits_BV.contiguous(), best_BP, place_BP, done_P, out_B, width,
-        parts, triton.next_power_of_2(parts), BLOCK_V, **_options(logits_BV),
+        parts, triton.next_power_of_2(parts), BLOCK_V, **_options(logits_BV, "likeliest"),
     )  # fmt: skip
     return out_B
 
@@ -329,7 +330,7 @@ def rotate_and_store(
     _rotate_and_store[rows, H + 2 * K](
         qkv_BX.contiguous(), *angles, q_weight, k_weight, slot_1, pad_B, q_BHD,
         keys_BKND, values_BKND, *keys_BKND.stride()[:3], *values_BKND.stride()[:3], epsilon,
-        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1, **_options(qkv_BX),
+        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1, **_options(qkv_BX, "rotate"),
     )  # fmt: skip
     return q_BHD
 
@@ -370,7 +371,7 @@ def attend(
         q_BHD, keys_BKND, values_BKND, slot_1, pad_B, part, top[0], top[1], done_P, out_BX,
         *keys_BKND.stride()[:3], *values_BKND.stride()[:3], scale,
         K, G, D, splits, window or 0, BLOCK_N, max(DOT_ROWS, triton.next_power_of_2(G)),
-        **_options(q_BHD),
+        **_options(q_BHD, "attend"),
     )  # fmt: skip
     return out_BX
 
