@@ -81,8 +81,8 @@ def scale(kind: str, zeros: bool) -> str:
 
 
 def load(kind: str) -> str:
-    """A number from memory that does not change ($1) into a whole register, if $2 is not 0."""
-    lines = ["{ .reg .pred p;", "setp.ne.b32 p, $2, 0;", "mov.b32 $0, 0;"]
+    """A number from memory that does not change ($1) into a whole register, if $2 is above 0."""
+    lines = ["{ .reg .pred p;", "setp.gt.s32 p, $2, 0;", "mov.b32 $0, 0;"]
     return " ".join([*lines, f"@p ld.global.nc.{kind} $0, [$1];", "}"])
 
 
