@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.core.tensors import PackedInt
+from pocketlm.evaluate.hardware import copy_bandwidth
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.cuda import Int4Cuda
 from pocketlm.runtime.kernels.select import TABLE
@@ -122,12 +123,10 @@ def dense_ms(columns: int, rows: int, tokens: int) -> float:
 
 def ceilings() -> tuple[float, float]:
     """(bytes a second of a copy, read and written; operations a second of a bfloat16 product)."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copied = replay_ms([lambda: target.copy_(source)] * 4)
+    copied = copy_bandwidth(DEVICE)
     x = torch.randn(8192, 8192, device=DEVICE, dtype=BF16)
     multiplied = replay_ms([lambda: x @ x] * 4)
-    return 2 * source.numel() / copied * 1e3, 2 * 8192**3 / multiplied * 1e3
+    return copied, 2 * 8192**3 / multiplied * 1e3
 
 
 def bound_ms(buffers: Buffers, grid: Grid, tokens: int, limits: tuple[float, float]) -> float:
@@ -212,15 +211,8 @@ def show(result: Mapping[str, Any]) -> str:
 
 def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
     """Launches worth trying."""
-    for warps, row_tiles, ahead, resident, fetched in FEW if tokens <= 8 else ():
-        yield Launch(
-            "decode",
-            warps=warps,
-            row_tiles=row_tiles,
-            ahead=ahead,
-            resident=resident,
-            fetched=fetched,
-        )
+    for warps, row_tiles, ahead, resident in FEW if tokens <= 8 else ():
+        yield Launch("decode", warps=warps, row_tiles=row_tiles, ahead=ahead, resident=resident)
     for warps, row_tiles, ahead, early in SHARED if 2 <= tokens <= 16 else ():
         yield Launch(
             "decode", warps=warps, row_tiles=row_tiles, ahead=ahead, shared=True, early=early
@@ -234,11 +226,10 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
                 yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
 
 
-# warps, row tiles, steps ahead, programs of a multiprocessor, tiles fetched
+# warps, row tiles, steps ahead, programs of a multiprocessor
 FEW = (
-    *((4, 1, 2, 0, 0), (4, 1, 2, 0, 1), (8, 1, 2, 0, 0), (4, 1, 4, 0, 0), (4, 2, 2, 0, 0)),
-    *((4, 1, 4, 0, 1), (4, 1, 2, 5, 1), (4, 1, 4, 4, 1), (4, 2, 2, 0, 1), (8, 1, 2, 2, 0)),
-    *((8, 1, 4, 2, 1), (8, 1, 4, 1, 1)),
+    *((4, 1, 2, 0), (8, 1, 2, 0), (4, 1, 4, 0), (4, 2, 2, 0), (4, 1, 2, 5), (4, 1, 4, 4)),
+    *((8, 1, 2, 2), (8, 1, 4, 2), (8, 1, 4, 1)),
 )
 # warps, row tiles, steps ahead, early
 SHARED = ((4, 2, 1, True), (4, 2, 2, True), (4, 4, 1, True), (8, 1, 1, True), (8, 2, 1, False))

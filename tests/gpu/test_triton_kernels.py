@@ -98,10 +98,10 @@ def test_every_launch_of_few_rows(launch):
 @pytest.mark.parametrize(
     "launch",
     [
-        Launch("decode", warps=8, resident=1, fetched=1),
-        Launch("decode", ahead=2, resident=2, fetched=2),
+        Launch("decode", warps=8, resident=1),
+        Launch("decode", ahead=2, resident=2),
         Launch("decode", warps=8, row_tiles=2, resident=1),
-        Launch("decode", warps=8, shared=True, resident=1, fetched=1),
+        Launch("decode", warps=8, shared=True, resident=1),
     ],
     ids=str,
 )
@@ -125,8 +125,8 @@ def test_many_rows_equal_the_definition(bits, dtype):
         Launch("prefill", columns=64, tokens=64),
         Launch("prefill", tokens=128, warps=8),
         Launch("prefill", columns=64, tokens=256, warps=8),
-        Launch("prefill", columns=64, tokens=128, warps=16),
-        Launch("prefill", tokens=128, warps=16),  # of 8 bits more than shared memory holds
+        Launch("prefill", tokens=256, warps=8),  # of 8 bits more than shared memory holds
+        Launch("prefill", columns=64, tokens=128, warps=8),
     )
     for number, case in enumerate(cases(6, 100 + bits, (5, 33, 64, 130, 300))):
         rows, columns, group, symmetric, tokens = case

@@ -6,7 +6,7 @@ over a hundred processors; and rotation, its copies and the writes are eight lau
 that count are known on the device alone (`slot`): programs read as far as that and no further, so
 that one CUDA graph serves a cache of any filling.
 
-On Hopper every kernel lets the one behind it start at once, and waits itself for the one before
+On Hopper a kernel lets the one behind it start at once, and waits itself for the one before
 (programmatic dependent launch): the next product's weights come in while these compute.
 
 Attention over parts of the positions and their sum by running maxima: FlashAttention-2
@@ -32,7 +32,8 @@ try:
 except ImportError:  # an older Triton
     gdc_launch_dependents = gdc_wait = None
 
-OVERLAPPED = frozenset({"norm", "gate", "rotate", "attend", "likeliest"})  # where it pays
+# Of an H100's step at batch 1, in ms: 2.166 so, 2.236 with attention too, 2.325 with none.
+OVERLAPPED = frozenset({"norm", "gate", "rotate", "likeliest"})
 BLOCK_F = 1024  # values of the gate that a program makes
 BLOCK_V = 2048  # logits that a program compares
 BLOCK_N = 32  # positions that a program reads at once

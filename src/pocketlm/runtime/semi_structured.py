@@ -8,6 +8,7 @@ wants rows and columns in whole tiles.
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from torch import nn
@@ -37,6 +38,8 @@ def refuses(weight: Sparse, dtype: torch.dtype, device: torch.device) -> str | N
 
 def make_sparse(linear: nn.Linear) -> nn.Linear:
     """The linear with its 2:4 weight compressed for sparse tensor cores, in place."""
-    compressed = to_sparse_semi_structured(linear.weight.data)
+    with warnings.catch_warnings():  # that its interface may change: not the user's concern
+        warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructured")
+        compressed = to_sparse_semi_structured(linear.weight.data)
     linear.weight = nn.Parameter(compressed, requires_grad=False)
     return linear

@@ -8,7 +8,7 @@ a fixed order. There is no second launch and no atomic: the same inputs give the
 
 Weights are read some steps ahead, the first before the kernel that made x has ended (programmatic
 dependent launch): they do not depend on it. A program may make several sets of outputs in turn,
-reading ahead from one into the next, and may have whole sets brought into the second-level cache.
+reading ahead from one into the next.
 
 Legend as in layout.py; W warps, N activations, a step is C units for each warp.
 """
@@ -115,36 +115,20 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
     async_copy.commit_group()
 
 
-@gluon.jit
-def _fetch(ptr, at, tiles, count, R: gl.constexpr):
-    """Has R row tiles brought into the second-level cache, of `count` values each; ends at once."""
-    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    first = at * R
-    if first < tiles:
-        gl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
-            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, t; }",
-            "=r,l,r",
-            [ptr + first.to(gl.int64) * count, gl.minimum(R, tiles - first) * count * SIZE],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=["rows"])
 def decode_kernel(
     x_ptr, q_ptr, top_ptr, s_ptr, z_ptr, y_ptr,
     rows, columns, outputs, units, groups, x_stride, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
     EVEN: gl.constexpr, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
-    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr, FETCHED: gl.constexpr,
+    AHEAD: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ for M ≤ N; program i makes outputs 16 R i to 16 R (i + 1), and with
     fewer programs than tiles those of every P-th set of tiles from there on.
 
     AHEAD: steps whose weights are under way; divides their number. SHARED: activations come
     through shared memory, copied one step ahead: for more than a few of them. PDL: the kernel
-    behind this one may start as soon as all programs run, and this one did so itself. FETCHED:
-    sets of tiles that are on their way into the second-level cache.
+    behind this one may start as soon as all programs run, and this one did so itself.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
@@ -163,11 +147,6 @@ def decode_kernel(
         ss += (_per_group(s_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
         if ZEROS:
             zs += (_per_group(z_ptr, program, tiles, i, groups, True, STEPS, EVEN, R, W, MMA),)
-    for i in gl.static_range(FETCHED):
-        _fetch(q_ptr, program + i * programs, tiles, units * WORDS, R)
-        _fetch(s_ptr, program + i * programs, tiles, groups * 16, R)
-        if WIDTH == 3:
-            _fetch(top_ptr, program + i * programs, tiles, units * TOP, R)
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [],
@@ -180,11 +159,6 @@ def decode_kernel(
     ones = gl.full([W, 16, K], 1.0, x_ptr.dtype.element_ty, gl.DotOperandLayout(0, MMA, 2))
     copied = 0
     for tile in range(program, sets, programs):
-        if FETCHED > 0:
-            _fetch(q_ptr, tile + FETCHED * programs, tiles, units * WORDS, R)
-            _fetch(s_ptr, tile + FETCHED * programs, tiles, groups * 16, R)
-            if WIDTH == 3:
-                _fetch(top_ptr, tile + FETCHED * programs, tiles, units * TOP, R)
         total = gl.zeros([W, R * 16, N], gl.float32, MMA)
         for first in range(0, steps, AHEAD):
             for i in gl.static_range(AHEAD):

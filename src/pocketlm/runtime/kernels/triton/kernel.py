@@ -131,8 +131,11 @@ def _unit(grid: Grid) -> int:
 
 
 def _readable(x_MI: Tensor) -> Tensor:
-    """The activations so that they can be read 16 bytes at a time."""
-    if x_MI.stride(1) == 1 and x_MI.stride(0) % 8 == 0 and x_MI.data_ptr() % 16 == 0:
+    """The activations so that they can be read 16 bytes at a time.
+
+    Triton knows that a number is a multiple of 16, and of nothing less.
+    """
+    if x_MI.stride(1) == 1 and x_MI.stride(0) % 16 == 0 and x_MI.data_ptr() % 16 == 0:
         return x_MI
     return x_MI.clone(memory_format=torch.contiguous_format)
 
@@ -175,8 +178,7 @@ def decode_product(
         STEPS=grid.group_size // (taken * unit), WIDTH=lane_bits(grid.bits, grid.group_size),
         UNIT=unit, ZEROS="zero" in buffers, EVEN=units % (taken * launch.warps) == 0,
         R=launch.row_tiles, C=taken, W=launch.warps, N=max(8, 1 << (tokens - 1).bit_length()),
-        AHEAD=ahead, SHARED=launch.shared, PDL=early, FETCHED=launch.fetched if early else 0,
-        num_warps=launch.warps,
+        AHEAD=ahead, SHARED=launch.shared, PDL=early, num_warps=launch.warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y_MO
@@ -207,6 +209,8 @@ def prefill_product(
     if splits > 1:
         target = torch.empty(splits, *y_MO.shape, dtype=torch.float32, device=x_MI.device)
     codes, scale = buffers["codes"], buffers["scale"]
+    # Where it was measured; two steps are taken together, so that each part has an even number.
+    deep = width == 4 and taken * unit == 64 and grid.columns % (2 * splits * 64) == 0
     blocks = -(-grid.rows // (TILE_ROWS * launch.warps)), -(-rows // launch.tokens), splits
     prefill_kernel[blocks](
         x_MI, codes, buffers.get("high_bits", codes), scale, buffers.get("zero", scale), target,
@@ -214,7 +218,7 @@ def prefill_product(
         STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
         C=taken, W=launch.warps, N=launch.tokens, SPLITS=splits,
         STAGES=min(launch.stages, room // _stage_bytes(launch, width, taken * unit)),
-        DEEP=taken * unit <= 64, num_warps=launch.warps,
+        DEEP=deep, num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         count = y_MO.numel()

@@ -35,8 +35,6 @@ class Launch:
         early: Of "decode", on Hopper: whether it starts before the kernel before it has ended.
         resident: Of "decode": programs for each multiprocessor, which take tiles in turn; 0: one
             program for each set of tiles.
-        fetched: Of "decode", where it is early: sets of tiles of a program that are on their way
-            into the second-level cache before their turn.
         tokens: Of "prefill": activations of a tile.
         stages: Of "prefill": length of the ring in shared memory.
         splits: Of "prefill": parts of the columns that are summed by programs of their own.
@@ -50,7 +48,6 @@ class Launch:
     shared: bool = False
     early: bool = True
     resident: int = 0
-    fetched: int = 0
     tokens: int = 64
     stages: int = 4
     splits: int = 1

@@ -8,7 +8,7 @@ started while the one before still runs (with more columns ptxas makes them wait
 Scaled weights are rounded to the activations' dtype, as `dequantize()` rounds them; sums are
 float32.
 
-Legend as in layout.py; W warps (4, 8 or 16), N activations, K = C UNIT columns of a step.
+Legend as in layout.py; W warps (4 or 8), N activations, K = C UNIT columns of a step.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -79,7 +79,7 @@ def prefill_kernel(
     """Y [M, O] = x [M, I] Wᵀ; program (i, j) makes outputs 16 W i … for activations N j ….
 
     With SPLITS > 1 program (i, j, k) sums the k-th part of the columns into y [SPLITS, M, O].
-    DEEP: two products may be under way.
+    DEEP: two products may be under way; the steps are even in number.
     """
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     WORDS: gl.constexpr = UNIT * (2 if WIDTH == 3 else WIDTH)  # of a unit
@@ -150,8 +150,6 @@ def prefill_kernel(
             # While the product of this step runs: the next step's weights, and a copy into what
             # the step before has left. DEEP: that one may still run when this one is started.
             at = i + half
-            if half == 1:
-                v = v * (at < steps).to(DTYPE)
             acc = warpgroup_mma(v, xs.index(at % STAGES).permute((1, 0)), acc, is_async=True)
             if DEEP:
                 acc, before = warpgroup_mma_wait(1, [acc, before])
