@@ -299,7 +299,8 @@ class Decoder:
         return graph
 
     def _draw(self, logits_BV: Tensor) -> Tensor:
-        if self.sampling.temperature == 0.0 and isinstance(self._lean, LeanStep):
+        greedy = isinstance(self.sampling, Sampling) and self.sampling.temperature == 0.0
+        if greedy and isinstance(self._lean, LeanStep):
             return self._lean.likeliest(logits_BV)
         return self.sampling.draw(logits_BV, self.generator)
 
