@@ -30,8 +30,9 @@ model with them in transformers 5.17 and 5.19, which do not know ``dequantize``.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,15 @@ from pocketlm.core.stored import (
     WeightSpec,
     parse_weight_spec,
 )
+from pocketlm.core.views import TensorSource
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
+from pocketlm.models.config import read_config
+from pocketlm.models.decoded import DecodedSource
+from pocketlm.models.names import Binding, map_names
 from pocketlm.models.shortcut import add_shortcuts, connect_shortcuts
+from pocketlm.models.stream import SafetensorsSource
 
 
 class PocketlmConfig(QuantizationConfigMixin):
@@ -175,11 +181,19 @@ class PocketlmQuantizer(HfQuantizer):
             )
         add_shortcuts(model, config.shortcuts)
         modules, inputs = dict(model.named_modules()), config.inputs()
-        for name, spec in config.specs().items():
+        paths = {
             # A checkpoint may leave out the prefix of the base model (GPT-2's do).
-            path = name if name in modules else f"{model.base_model_prefix}.{name}"
-            if path not in modules:
-                raise ArtifactError("is no layer of the model.", where=name)
+            name: name if name in modules else f"{model.base_model_prefix}.{name}"
+            for name in config.specs()
+        }
+        fused = {name for name, path in paths.items() if path not in modules}
+        self._merged = merged_parameters(model, fused, Path(kwargs["checkpoint_files"][0]).parent)
+        for name in fused & inputs.keys():
+            raise ArtifactError("its inputs are rounded, but it is fused here.", where=name)
+        for name, spec in config.specs().items():
+            if name in fused:
+                continue
+            path = paths[name]
             stand_in = PackedStandIn(
                 modules[path], spec, name in config.transposed, inputs.get(name)
             )
@@ -203,6 +217,9 @@ class PocketlmQuantizer(HfQuantizer):
             if isinstance(module, PackedStandIn):
                 model.set_submodule(path, module.restored())
         connect_shortcuts(model)
+        for name, (binding, source) in self._merged.items():
+            parameter = model.get_parameter(name)
+            parameter.data = binding.convert(source, model).to(parameter.device, parameter.dtype)
         for head, embedding in self._waiting.items():
             module = model.get_submodule(head.rpartition(".")[0])
             del module._buffers["weight"]
@@ -218,6 +235,51 @@ class PocketlmQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: the loaded layers are ordinary ones."""
         return True
+
+
+def merged_parameters(
+    model: PreTrainedModel, modules: Collection[str], directory: Path
+) -> dict[str, tuple[Binding, TensorSource]]:
+    """Parameters that transformers makes of several compressed linears: its fused experts.
+
+    They are filled after loading, and the library is told not to look for them.
+
+    Args:
+        model: On the meta device, before anything stands in for its layers.
+        modules: Compressed linears of the checkpoint that are no modules of the model.
+        directory: The artifact.
+
+    Returns:
+        Parameter → how it is made, and of what.
+
+    Raises:
+        ArtifactError: If a linear is part of no parameter.
+    """
+    if not modules:
+        return {}
+    source = DecodedSource.wrap(SafetensorsSource(directory), read_config(directory))
+    if source is None:
+        raise ArtifactError(
+            "says that layers are compressed, and holds none.", where=str(directory)
+        )
+    wanted = {f"{module}.weight" for module in modules}
+    found = {
+        name: (binding, source)
+        for name, binding in map_names(model, source.infos(), str(directory)).bindings.items()
+        if wanted & set(binding.tensors)
+    }
+    lost = wanted - {tensor for binding, _ in found.values() for tensor in binding.tensors}
+    if lost:
+        raise ArtifactError("is no layer of the model.", where=min(lost))
+    owners = {name.rpartition(".")[0] for name in found}  # as transformers renames their parts
+    ignored = {
+        "missing": [f"^{re.escape(name)}$" for name in sorted(found)],
+        "unexpected": [rf"^{re.escape(owner)}\.\d+\." for owner in sorted(owners)],
+    }
+    for kind, patterns in ignored.items():
+        attribute = f"_keys_to_ignore_on_load_{kind}"
+        setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
+    return found
 
 
 def load_plain(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from pocketlm.core.errors import ConfigError, UnsupportedLayer, nearest
 from pocketlm.core.spec import QuantSpec, matches
 from pocketlm.core.stored import DenseSpec, LowRankSpec, SumSpec
-from pocketlm.formats.capabilities import capability, check_layer, is_expert
+from pocketlm.formats.capabilities import capability, check_layer
 
 if TYPE_CHECKING:
     from pocketlm.engine.grids import Grids
@@ -52,9 +52,6 @@ def check_factors(
                 notes[name] = f"factors of rank {form.rank} hold more than the weight they replace."
         if isinstance(form, LowRankSpec | SumSpec):
             factorised += 1
-            if target == "transformers" and is_expert(name):
-                said = "transformers fuses experts and takes no factors of one: use pocketlm.load."
-                notes[name] = f"{notes[name]} {said}" if name in notes else said
     steps: list[Any] = [step for step in grids.factoring if "factors" in step.makes]
     if steps and not factorised:
         raise ConfigError(

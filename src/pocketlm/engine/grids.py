@@ -226,12 +226,12 @@ def _refuse_own_experts(
     target: str,
     activations: ActivationSpec | None,
 ) -> None:
-    """The loader of our format for transformers puts back linears, not experts fused to one."""
+    """Transformers' fused experts get the weights of our format, and round no inputs."""
     own = format_name == "pocketlm" and activations is not None and activations.outliers is not None
     for name in specs if own and target == "transformers" else ():
         if is_expert(name):
             raise UnsupportedLayer(
-                "is an expert, and pocketlm.hf loads no experts from the format pocketlm.",
+                "is an expert, and transformers' fused experts round no inputs.",
                 where=name,
                 remedy="Ignore the experts, or choose --target pocketlm.",
             )

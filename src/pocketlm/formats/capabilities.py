@@ -275,7 +275,7 @@ def check_model(
                     where=members[0],
                     remedy="Put the experts into ignore, or choose another scheme.",
                 )
-        elif spec is not None and spec.type != "int" and spec.name not in known.expert_floats:
+        elif spec is not None and spec.type == "float" and spec.name not in known.expert_floats:
             raise UnsupportedLayer(
                 f"{target} does not run {spec.name} for experts.",
                 where=members[0],
