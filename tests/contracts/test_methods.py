@@ -24,6 +24,7 @@ from pocketlm.evaluate.verify_files import Artifact, checks
 from pocketlm.evaluate.verify_logits import view_logits
 from pocketlm.models import open_model
 
+pytestmark = pytest.mark.usefixtures("checked_shapes")
 W8 = {"bits": 8, "group_size": None}
 W4 = {"bits": 4, "group_size": 32}
 HALF = {"sparsity": "2:4"}
@@ -118,7 +119,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports tell times: all else of a run is the same every time."""
-    monkeypatch.setattr(compression, "_write_report", lambda *_: None)
+    monkeypatch.setattr(compression, "write_report", lambda *_: None)
 
 
 class Killed(Exception):
