@@ -1,7 +1,7 @@
 """What tests do without: exact rates of the machine, waiting for the disk, more processes.
 
-Shapes that annotations state are checked at every call. Nothing else is imported before a test
-asks for it: the process that hands out tests loads no torch.
+Nothing heavy is imported before a test asks for it: the process that hands out tests loads no
+torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ def _quick_machine() -> Iterator[None]:
         patch.setattr("pocketlm.engine.machine.MEASURE_SECONDS", 0.0)
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture
+def checked_shapes() -> Iterator[None]:
+    """Shapes that annotations state are checked at every call."""
+    shapes.enable(True)
+    yield
+    shapes.enable(False)
 
 
 @pytest.fixture

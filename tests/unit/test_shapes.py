@@ -9,6 +9,7 @@ from jaxtyping import TypeCheckError
 from pocketlm.core.linalg import inverse_factor
 
 
+@pytest.mark.usefixtures("checked_shapes")
 def test_a_wrong_shape_is_an_error() -> None:
     inverse_factor(torch.eye(3), 0.01)
     with pytest.raises(TypeCheckError, match="hessian_II"):

@@ -99,7 +99,12 @@ RECIPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECIPES)
+ALONE = ("svd", "asvd", "fwsvd", "laser", "losparse", "lorc-16")  # so in tests/contracts
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ALONE else []) for n in RECIPES]
+)
 def test_every_bit_is_planned_and_accounted_for(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:

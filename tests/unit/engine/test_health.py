@@ -131,6 +131,7 @@ def test_an_overflow_on_the_text_is_an_error(tmp_path: Path, tiny: Path, steps) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_gates_that_engines_take_for_linears_are_named(tmp_path: Path) -> None:
     """Routers and the gate of a shared expert are kept; transformers must not look for codes."""
     config = Qwen2MoeConfig(

@@ -20,12 +20,13 @@ from pocketlm.formats.compressed_config import holds
 STEPS = ("clip", "gptq", "refine")
 
 
-@pytest.mark.parametrize("name", ["FP8_BLOCK", pytest.param("NF4_DQ", marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_and_every_bit_is_accounted_for(
-    tmp_path: Path, compress, name: str
-) -> None:
-    spec = SCHEMES[name].fit(32)
-    weights = spec.model_dump()
+NAMES = ["FP8_BLOCK", pytest.param("NF4_DQ", marks=pytest.mark.slow)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FP8_BLOCK", "NF4_DQ"])
+def test_a_stopped_run_goes_on(tmp_path: Path, compress, name: str) -> None:
+    weights = SCHEMES[name].fit(32).model_dump()
 
     def stop(event: Event) -> None:
         if event.kind == "block_done" and event.block == 1:
@@ -38,6 +39,11 @@ def test_a_stopped_run_goes_on_and_every_bit_is_accounted_for(
     assert outcome.blocks_resumed == 2
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_bit_is_accounted_for(tmp_path: Path, compress, name: str) -> None:
+    spec = SCHEMES[name].fit(32)
+    compress(tmp_path / "whole", steps=STEPS, weights=spec.model_dump())
     ledger = ledger_of(tmp_path / "whole")
     assert ledger.format == ("compressed-tensors" if holds(spec) else "pocketlm")
     entries = [entry for entry in ledger.tensors.values() if entry.action == "quantized"]
