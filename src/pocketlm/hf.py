@@ -52,7 +52,6 @@ from pocketlm.core.stored import (
     WeightSpec,
     parse_weight_spec,
 )
-from pocketlm.core.views import TensorSource
 from pocketlm.formats import inputs as stored_inputs
 from pocketlm.formats import pocketlm as own_format
 from pocketlm.formats.compressed_config import DECODED_IN_BFLOAT16, STORAGES
@@ -239,7 +238,7 @@ class PocketlmQuantizer(HfQuantizer):
 
 def merged_parameters(
     model: PreTrainedModel, modules: Collection[str], directory: Path
-) -> dict[str, tuple[Binding, TensorSource]]:
+) -> dict[str, tuple[Binding, DecodedSource]]:
     """Parameters that transformers makes of several compressed linears: its fused experts.
 
     They are filled after loading, and the library is told not to look for them.
