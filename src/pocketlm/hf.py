@@ -256,7 +256,8 @@ def merged_parameters(
     """
     if not modules:
         return {}
-    source = DecodedSource.wrap(SafetensorsSource(directory), read_config(directory))
+    with torch.device("cpu"):  # a model is made where everything else would be on the meta device
+        source = DecodedSource.wrap(SafetensorsSource(directory), read_config(directory))
     if source is None:
         raise ArtifactError(
             "says that layers are compressed, and holds none.", where=str(directory)
