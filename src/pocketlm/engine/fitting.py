@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from pocketlm.core.spec import SUPER_BLOCK, QuantSpec
 from pocketlm.formats.gguf_hold import native
+from pocketlm.formats.targets import EXPERT
+
+
+def columns_to_fit(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Module path → what its groups have to divide: its columns, and for experts, which share one
+    grid in a layer, those of all of them.
+
+    Args:
+        shapes: (O, I) of every linear, by module path.
+    """
+    found = {name: columns for name, (_, columns) in shapes.items()}
+    layers = {name: match[1] for name in shapes if (match := EXPERT.match(name))}
+    common: dict[str, int] = {}
+    for name, layer in layers.items():
+        common[layer] = math.gcd(common.get(layer, 0), found[name])
+    return found | {name: common[layer] for name, layer in layers.items()}
 
 
 def fitted_grid(asked: QuantSpec, columns: int, target: str) -> QuantSpec:

@@ -23,7 +23,7 @@ from pocketlm.core.views import End
 from pocketlm.engine.end_grids import check_end_grid, choose_ends
 from pocketlm.engine.factor_checks import check_factors
 from pocketlm.engine.factors import predicted_form
-from pocketlm.engine.fitting import fitted_grid, fitting_note
+from pocketlm.engine.fitting import columns_to_fit, fitted_grid, fitting_note
 from pocketlm.formats.capabilities import (
     capability,
     check_layer,
@@ -147,6 +147,7 @@ def choose_grids(
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
     inputs: dict[str, ActivationSpec] = {}
+    columns = columns_to_fit(shapes)
     for name, shape in shapes.items():
         asked = recipe.spec_for(name)
         if recipe.ignores(name):
@@ -159,7 +160,7 @@ def choose_grids(
             specs[name] = None
         elif shape[1] < MIN_COLUMNS:
             kept[name] = f"only {shape[1]} columns; the format needs {MIN_COLUMNS}"
-        elif not (fitted := fitted_grid(asked, shape[1], target)).fits(shape[1]):
+        elif not (fitted := fitted_grid(asked, columns[name], target)).fits(shape[1]):
             kept[name] = (
                 f"groups of {fitted.group_size}, as {fitted.name} has them, do not divide "
                 f"{shape[1]} columns"
@@ -168,7 +169,7 @@ def choose_grids(
             kept[name] = f"{shape[1]} codes of {fitted.bits} bits do not fill whole bytes"
         else:
             if fitted != asked:
-                notes[name] = fitting_note(asked, fitted, shape[1])
+                notes[name] = fitting_note(asked, fitted, columns[name])
             if recipe.activations is not None:
                 if is_expert(name) and capability(target).expert_inputs is None:
                     text = f"{target} does not round inputs of experts: they stay as they come."

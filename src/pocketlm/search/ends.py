@@ -19,7 +19,7 @@ from pocketlm.core.views import End, ModelView
 from pocketlm.engine.ends import CHUNK_WEIGHTS, quantized_rows
 from pocketlm.engine.grids import Grids, scale_dtype_for
 from pocketlm.formats import format_for
-from pocketlm.formats.capabilities import check_end, is_expert
+from pocketlm.formats.capabilities import check_end
 from pocketlm.formats.safetensors_header import element_bytes
 from pocketlm.search.errors import Energy
 from pocketlm.search.quick import quick_steps
@@ -88,8 +88,6 @@ def _compressed(
     model: ModelView, end: End, grids: Grids, candidates: Sequence[QuantSpec], target: str
 ) -> list[Candidate]:
     form = "pocketlm" if end.embeds else grids.format_name
-    if form != grids.format_name and any(is_expert(name) for name in grids.specs):
-        return []  # the loader of our format for transformers takes no experts
     scale = scale_dtype_for(model.source.infos()[end.tensor].dtype)
     found: dict[QuantSpec, Candidate] = {}
     for asked in candidates:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec, Recipe, matches
 from pocketlm.core.views import End, ModelView
+from pocketlm.engine.fitting import columns_to_fit
 from pocketlm.engine.grids import Grids, linear_bits, scale_dtype_for
 from pocketlm.formats import format_for
 from pocketlm.formats.capabilities import capability, check_layer, unit_of
@@ -158,8 +159,9 @@ def _candidates(
     """What suits every linear of a unit; of grids that come out alike the first."""
     found: dict[tuple[QuantSpec, ...], Candidate] = {}
     refusal: UnsupportedLayer | None = None
+    columns = columns_to_fit(shapes)
     for spec in candidates:
-        specs = {name: spec.fit(shapes[name][1]) for name in linears}
+        specs = {name: spec.fit(columns[name]) for name in linears}
         try:
             for name, fitted in specs.items():
                 check_layer(

@@ -39,6 +39,20 @@ def test_experts_of_a_layer_are_one_unit(mixtral, recipe):
     assert len(units) == 3 * (4 + 1)
 
 
+def test_experts_share_groups_that_divide_the_columns_of_all(mixtral):
+    recipe = Recipe.parse({"steps": ["rtn"], "weights": {"bits": 4, "group_size": 128}})
+    model = open_model(mixtral)
+    shapes = model.linear_shapes()
+    grids = choose_grids(shapes, model.stores_transposed, recipe, "transformers")
+    experts = {name: spec for name, spec in grids.specs.items() if ".experts." in name}
+    assert {shapes[name][1] for name in experts} == {64, 96}
+    assert {spec.group_size for spec in experts.values()} == {32}
+    for unit in units_of(model, recipe, "transformers"):
+        if unit.name.endswith("experts"):
+            for candidate in unit.candidates:
+                assert len(set(candidate.specs.values())) == 1
+
+
 def test_prices_count_scales_and_in_bytes_the_padding(model, recipe):
     down = next(
         u for u in units_of(model, recipe, "transformers") if u.name.endswith("mlp.down_proj")
