@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("checked_shapes")
 W8 = {"bits": 8, "group_size": None}
 W4 = {"bits": 4, "group_size": 32}
 HALF = {"sparsity": "2:4"}
+TEXT = Path(__file__).parents[2] / "LICENSE"  # builtin's words differ between releases of Python
 TOKENS = [(3 + 7 * i) % 96 for i in range(24)]
 
 
@@ -100,7 +101,7 @@ ROWS = {
     "wanda_sp": row("wanda_sp", NARROWER, channels=64),
     "minitron": row("minitron", NARROWER, channels=64),
     "slicegpt": row("slicegpt", HALVED, hidden=48),
-    "experts": row("experts", NEAR_4, keep=3, family="mixtral"),
+    "experts": row("experts", NARROWER, keep=3, family="mixtral"),
     "permute": row("permute", 1e-4),
     "laco": row("laco", 1.3, looks=False, blocks=1, threshold=0.01),
     "llm_pruner": row("llm_pruner", NARROWER, looks=False, channels=64),
@@ -162,7 +163,9 @@ def test_a_run_is_whole_near_and_repeats_itself(
     recipe = {"steps": list(asked.steps), "weights": asked.weights, "ignore": ["lm_head"]}
 
     def run(output: Path) -> api.CompressResult:
-        return api.compress(source, recipe, output, samples=4, seq_len=32, device="cpu")
+        return api.compress(
+            source, recipe, output, samples=4, seq_len=32, calibration=TEXT, device="cpu"
+        )
 
     made = run(tmp_path / "whole")
     stored = load_file(tmp_path / "whole" / "model.safetensors").values()
