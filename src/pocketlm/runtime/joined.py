@@ -64,7 +64,7 @@ def _joined_packed(linears: Sequence[PackedLinear]) -> PackedLinear | None:
     for name in first._buffers:
         axis = axes[name]
         parts = [linear.get_buffer(name) for linear in linears]
-        whole = torch.cat(parts, dim=axis)
+        whole = _whole(parts, axis)
         one.register_buffer(name, whole)
         if axis == 0:  # a part of the whole is contiguous: memory is not taken twice
             sizes = [part.shape[0] for part in parts]
@@ -74,6 +74,18 @@ def _joined_packed(linears: Sequence[PackedLinear]) -> PackedLinear | None:
     if any(buffer.is_cuda for buffer in one.buffers()):
         torch.cuda.synchronize()  # a product may read its weights before the kernel in front ends
     return one
+
+
+def _whole(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """The parts one after the other; a view of them where memory has them so (native/pages.py)."""
+    first, start = parts[0], parts[0].data_ptr()
+    for part in parts:
+        aside = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if axis or aside or part.data_ptr() != start or not part.is_contiguous():
+            return torch.cat(list(parts), dim=axis)
+        start += part.nbytes
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _joined_bias(linears: Sequence[nn.Linear | PackedLinear]) -> nn.Parameter | None:

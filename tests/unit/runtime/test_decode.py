@@ -12,6 +12,7 @@ from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.joined import joined
 from pocketlm.runtime.lean import LeanStep
 from pocketlm.runtime.linear import PackedLinear
+from pocketlm.runtime.native.pages import settle
 from pocketlm.runtime.native.step import NativeStep
 from pocketlm.runtime.sampling import Sampling
 
@@ -212,6 +213,23 @@ def test_joined_linears_are_the_single_ones(rows, bits):
     assert torch.equal(torch.cat([single(x) for single in singles], -1), before)
     taken = {b.untyped_storage().data_ptr() for s in singles for b in s.buffers()}
     assert one.get_buffer("packed" if bits == 4 else "codes_OI").data_ptr() in taken
+
+
+def test_settled_weights_are_the_same_and_join_without_a_copy():
+    weights = [random_packed(rows, 4096, None, 8) for rows in (512, 256)]
+    linears = [PackedLinear(weight, dtype=torch.bfloat16) for weight in weights]
+    codes = [weight.codes_OI.clone() for weight in weights]
+    held = [linear.get_buffer("codes_OI") for linear in linears]
+    settle(held)
+    assert [tensor.data_ptr() % 64 for tensor in held] == [0, 0]
+    for expected, linear in zip(codes, linears, strict=True):
+        assert torch.equal(expected, linear.get_buffer("codes_OI"))
+    places = [tensor.data_ptr() for tensor in held]
+    settle(held)
+    one = joined(linears)
+    assert [tensor.data_ptr() for tensor in held] == places
+    assert one.get_buffer("codes_OI").data_ptr() == places[0]
+    assert torch.equal(one.get_buffer("codes_OI"), torch.cat(codes))
 
 
 def test_what_cannot_be_joined_stays_apart():

@@ -19,7 +19,7 @@
 
 enum { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum { LANES = 16, UNIT = 64 }; /* floats of a vector; rows that a thread takes at once */
-enum { AHEAD = 2048 }; /* bytes: what the processor fetches by itself stops at the end of a page */
+enum { AHEAD = 8192 }; /* bytes: what the processor fetches by itself comes too late, and stops at a page's end */
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));

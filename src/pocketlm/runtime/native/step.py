@@ -7,6 +7,7 @@ the static cache in place. Which models and weights it takes, `native_step` says
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pocketlm.runtime.kernels.cpu import block_rows
 from pocketlm.runtime.linear import PackedLinear
 from pocketlm.runtime.native import library
+from pocketlm.runtime.native.pages import settle
 
 if TYPE_CHECKING:
     from pocketlm.models.decoder_parts import Block, Norm, Parts
@@ -88,6 +90,7 @@ class NativeStep:
         like = cache.parts[0].keys  # a prompt has filled it
         if like.dtype not in KINDS:
             raise _NotTaken(f"keys are {like.dtype}")
+        settle(_packed(parts))
         cos_ND, sin_ND = parts.angles(cache.capacity, torch.empty(0))
         self._blocks = (_Block * len(parts.blocks))(
             *(
@@ -183,6 +186,20 @@ class NativeStep:
         """The address of a float32 copy that lives as long as this."""
         self._kept.append(tensor.detach().float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _packed(parts: Parts) -> list[Tensor]:
+    """What packed linears hold, in the order of a step; codes of one input side by side."""
+    groups: list[Sequence[nn.Module]] = []
+    for block in parts.blocks:
+        groups += (block.qkv, (block.output,), block.gate_up, (block.down,))
+    groups.append((parts.head,))
+    found: list[Tensor] = []
+    for group in groups:
+        held = [dict(one.named_buffers()) for one in group if isinstance(one, PackedLinear)]
+        for name in dict.fromkeys(name for buffers in held for name in buffers):
+            found += [buffers[name] for buffers in held if name in buffers]
+    return found
 
 
 def native_step(parts: Parts, cache: StaticCache, rows: int) -> NativeStep | str:
