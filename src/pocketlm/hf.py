@@ -169,6 +169,18 @@ class PocketlmQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Takes the guard off: the quantizer's first sight of the configuration.
+
+        Args:
+            config: Of the model that is being loaded.
+        """
+        for key in own_format.GUARD:
+            config.__dict__.pop(key, None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # its name up to transformers 5.18
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         if not isinstance(config, PocketlmConfig):

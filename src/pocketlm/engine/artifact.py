@@ -26,7 +26,7 @@ from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
 from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.engine.options import Job
-from pocketlm.formats import format_for
+from pocketlm.formats import format_for, pocketlm
 from pocketlm.formats.safetensors_header import StoredTensor, read_header
 from pocketlm.formats.shards import Entry as ShardEntry
 from pocketlm.formats.shards import assemble, sync_directory, write_file
@@ -171,6 +171,7 @@ def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
         config["quantization_config"] = section.config_section(
             specs, kept, transposed, grids.inputs, model.shortcuts
         )
+        config |= pocketlm.GUARD
     elif specs:
         config["quantization_config"] = section.config_section(specs, kept, grids.inputs)
     if grids.untied:

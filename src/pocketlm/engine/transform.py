@@ -131,6 +131,7 @@ def _run(
     config = changed_config(model, changes.config)
     if changes.shortcuts:
         config["quantization_config"] = pocketlm.config_section({}, (), shortcuts=changes.shortcuts)
+        config |= pocketlm.GUARD
     write_files(
         job,
         dict(model.side_files()),

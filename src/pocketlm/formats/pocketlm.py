@@ -39,6 +39,10 @@ from pocketlm.formats.layouts import (
 
 NAME = "pocketlm"
 FORMAT_VERSION = 1
+GUARD = {"transformers_weights": "`import pocketlm.hf` before loading this model"}
+"""A key of config.json beside the section. Of an unknown ``quant_method`` transformers only warns,
+and makes the weights up; a file of weights that is none it refuses, with the words above. Our
+quantizer takes the key away before it is read."""
 
 
 def layout_of(spec: WeightSpec) -> Layout:
@@ -191,6 +195,11 @@ def config_section(
         "ignore": list(ignored),
         **({"shortcuts": dict(shortcuts)} if shortcuts else {}),
     }
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what tells of compression, and of files: what is written has its own."""
+    return {k: v for k, v in config.items() if k != "quantization_config" and k not in GUARD}
 
 
 def shortcuts_of(config: Mapping[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError, PocketLMError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorSource
-from pocketlm.formats.pocketlm import shortcuts_of
+from pocketlm.formats.pocketlm import plain_config, shortcuts_of
 from pocketlm.models.adapter import Model
 from pocketlm.models.config import judge_config, read_config, transformers_config
 from pocketlm.models.decoded import DecodedSource
@@ -235,10 +235,9 @@ def _from_directory(
     tensors: TensorSource = SafetensorsSource(directory)
     compressed = DecodedSource.wrap(tensors, config)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return Parts(
         source=compressed or tensors,
-        config=plain,
+        config=plain_config(config),
         skeleton=skeleton,
         side_files=lambda: side_files(directory),
         load_tokenizer=lambda: load_tokenizer(directory, trust_remote_code=trust_remote_code),

@@ -9,7 +9,7 @@ from typing import Any
 
 from pocketlm.core.views import TensorSource
 from pocketlm.formats import kv_cache
-from pocketlm.formats.pocketlm import shortcuts_of
+from pocketlm.formats.pocketlm import plain_config, shortcuts_of
 from pocketlm.models.config import read_config
 from pocketlm.models.decoded import DecodedSource
 from pocketlm.models.opening import open_model, resolve
@@ -69,7 +69,7 @@ def open_stored(name: str | Path) -> StoredModel:
         path=path,
         source=stored if packed is None else packed,
         packed=packed,
-        config={key: value for key, value in config.items() if key != "quantization_config"},
+        config=plain_config(config),
         side_files=lambda: side_files(path),
         bytes_stored=sum(info.bytes_stored for info in stored.infos().values()),
         close=stored.close,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import Packed, PackedInt
 from pocketlm.formats import format_for
+from pocketlm.formats.pocketlm import GUARD
 from pocketlm.formats.shards import Entry, assemble, write_file
 from pocketlm.quant.grid import minmax_grid, round_to_grid
 
@@ -117,6 +118,7 @@ def write_artifact(
     config = json.loads(model.config.to_json_string(use_diff=False))
     extra = (transposed,) if form == "pocketlm" else ()
     config["quantization_config"] = writer.config_section(specs, ignored, *extra)
+    config |= GUARD if form == "pocketlm" else {}
     (directory / "pocketlm").mkdir()
     for name, text in (
         ("pocketlm/recipe.yaml", "steps: [rtn]\n"),

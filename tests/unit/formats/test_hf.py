@@ -98,3 +98,11 @@ def test_our_own_format_in_bfloat16(tmp_path: Path) -> None:
     loaded = load(path, torch.bfloat16)
     assert same_logits(loaded, decoded_by_hand(model, packed, torch.bfloat16))
     assert not pocketlm.hf.PocketlmQuantizer.is_serializable(loaded.hf_quantizer)
+
+
+def test_without_our_quantizer_nothing_is_made_up(tmp_path: Path, monkeypatch) -> None:
+    grid = QuantSpec(group_size=32)
+    path, _ = write_artifact(tmp_path / "out", build_gpt2(), lambda name: grid, "pocketlm")
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "pocketlm")
+    with pytest.raises(ValueError, match=r"`import pocketlm\.hf` before loading"):
+        load(path)
