@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pocketlm.core.spec import SUPER_BLOCK, QuantSpec
+from pocketlm.core.errors import ConfigError
+from pocketlm.core.spec import GROUP_SIZES, SUPER_BLOCK, QuantSpec, Recipe
 from pocketlm.formats.gguf_hold import native
 from pocketlm.formats.targets import EXPERT
+
+DEFAULT_GROUP_SIZE = QuantSpec.model_fields["group_size"].default
 
 
 def columns_to_fit(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -28,6 +31,35 @@ def columns_to_fit(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 def fitted_grid(asked: QuantSpec, columns: int, target: str) -> QuantSpec:
     """The grid that a linear gets: GGUF files have their own in the place of wider groups."""
     return (native(asked) if target == "llama.cpp" else asked).fit(columns)
+
+
+def require_a_fit(recipe: Recipe, columns: Mapping[str, int]) -> None:
+    """Refuses a group size that no linear can have: then nothing would be as it was asked for.
+
+    The default of 128 passes: it says to take the largest that divides.
+
+    Args:
+        recipe: What is asked for.
+        columns: Module path → what its groups have to divide.
+
+    Raises:
+        ConfigError: With the sizes that would do.
+    """
+    asked: dict[int | None, tuple[QuantSpec, set[int]]] = {}
+    for name, width in columns.items():
+        spec = None if recipe.ignores(name) else recipe.spec_for(name)
+        if spec is not None and not spec.fixed_groups:
+            asked.setdefault(spec.group_size, (spec, set()))[1].add(width)
+    for size, (spec, widths) in asked.items():
+        if size == DEFAULT_GROUP_SIZE or any(map(spec.fits, widths)):
+            continue
+        would = [str(g) for g in GROUP_SIZES if any(width % g == 0 for width in widths)]
+        raise ConfigError(
+            f"groups of {size} divide the columns of no linear "
+            f"({', '.join(map(str, sorted(widths)))}).",
+            where="--group-size",
+            remedy=f"Give {', '.join([*would, 'or -1 for the whole row'])}.",
+        )
 
 
 def fitting_note(asked: QuantSpec, fitted: QuantSpec, columns: int) -> str:

@@ -23,7 +23,7 @@ from pocketlm.core.views import End
 from pocketlm.engine.end_grids import check_end_grid, choose_ends
 from pocketlm.engine.factor_checks import check_factors
 from pocketlm.engine.factors import predicted_form
-from pocketlm.engine.fitting import columns_to_fit, fitted_grid, fitting_note
+from pocketlm.engine.fitting import columns_to_fit, fitted_grid, fitting_note, require_a_fit
 from pocketlm.formats.capabilities import (
     capability,
     check_layer,
@@ -148,6 +148,7 @@ def choose_grids(
     notes: dict[str, str] = {}
     inputs: dict[str, ActivationSpec] = {}
     columns = columns_to_fit(shapes)
+    require_a_fit(recipe, columns)
     for name, shape in shapes.items():
         asked = recipe.spec_for(name)
         if recipe.ignores(name):

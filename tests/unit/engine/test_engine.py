@@ -114,6 +114,18 @@ def test_group_size_is_fitted_and_said() -> None:
     assert "576" in grids.notes["model.layers.0.mlp.up_proj"]
 
 
+def test_a_group_size_that_no_linear_can_have_is_refused() -> None:
+    grids = choose_grids(SHAPES, False, recipe(weights={"group_size": 96}), "transformers")
+    assert [spec.group_size for spec in grids.specs.values()] == [96, 96]
+    some = choose_grids(SHAPES, False, recipe(weights={"group_size": 256}), "transformers")
+    assert [spec.group_size for spec in some.specs.values()] == [64, 256]
+    with pytest.raises(ConfigError, match=r"no linear \(576, 1536\)\. Give 128, 64, 32, or -1"):
+        choose_grids(SHAPES, False, recipe(weights={"group_size": 100}), "transformers")
+    ignored = recipe(weights={"group_size": 256}, ignore=("*down_proj",))
+    with pytest.raises(ConfigError, match=r"no linear \(576\)\. Give 64, 32, or -1"):
+        choose_grids(SHAPES, False, ignored, "transformers")
+
+
 def test_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'up_proj'"):
         choose_grids(SHAPES, False, recipe(ignore=("upproj",)), "transformers")
