@@ -43,7 +43,7 @@ from pocketlm.cli.options import (
     WorkDir,
 )
 from pocketlm.cli.output import Answer
-from pocketlm.report.words import bytes_text, seconds_text
+from pocketlm.report.words import bytes_text, error_text, seconds_text
 
 if TYPE_CHECKING:
     from pocketlm.api import CompressResult
@@ -94,21 +94,19 @@ def run(
     """
     wanted, settings = flags.read(locals())
     flags.check_resume(resume, restart)
-    from pocketlm import api
-
-    built = api.build_recipe(**wanted)
     if dry_run:
         from pocketlm.cli.plan import draw_plan, planned
 
-        plan = planned(source, built, settings, quiet=quiet, log_file=log_file)
+        plan = planned(source, wanted, settings, quiet=quiet, log_file=log_file)
         return Answer(plan, lambda console: draw_plan(console, plan))
 
+    from pocketlm import api
     from pocketlm.cli.progress import progress
 
     with progress(quiet=quiet, log_file=log_file) as on_event:
         result = api.compress(
             source,
-            built,
+            api.build_recipe(**wanted),
             output,
             work_dir=work_dir,
             resume=not restart,
@@ -131,13 +129,19 @@ def _draw(console: Console, result: CompressResult) -> None:
     ]
     draw.table(console, ("", "predicted>", "came out>"), rows)
     if result.mean_error is not None:
-        error = f"{100 * result.mean_error:.2f} %"
+        error = error_text(result.mean_error)
         console.print(f"mean output error of a linear on the calibration text: {error}")
     if result.inputs:
         console.print(_inputs(result.inputs))
     draw.grouped(console, "Kept as they are", plan.kept)
     draw.grouped(console, "Changed", plan.notes)
     draw.warnings(console, result.warnings)
+    if plan.format == "pocketlm":
+        console.print(
+            f'load:   pocketlm.load("{escape(str(result.output))}"); transformers, which refuses it '
+            "as it is, after `import pocketlm.hf`",
+            soft_wrap=True,
+        )
     console.print(f"report: {escape(str(result.report))}")
     console.print(f"next:   pocketlm verify {escape(str(result.output))}")
 

@@ -39,7 +39,6 @@ from pocketlm.cli.output import Answer
 from pocketlm.report.words import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
-    from pocketlm.core.spec import Recipe
     from pocketlm.engine.plan import Plan
 
 
@@ -72,37 +71,38 @@ def run(
 ) -> Answer:
     """Predict bytes, memory, disk and time, and refuse what cannot work.
 
-    With --bits 3.5 or --size 90MB it searches first, unless an earlier search is kept.
+    Nothing of the model is run, so it takes seconds; with --bits 3.5 or --size 90MB it searches
+    first, which takes minutes (--search-minutes) unless an earlier search is kept.
 
     Example: [bold]pocketlm plan Qwen/Qwen3-8B --scheme W4A16[/bold]
     """
     wanted, settings = flags.read(locals())
-    from pocketlm import api
-
-    plan = planned(source, api.build_recipe(**wanted), settings, quiet=False, log_file=None)
+    plan = planned(source, wanted, settings, quiet=False, log_file=None)
     return Answer(plan, lambda console: draw_plan(console, plan))
 
 
 def planned(
-    source: str, recipe: Recipe, settings: dict[str, Any], *, quiet: bool, log_file: Path | None
+    source: str,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    quiet: bool,
+    log_file: Path | None,
 ) -> Plan:
-    """A plan; with a budget it draws the progress of the search that the plan needs.
+    """A plan; the progress of what it needs, such as a budget's search, is drawn.
 
     Args:
         source: A model.
-        recipe: What is asked for.
+        wanted: Keyword arguments of `api.build_recipe`.
         settings: Keyword arguments of `api.plan`.
         quiet: Draw nothing.
         log_file: Each event is appended here.
     """
     from pocketlm import api
-
-    if settings.get("bits") is None and settings.get("size") is None:
-        return api.plan(source, recipe, **settings)
     from pocketlm.cli.progress import progress
 
     with progress(quiet=quiet, log_file=log_file) as on_event:
-        return api.plan(source, recipe, on_event=on_event, **settings)
+        return api.plan(source, api.build_recipe(**wanted), on_event=on_event, **settings)
 
 
 def draw_plan(console: Console, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Draws events on stderr: one live line on a terminal, plain lines in a log; and in a log file.
 
-The same warning may befall every layer: it is shown once, the rest are counted. All of them are in
-the log file, the ledger and the report.
+The same warning may befall every layer: it is shown once, and at the end with how many more have
+it, as the answer's summary counts. All of them are in the log file, the ledger and the report.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Show:
     """
 
     def __init__(self, drawer: Drawer) -> None:
-        self._drawer, self._more = drawer, 0
-        self._said: set[str] = set()
+        self._drawer, self._not_shown = drawer, 0
+        self._said: dict[str, list[str]] = {}  # warning → the place of each that had it
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""
@@ -133,11 +133,13 @@ class Show:
         if event.kind in ("progress", "block_started", "block_done"):
             self._drawer.step(event)
         elif event.kind in ("fallback", "warning"):
-            if event.text in self._said or len(self._said) >= DIFFERENT_SHOWN:
-                self._more += 1
-            else:
-                self._said.add(event.text)
+            if event.text in self._said:
+                self._said[event.text].append(event.where or "")
+            elif len(self._said) < DIFFERENT_SHOWN:
+                self._said[event.text] = [event.where or ""]
                 self._drawer.say(place + event.text, "yellow")
+            else:
+                self._not_shown += 1
         elif event.kind == "resumed":
             self._drawer.say(event.text, "")
         elif event.kind in ("run_started", "stage", "run_done"):
@@ -145,8 +147,12 @@ class Show:
 
     def finish(self) -> None:
         """Counts the warnings that were not drawn."""
-        if self._more:
-            self._drawer.say(f"… and {self._more} more like these; the ledger has all.", "yellow")
+        for text, places in self._said.items():
+            if len(places) > 1:
+                first = places[0] or "once"
+                self._drawer.say(f"{first} and {len(places) - 1} more: {text}", "yellow")
+        if self._not_shown:
+            self._drawer.say(f"… and {self._not_shown} others; the ledger has all.", "yellow")
 
 
 class Lines:
@@ -160,7 +166,8 @@ class Lines:
         self._console, self._seldom = console, Seldom()
 
     def start(self) -> None:
-        """Lines need no beginning."""
+        """Prints the first line: heavy imports, which take their time, come after it."""
+        self.say("starting", "")
 
     def stop(self) -> None:
         """Lines need no end."""

@@ -116,10 +116,12 @@ def run_job(
             where="windows",
             remedy="Give some, or a method without data: hqq or rtn.",
         )
+    of_the_text = () if windows is None else windows.notes
+    said = [*((note, None) for note in job.warnings), *((n, "calibration") for n in of_the_text)]
     job = replace(
         job,
         fingerprint={**fingerprint(model, job, grids, windows), **job.fingerprint},
-        warnings=(*job.warnings, *(() if windows is None else windows.notes)),
+        warnings=(*job.warnings, *of_the_text),
     )
     ledger = finished_ledger(job.output)
     journal = Journal(job.work_dir, job.fingerprint, restart=restart)
@@ -131,8 +133,8 @@ def run_job(
                  data={"plan": plan.model_dump(mode="json")})  # fmt: skip
         for name, note in grids.notes.items():
             log.emit("warning", note, where=name, data={"kind": "grid"})
-        for note in job.warnings:
-            log.emit("warning", note, where="calibration")
+        for note, where in said:
+            log.emit("warning", note, where=where)
         started = time.monotonic()
         outcome = Runner(model, job, grids, windows, journal, log, plan).run()
         log.emit("run_done", f"wrote {job.output}", seconds=time.monotonic() - started)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pocketlm.report.data import LinearResult, SizePart, StageResult
 from pocketlm.report.kinds import kind_of
-from pocketlm.report.words import bytes_text, number_text, percent_text, signed_text
+from pocketlm.report.words import bytes_text, error_text, number_text, signed_text
 
 HEIGHT = 40.0
 
@@ -58,8 +58,8 @@ def error_rows(linears: Sequence[LinearResult]) -> list[ErrorRow]:
             ErrorRow(
                 kind,
                 _bars([(name, error) for _, name, error in found], top),
-                percent_text(mean, 2),
-                f"{percent_text(worst, 2)} in block {worst_block}",
+                error_text(mean),
+                f"{error_text(worst)} in block {worst_block}",
             )
         )
     return rows
@@ -117,7 +117,7 @@ def _bars(values: Sequence[tuple[str, float]], top: float) -> Markup:
         Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}" class="c0">').format(
             i * step, HEIGHT * (1 - error / top), step * 0.8, max(HEIGHT * error / top, 0.5)
         )
-        + Markup("<title>{}: {}</title></rect>").format(name, percent_text(error, 2))
+        + Markup("<title>{}: {}</title></rect>").format(name, error_text(error))
         for i, (name, error) in enumerate(values)
     )
     label = f"{len(values)} bars from {values[0][0]} to {values[-1][0]}"

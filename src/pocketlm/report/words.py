@@ -57,6 +57,11 @@ def percent_text(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def error_text(share: float) -> str:
+    """A relative error, never rounded to nothing: ``10.76 %``, ``0.00312 %``."""
+    return percent_text(share, 2) if share >= 1e-3 else f"{number_text(100 * share)} %"
+
+
 def interval_text(interval: Interval, signed: bool = False) -> str:
     """The two ends: ``0.0201 to 0.0233``."""
     ends = (interval.low, interval.high)

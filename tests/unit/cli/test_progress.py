@@ -54,7 +54,7 @@ def test_a_warning_of_every_layer_is_drawn_once_and_counted():
     assert drawn.file.getvalue().splitlines() == [
         "layer 0: group 64",
         "layer 3: more damping",
-        "… and 6 more like these; the ledger has all.",
+        "layer 0 and 6 more: group 64",
     ]
 
 

@@ -195,3 +195,12 @@ def test_inputs_are_told_by_kind() -> None:
     none, few = ledger.calibration_warnings()
     assert "reached 1 linears" in none
     assert "model.layers.0.mlp.experts.1.up_proj.weight: 9 for 16" in few
+
+
+def test_a_small_error_keeps_its_digits():
+    assert [words.error_text(e) for e in (0.1076, 0.0031, 3.12e-5, 0.0)] == [
+        "10.76 %",
+        "0.31 %",
+        "0.00312 %",
+        "0 %",
+    ]
