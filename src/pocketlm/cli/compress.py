@@ -138,8 +138,8 @@ def _draw(console: Console, result: CompressResult) -> None:
     draw.warnings(console, result.warnings)
     if plan.format == "pocketlm":
         console.print(
-            f'load:   pocketlm.load("{escape(str(result.output))}"); transformers, which refuses it '
-            "as it is, after `import pocketlm.hf`",
+            f'load:   pocketlm.load("{escape(str(result.output))}"); transformers after '
+            "`import pocketlm.hf`, which refuses it otherwise",
             soft_wrap=True,
         )
     console.print(f"report: {escape(str(result.report))}")
