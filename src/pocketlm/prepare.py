@@ -153,8 +153,9 @@ def prepare(
     after = after or After(source=name_of(source))
     target, recipe = target_name(target), with_mixture(recipe, model)
     shapes = model.linear_shapes()
+    refusal = model.packing_refusal(target)
     grids = choose_grids(
-        shapes, model.stores_transposed, recipe, target, steps, model.ends(), model.shortcuts
+        shapes, refusal is not None, recipe, target, steps, model.ends(), model.shortcuts
     )
     proof = _proof(model, grids, target)
     seq_len = min(seq_len or SEQ_LEN, model.context)
@@ -177,8 +178,8 @@ def prepare(
         end_steps=tuple(catalog.build_step(step.method, step.options) for step in END_STEPS),
     )
     facts = (
-        _shortcuts_note(model), sparsity_note(grids), factors_note(grids, shapes),
-        kernels_note(place, steps),
+        _format_note(refusal, grids), _shortcuts_note(model), sparsity_note(grids),
+        factors_note(grids, shapes), kernels_note(place, steps),
     )  # fmt: skip
     job = replace(job, warnings=(*job.warnings, *(fact for fact in facts if fact is not None)))
     quiet = job.needs_data or after.stages
@@ -243,6 +244,15 @@ def _proof(model: Model, grids: Grids, target: str) -> str | None:
     return None if found is None else found.text
 
 
+def _format_note(refusal: str | None, grids: Grids) -> str | None:
+    if refusal is None or grids.format_name != "pocketlm" or not grids.quantized:
+        return None
+    return (
+        f"{refusal}: written in the format pocketlm, which pocketlm.load runs and transformers "
+        "loads after `import pocketlm.hf`."
+    )
+
+
 def _shortcuts_note(model: Model) -> str | None:
     count = len(model.shortcuts)
     return shortcuts_note(count, hidden_width(model)) if count else None
@@ -269,9 +279,8 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    grids = choose_grids(
-        shapes, model.stores_transposed, recipe, job.target, steps, model.ends(), model.shortcuts
-    )
+    refused = model.packing_refusal(job.target) is not None
+    grids = choose_grids(shapes, refused, recipe, job.target, steps, model.ends(), model.shortcuts)
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
 

@@ -266,6 +266,22 @@ class ModelView(Protocol):
         """Whether the checkpoint stores linears inside blocks as [I, O] (GPT-2's Conv1D)."""
         ...
 
+    @property
+    def other_names(self) -> Mapping[str, str]:
+        """Module of a block, but no expert, as the checkpoint names it → as transformers does.
+
+        Only where these differ.
+        """
+        ...
+
+    def packing_refusal(self, target: str) -> str | None:
+        """Why an engine cannot load its linears in compressed-tensors' form, as a clause; or None.
+
+        Args:
+            target: The engine.
+        """
+        ...
+
     def begin(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
         """Embeds a batch and records what each block will be called with.
 

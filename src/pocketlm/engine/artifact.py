@@ -164,6 +164,7 @@ def _config(model: ModelView, grids: Grids, ledger: Ledger) -> dict[str, Any]:
         else:
             specs[module] = entry.spec
     kept = [*grids.kept, *floats, *_left_alone(model, ledger)]
+    kept += [model.other_names[name] for name in kept if name in model.other_names]
     section = format_for(grids.format_name)
     if grids.format_name == "pocketlm":
         ends = set(grids.ends)

@@ -104,7 +104,7 @@ def pruning_step(steps: Sequence[Step]) -> PruningStep | None:
 
 def choose_grids(
     shapes: Mapping[str, tuple[int, int]],
-    transposed: bool,
+    refused: bool,
     recipe: Recipe,
     target: str,
     steps: Sequence[Step] = (),
@@ -115,7 +115,7 @@ def choose_grids(
 
     Args:
         shapes: (O, I) of every linear, by module path.
-        transposed: Whether a checkpoint stores linears as [I, O] (GPT-2).
+        refused: Whether the target cannot load the model's linears in compressed-tensors' form.
         recipe: Grids, overrides and what to ignore.
         target: Engine that must load the result.
         steps: The recipe's steps, options checked.
@@ -136,7 +136,7 @@ def choose_grids(
     sparsity = None if pruning is None else pruning.sparsity
     counts: dict[str, int] = {}
     factoring = tuple(steps) if _factorises(steps) else ()
-    format_name = _format_of(recipe, transposed, target, sparsity)
+    format_name = _format_of(recipe, refused, target, sparsity)
     chosen = choose_ends(ends, recipe, target)
     if factoring or any(end.name in chosen for end in ends if end.embeds):
         format_name = "pocketlm"  # no engine loads factors, or an embedding, from its own format
@@ -207,14 +207,14 @@ def _factorises(steps: Sequence[Step]) -> bool:
     return not all(step.idle for step in making)
 
 
-def _format_of(recipe: Recipe, transposed: bool, target: str, sparsity: SparsitySpec | None) -> str:
+def _format_of(recipe: Recipe, refused: bool, target: str, sparsity: SparsitySpec | None) -> str:
     """The first format that holds the whole recipe: an engine's own before ours."""
     asked = [spec for spec in (recipe.weights, *recipe.overrides.values()) if spec is not None]
     if target in OWN_FORMAT and (asked or sparsity is not None):
         return "pocketlm"
     if not asked:
         return "dense"
-    return "pocketlm" if transposed or not _all_held(asked, recipe) else "compressed-tensors"
+    return "pocketlm" if refused or not _all_held(asked, recipe) else "compressed-tensors"
 
 
 def _all_held(specs: Sequence[QuantSpec], recipe: Recipe) -> bool:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.views import End, Fold, Group, Rows, TensorSource
+from pocketlm.formats.capabilities import is_expert
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
@@ -29,6 +30,7 @@ from pocketlm.models.config import context_length, head_width
 from pocketlm.models.ends import Ends
 from pocketlm.models.experts import run_all_experts
 from pocketlm.models.folds import FoldProbe
+from pocketlm.models.holding import packing_refusal
 from pocketlm.models.kinds import most_common_dtype, tensor_kinds
 from pocketlm.models.layout import Layout, lay_out
 from pocketlm.models.linear import Linear
@@ -364,6 +366,33 @@ class Model:
         """Whether linears inside blocks are stored as [I, O] (GPT-2's Conv1D)."""
         block = self.skeleton.blocks[0]
         return any(isinstance(module, Conv1D) for module in block.modules())
+
+    @property
+    def other_names(self) -> Mapping[str, str]:
+        """Module of a block, but no expert, as the checkpoint names it → as transformers does.
+
+        Only where these differ.
+        """
+        blocks = tuple(f"{path}." for path in self.skeleton.block_paths)
+        found = {
+            binding.tensors[0].removesuffix(".weight"): name.removesuffix(".weight")
+            for name, binding in self.names.bindings.items()
+            if binding.plain and name.endswith(".weight") and name.startswith(blocks)
+        }
+        return {one: other for one, other in found.items() if one != other and not is_expert(one)}
+
+    def packing_refusal(self, target: str) -> str | None:
+        """Why an engine cannot load its linears in compressed-tensors' form, as a clause; or None.
+
+        Args:
+            target: The engine.
+        """
+        if self.stores_transposed:
+            return "linears lie transposed in the checkpoint"
+        if target != "transformers":
+            return None
+        kinds = [self.skeleton.blocks[alike[0]] for alike in self.alike_blocks()]
+        return packing_refusal(self.skeleton.model, kinds)
 
     def alike_blocks(self) -> list[list[int]]:
         """Indices of blocks that are built alike, by layout."""

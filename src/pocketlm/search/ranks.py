@@ -129,7 +129,8 @@ def _weights(
     """KL / relative error of every linear."""
     probe = Recipe(steps=STEPS, weights=PROBE, ignore=recipe.ignore)
     shapes, ends = model.linear_shapes(), model.ends()
-    grids = choose_grids(shapes, model.stores_transposed, probe, "transformers", ends=ends)
+    refused = model.packing_refusal("transformers") is not None
+    grids = choose_grids(shapes, refused, probe, "transformers", ends=ends)
     units = choice_units(model, probe, grids, (PROBE,), "transformers")
     context: dict[str, Any] = {
         "pocketlm": __version__,

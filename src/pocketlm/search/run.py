@@ -133,7 +133,7 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
         try:
             return choose_grids(
                 model.linear_shapes(),
-                model.stores_transposed,
+                model.packing_refusal(question.target) is not None,
                 recipe,
                 question.target,
                 ends=model.ends(),

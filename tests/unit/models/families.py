@@ -67,6 +67,22 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "phimoe": ("PhimoeConfig", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **SMALL,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "moe_layers": [0, 2],
+        },
+    ),
+    "gpt-bigcode": (
+        "GPTBigCodeConfig",
+        GPT2,
+    ),
     "granite": (
         "GraniteConfig",
         {**SMALL, **TIED, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
