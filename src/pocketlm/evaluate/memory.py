@@ -37,13 +37,6 @@ def peak_memory_bytes(pid: int | None = None) -> int | None:
     return None
 
 
-def resident_memory_bytes(pid: int | None = None) -> int | None:
-    """What is resident now; None where this system does not tell (only Linux does)."""
-    if sys.platform != "linux":
-        return None
-    return _status_bytes(os.getpid() if pid is None else pid, "VmRSS")
-
-
 def _status_bytes(pid: int, field: str) -> int | None:
     try:
         status = (PROC / str(pid) / "status").read_text()

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import computed_field
 
-from pocketlm.core.errors import ArtifactError, ConfigError, PocketLMError
+from pocketlm.core.errors import ConfigError, PocketLMError
 from pocketlm.evaluate.engines.find import Engine, EngineMissing
 from pocketlm.evaluate.results import Result
 from pocketlm.evaluate.verify_engine import EngineRun, ToGguf
@@ -64,17 +64,6 @@ class VerifyReport(Result):
     def failures(self) -> tuple[Check, ...]:
         """The checks that failed."""
         return tuple(check for check in self.checks if check.status == "failed")
-
-    def raise_for_failures(self) -> None:
-        """Turns a failed report into an error.
-
-        Raises:
-            ArtifactError: Naming what failed.
-        """
-        failed = self.failures()
-        if failed:
-            listed = "; ".join(f"{check.name}: {check.message}" for check in failed)
-            raise ArtifactError(f"verification failed: {listed}", where=self.path)
 
 
 def verify_artifact(

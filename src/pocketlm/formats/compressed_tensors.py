@@ -41,10 +41,6 @@ from pocketlm.formats.safetensors_header import element_bytes
 
 __all__ = ["NAME", "config_section", "decode", "encode", "names", "storage", "weight_args"]
 
-MINIMUM_VERSION = "0.15.0"  # what transformers 5 asks for; it knows every storage named here
-MINIMUM_VERSION_DENSE = "0.18.0"  # the first release that packs 3, 5, 6 and 7 bits densely
-LAYOUT_BEFORE_DENSE = (2, 4, 8)  # bits whose words are the same in older releases
-
 LAYOUTS: dict[str, Layout] = {
     "pack-quantized": pack_quantized,
     "int-quantized": plain_quantized,
@@ -54,12 +50,6 @@ LAYOUTS: dict[str, Layout] = {
     "mxfp4-pack-quantized": float_packed,
     "nvfp4-pack-quantized": float_packed,
 }
-
-
-def minimum_version(specs: Mapping[str, QuantSpec]) -> str:
-    """The oldest release of compressed-tensors that reads these formats."""
-    odd = any(spec.bits not in LAYOUT_BEFORE_DENSE for spec in specs.values())
-    return MINIMUM_VERSION_DENSE if odd else MINIMUM_VERSION
 
 
 def module_of(tensor_name: str) -> str:

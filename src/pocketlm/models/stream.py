@@ -11,20 +11,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocketlm.core.errors import SecurityError, SourceError
+from pocketlm.core.errors import ArtifactError, SecurityError, SourceError
 from pocketlm.core.views import TensorInfo
-from pocketlm.formats.safetensors_header import DTYPES, MAX_AXES
+from pocketlm.formats.safetensors_header import read_header
 from pocketlm.models.bytes import BufferPool, PositionalFile, byte_view, require_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 SAMPLE_BYTES = 4096  # of each tensor's start, middle and end, for the fingerprint
 REMEDY = "Download or copy the file again."
 
@@ -59,7 +57,7 @@ class SafetensorsSource:
 
     def _add_file(self, path: Path, expected: set[str]) -> None:
         file = PositionalFile(path)
-        places = _parse_header(file)
+        places = _read_places(file)
         missing = sorted(expected - places.keys())
         if missing:
             what = f"lacks tensor '{missing[0]}' that the index places here."
@@ -194,59 +192,12 @@ def _shards(index: Path) -> list[tuple[Path, set[str]]]:
     return [(index.parent / file, shards[file]) for file in sorted(shards)]
 
 
-def _parse_header(file: PositionalFile) -> dict[str, Place]:
-    where = str(file.path)
-    head = bytearray(8)
-    if file.bytes_total < 8:
-        raise SourceError("is shorter than a safetensors header.", where=where, remedy=REMEDY)
-    file.read_into(memoryview(head), 0)
-    length = int.from_bytes(head, "little")
-    if length > HEADER_LIMIT or 8 + length > file.bytes_total:
-        what = f"claims a header of {length} bytes in a file of {file.bytes_total}."
-        raise SourceError(
-            what, where=where, remedy=f"It is truncated or no safetensors file. {REMEDY}"
-        )
-    raw = bytearray(length)
-    file.read_into(memoryview(raw), 8)
+def _read_places(file: PositionalFile) -> dict[str, Place]:
     try:
-        header = json.loads(raw.decode("utf-8"))
-        header.pop("__metadata__", None)
-        entries = [(name, *_entry(value)) for name, value in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"has a damaged header ({str(error)[:200]})."
-        raise SourceError(what, where=where, remedy=REMEDY) from error
-    return _checked_places(file, 8 + length, entries)
-
-
-def _entry(value: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    shape = tuple(value["shape"])
-    begin, end = value["data_offsets"]
-    if len(shape) > MAX_AXES or any(
-        type(n) is not int or not 0 <= n < 1 << 63 for n in (*shape, begin, end)
-    ):
-        raise ValueError("a size or offset is no whole number, or there are too many")
-    return DTYPES[value["dtype"]], shape, begin, end
-
-
-def _checked_places(
-    file: PositionalFile,
-    data_start: int,
-    entries: list[tuple[str, torch.dtype, tuple[int, ...], int, int]],
-) -> dict[str, Place]:
-    """Offsets must tile the data exactly: no overlap, no hole, no byte too many or too few."""
-    where, position, places = str(file.path), 0, {}
-    data_bytes = file.bytes_total - data_start
-    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
-        info = TensorInfo(name, dtype, shape)
-        if end > data_bytes:
-            what = f"ends at {data_bytes} bytes of data, but tensor '{name}' reaches to {end}."
-            raise SourceError(what, where=where, remedy=f"The file is truncated. {REMEDY}")
-        if begin != position or end - begin != info.bytes_stored:
-            what = f"places tensor '{name}' at bytes {begin} to {end}, which overlaps or misfits."
-            raise SourceError(what, where=where, remedy=f"The header is damaged. {REMEDY}")
-        places[name] = Place(file, data_start + begin, info)
-        position = end
-    if position != data_bytes:
-        what = f"holds {data_bytes - position} bytes that belong to no tensor."
-        raise SourceError(what, where=where, remedy=REMEDY)
-    return places
+        stored = read_header(file.path)
+    except ArtifactError as error:
+        raise SourceError(error.what, where=str(file.path), remedy=REMEDY) from error
+    return {
+        name: Place(file, tensor.start, TensorInfo(name, tensor.dtype, tensor.shape))
+        for name, tensor in stored.items()
+    }

@@ -106,15 +106,12 @@ def test_damage_is_named(
     assert not report.ok
     failed = {failure.name: failure.message for failure in report.failures()}
     assert said in failed[check]
-    with pytest.raises(ArtifactError, match="verification failed"):
-        report.raise_for_failures()
 
 
 def test_a_whole_artifact_passes(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = quick(whole, monkeypatch)
     outcomes = {check.name: check.status for check in report.checks}
     assert report.ok
-    report.raise_for_failures()
     unchecked = {name for name, status in outcomes.items() if status == "not checked"}
     assert unchecked == {"source tensors", "tokenizer"}
     bits = next(check.message for check in report.checks if check.name == "bits per weight")

@@ -174,8 +174,3 @@ def test_formats_by_name() -> None:
     assert format_for("pocketlm") is pocketlm
     with pytest.raises(ConfigError, match="Did you mean 'pocketlm'"):
         format_for("pocketml")
-
-
-def test_the_oldest_release_depends_on_bits() -> None:
-    assert form.minimum_version({"a": QuantSpec(bits=4)}) == "0.15.0"
-    assert form.minimum_version({"a": QuantSpec(bits=4), "b": QuantSpec(bits=6)}) == "0.18.0"

@@ -14,10 +14,6 @@ from transformers import AutoModelForCausalLM
 from pocketlm.models import Model, open_model
 
 FUSED_EXPERTS = {"mixtral", "qwen3-moe", "phimoe"}  # equal up to the order of sums
-    "mixtral",
-    "qwen3-moe",
-    "phimoe",
-}  # separate matrices: equal up to the order of sums
 
 
 def tokens(rows: int = 2, length: int = 16) -> Tensor:
