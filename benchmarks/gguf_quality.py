@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness import SCRATCH, environment, must, pocketlm, publish, run_child, table
 from inputs import Inputs
+from losses import score
 
 SIZES = 0.005
 PEER = Path(__file__).with_name("peers") / "llama_quantize_run.py"
@@ -151,24 +152,19 @@ def main() -> int:
 
     import torch
 
-    from pocketlm.calibration.texts import load_text
-    from pocketlm.calibration.windows import eval_windows
-    from pocketlm.evaluate.quality import evaluate_model, score_original
+    from pocketlm.evaluate.quality import evaluate_model
     from pocketlm.models import open_model
 
     torch.set_num_threads(arguments.threads)
-    original = open_model(inputs.original, device=arguments.device, compute_dtype=torch.float32)
-    text = load_text(inputs.test, part="evaluation")
-    windows = eval_windows(
-        original.tokenizer(), text, arguments.eval_seq_len, arguments.windows, original.context
+    scores = score(
+        inputs.original, inputs.test, arguments.eval_seq_len, arguments.windows, arguments.device
     )
-    scores = score_original(original, windows)
     rows, result, met = [], {"environment": environment(arguments.threads), "mixes": {}}, True
     for mix, made in files.items():
         found, peer = {}, made["llama-quantize, imatrix"]
         for label, path in made.items():
             model = open_model(path, device=arguments.device, compute_dtype=torch.float32)
-            found[label] = evaluate_model(model, windows, scores)
+            found[label] = evaluate_model(model, scores.windows, scores)
             print(f"{mix} {label}: {found[label].seconds:.0f} s", file=sys.stderr)
             divergence = found[label].divergence
             assert divergence is not None, "an original was given"

@@ -102,6 +102,30 @@ class Kept:
         return self.folder / f"{name}.json"
 
 
+def score(original: Path | str, test: Path | str, window: int, windows: int, device: str) -> Any:
+    """The original on a test text: its scores, which models are compared with, and `windows`.
+
+    Args:
+        original: The model.
+        test: The text.
+        window: Tokens of a window.
+        windows: How many.
+        device: Where it runs, in float32.
+    """
+    import torch
+
+    from pocketlm.calibration.texts import load_text
+    from pocketlm.calibration.windows import eval_windows
+    from pocketlm.evaluate.quality import score_original
+    from pocketlm.models import open_model
+
+    model = open_model(original, device=device, compute_dtype=torch.float32)
+    text = load_text(test, part="evaluation")
+    return score_original(
+        model, eval_windows(model.tokenizer(), text, window, windows, model.context)
+    )
+
+
 _bases: dict[str, Any] = {}  # test text → the original on it
 
 
@@ -122,9 +146,7 @@ def measure(
     import torch
 
     from pocketlm import api
-    from pocketlm.calibration.texts import load_text
-    from pocketlm.calibration.windows import eval_windows
-    from pocketlm.evaluate.quality import evaluate_model, score_original
+    from pocketlm.evaluate.quality import evaluate_model
     from pocketlm.models import open_model
 
     torch.set_num_threads(options["threads"])
@@ -142,12 +164,8 @@ def measure(
         size = made.output_bytes
     like = {"device": options["device"], "compute_dtype": torch.float32}
     if options["test"] not in _bases:
-        original = open_model(options["original"], **like)
-        text = load_text(options["test"], part="evaluation")
-        windows = eval_windows(
-            original.tokenizer(), text, options["window"], options["windows"], original.context
-        )
-        _bases[options["test"]] = score_original(original, windows)
+        asked = (options[key] for key in ("original", "test", "window", "windows", "device"))
+        _bases[options["test"]] = score(*asked)
     base = _bases[options["test"]]
     report = evaluate_model(open_model(output, allow_compressed=True, **like), base.windows, base)
     if artifact is None:

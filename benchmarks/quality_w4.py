@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import SCRATCH, environment, must, pocketlm, publish, run_child, table
 from inputs import Inputs, peer_command
-from losses import ratio_interval
+from losses import ratio_interval, score
 
 FIGURE = 0.8
 
@@ -62,24 +62,19 @@ def main() -> int:
 
     import torch
 
-    from pocketlm.calibration.texts import load_text
-    from pocketlm.calibration.windows import eval_windows
-    from pocketlm.evaluate.quality import evaluate_model, score_original
+    from pocketlm.evaluate.quality import evaluate_model
     from pocketlm.models import open_model
 
     torch.set_num_threads(arguments.threads)
-    original = open_model(inputs.original, device=arguments.device, compute_dtype=torch.float32)
-    text = load_text(inputs.test, part="evaluation")
-    windows = eval_windows(
-        original.tokenizer(), text, arguments.seq_len, arguments.windows, original.context
+    base = score(
+        inputs.original, inputs.test, arguments.seq_len, arguments.windows, arguments.device
     )
-    base = score_original(original, windows)
     reports = {}
     for path in (ours, peer, *arguments.more):
         model = open_model(
             path, device=arguments.device, compute_dtype=torch.float32, allow_compressed=True
         )
-        reports[path] = evaluate_model(model, windows, base)
+        reports[path] = evaluate_model(model, base.windows, base)
         print(f"{path}: {reports[path].seconds:.0f} s", file=sys.stderr)
     base.close()
 

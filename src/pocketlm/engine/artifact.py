@@ -20,7 +20,7 @@ import yaml
 from pocketlm.calibration.record import account_of, hashes_file
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.stored import DenseSpec
-from pocketlm.core.views import ModelView, TensorInfo
+from pocketlm.core.views import ModelView, TensorInfo, TensorSource
 from pocketlm.engine.ends import SHAPE, EndTask, Pieces, end_tasks, stored_end
 from pocketlm.engine.grids import Grids
 from pocketlm.engine.journal import Journal
@@ -222,7 +222,9 @@ def _shard_entries(
             notes=[f"cast from {info.dtype} to {kept.dtype}"] if kept != info else [],
             outputs=[name],
         )
-        yield ShardEntry(name, kept.dtype, kept.shape, _source_chunks(model, info, kept.dtype))
+        yield ShardEntry(
+            name, kept.dtype, kept.shape, source_chunks(model.source, info, kept.dtype)
+        )
 
 
 def _left_alone(model: ModelView, ledger: Ledger) -> list[str]:
@@ -283,11 +285,13 @@ def _file_chunks(path: Path, place: StoredTensor) -> Callable[[], Iterator[bytes
     return chunks
 
 
-def _source_chunks(
-    model: ModelView, info: TensorInfo, dtype: torch.dtype
+def source_chunks(
+    source: TensorSource, info: TensorInfo, dtype: torch.dtype
 ) -> Callable[[], Iterator[bytes | memoryview]]:
+    """What gives a tensor's bytes piece by piece, cast where `dtype` is another than its own."""
+
     def chunks() -> Iterator[bytes | memoryview]:
-        for data in model.source.chunks(info.name, CHUNK_BYTES):
+        for data in source.chunks(info.name, CHUNK_BYTES):
             if dtype == info.dtype:
                 yield data
             else:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
 from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.changes import Changes
 from pocketlm.core.transform import Findings, Outline, Transform
-from pocketlm.core.views import TensorInfo
-from pocketlm.engine.artifact import CHUNK_BYTES, kept_info, write_files
+from pocketlm.engine.artifact import kept_info, source_chunks, write_files
 from pocketlm.engine.attempt import attempt, in_place
 from pocketlm.engine.compress import fingerprint, finished_ledger
 from pocketlm.engine.events import EventLog, Listener
@@ -207,19 +205,6 @@ def _shards(smaller: Model, dtype: torch.dtype | None) -> list[ShardEntry]:
     entries = []
     for name, info in smaller.source.infos().items():
         kept = kept_info(info, dtype)
-        entries.append(ShardEntry(name, kept.dtype, kept.shape, _chunks(smaller, info, kept.dtype)))
+        data = source_chunks(smaller.source, info, kept.dtype)
+        entries.append(ShardEntry(name, kept.dtype, kept.shape, data))
     return entries
-
-
-def _chunks(
-    smaller: Model, info: TensorInfo, dtype: torch.dtype
-) -> Callable[[], Iterator[bytes | memoryview]]:
-    def chunks() -> Iterator[bytes | memoryview]:
-        for data in smaller.source.chunks(info.name, CHUNK_BYTES):
-            if dtype == info.dtype:
-                yield data
-            else:
-                values: Tensor = torch.frombuffer(bytearray(data), dtype=info.dtype).to(dtype)
-                yield values.view(torch.uint8).numpy().data
-
-    return chunks

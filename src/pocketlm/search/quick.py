@@ -14,17 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm import catalog
+from pocketlm import __version__, catalog
+from pocketlm.calibration.windows import Windows
 from pocketlm.core.spec import QuantSpec, StepSpec
 from pocketlm.core.state import LinearState, LinearStep, Statistics
 from pocketlm.core.stats import Hessian
-from pocketlm.core.views import BlockView, LinearView
+from pocketlm.core.views import BlockView, LinearView, ModelView
 from pocketlm.engine.grids import scale_dtype_for
 
 STEPS = (
     StepSpec(method="clip", options={"steps": 8}),
     StepSpec(method="rtn"),
 )
+
+
+def context(model: ModelView, windows: Windows) -> dict[str, Any]:
+    """What every finding of the quick method depends on, as plain JSON."""
+    return {
+        "pocketlm": __version__,
+        "source": model.source.fingerprint(),
+        "windows": windows.sha256,
+        "quick": [step.model_dump(mode="json") for step in STEPS],
+        "compute_dtype": str(model.compute_dtype),
+        "device": model.device.type,
+    }
 
 
 @cache

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from pocketlm import __version__, catalog
+from pocketlm import catalog
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import Windows, token_windows
 from pocketlm.core.spec import QuantSpec, Recipe, StepSpec, matches
@@ -28,7 +28,7 @@ from pocketlm.lowrank.allocate import Spectrum, allocate_ranks
 from pocketlm.lowrank.rank import Ranked
 from pocketlm.models import open_model
 from pocketlm.search.measure import Measurer
-from pocketlm.search.quick import STEPS
+from pocketlm.search.quick import STEPS, context
 from pocketlm.search.source import SEQ_LEN, WINDOWS
 from pocketlm.search.spectra import measure_spectra
 from pocketlm.search.store import Store
@@ -132,15 +132,7 @@ def _weights(
     refused = model.packing_refusal("transformers") is not None
     grids = choose_grids(shapes, refused, probe, "transformers", ends=ends)
     units = choice_units(model, probe, grids, (PROBE,), "transformers")
-    context: dict[str, Any] = {
-        "pocketlm": __version__,
-        "source": model.source.fingerprint(),
-        "windows": windows.sha256,
-        "quick": [step.model_dump(mode="json") for step in STEPS],
-        "compute_dtype": str(model.compute_dtype),
-        "device": model.device.type,
-    }
-    measurer = Measurer(model, windows, Store(root, context), log)
+    measurer = Measurer(model, windows, Store(root, context(model, windows)), log)
     errors = measurer.errors(units)
     damages = filled(errors, measurer.damages(units, errors, limit_seconds))
     weights: dict[str, float] = {}

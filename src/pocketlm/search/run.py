@@ -6,11 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from pocketlm import __version__
 from pocketlm.calibration.record import account_of
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import UnsupportedLayer
@@ -23,7 +21,7 @@ from pocketlm.search.budget import Budget, Spent, room, spent
 from pocketlm.search.choices import Choices, findings
 from pocketlm.search.ends import end_units
 from pocketlm.search.measure import Measurer
-from pocketlm.search.quick import STEPS
+from pocketlm.search.quick import context
 from pocketlm.search.results import SearchResult
 from pocketlm.search.rewrite import with_grids
 from pocketlm.search.store import Store
@@ -89,7 +87,7 @@ def run_search(
     before = spent(model, grids, units, question.dtype)
     if question.budget is not None:
         room(question.budget, units, before)
-    store = Store(root, _context(model, windows))
+    store = Store(root, context(model, windows))
     measurer = Measurer(model, windows, store, log)
     errors = measurer.errors(units)
     kept = [undominated(unit, row) for unit, row in zip(units, errors, strict=True)]
@@ -143,17 +141,6 @@ def _any_grids(model: ModelView, question: Question, candidates: Sequence[QuantS
             refusal = error
     assert refusal is not None
     raise refusal
-
-
-def _context(model: ModelView, windows: Windows) -> dict[str, Any]:
-    return {
-        "pocketlm": __version__,
-        "source": model.source.fingerprint(),
-        "windows": windows.sha256,
-        "quick": [step.model_dump(mode="json") for step in STEPS],
-        "compute_dtype": str(model.compute_dtype),
-        "device": model.device.type,
-    }
 
 
 def _kept(budget: Budget | None, before: Spent, units: Sequence[Unit]) -> list[str]:

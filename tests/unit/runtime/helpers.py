@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import Packed, PackedInt
@@ -16,6 +23,32 @@ from pocketlm.formats import compressed_tensors, pocketlm
 from pocketlm.formats.compressed_config import holds
 from pocketlm.models.names import checkpoint_tensors
 from pocketlm.quant.grid import minmax_grid, round_to_grid
+
+
+def byte_llama(**options: object) -> LlamaForCausalLM:
+    """A random Llama over the bytes, and one more id: 256, which ends a text."""
+    torch.manual_seed(0)
+    config = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 257,
+        "initializer_range": 0.3, "eos_token_id": 256, "bos_token_id": None,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**config, **options})).eval()
+
+
+def convolutional() -> PreTrainedModel:
+    """A random model that keeps other state than keys and values."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def random_packed(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.unit.models.families import build
+from tests.unit.runtime.helpers import convolutional
 
 from pocketlm.runtime import batch as batch_module
 from pocketlm.runtime.batch import Batch
@@ -122,19 +123,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again():
 
 
 def test_other_state_runs_one_row_at_a_time():
-    from transformers import AutoModelForCausalLM, Lfm2Config
-
-    torch.manual_seed(0)
-    config = Lfm2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = convolutional()
     truth = [alone(model, *pair) for pair in zip(PROMPTS, LENGTHS, strict=True)]
     written, seen = together(model, 6)
     assert (written, seen) == (truth, {1})

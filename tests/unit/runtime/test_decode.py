@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.unit.models.families import FAMILIES, build
-from tests.unit.runtime.helpers import random_packed
+from tests.unit.runtime.helpers import convolutional, random_packed
 from torch import nn
 
 from pocketlm.models.static_cache import refuses_static
@@ -158,19 +158,7 @@ def test_without_a_compiler_steps_run_in_torch(monkeypatch):
 
 
 def test_other_state_falls_back_to_the_dynamic_cache():
-    from transformers import AutoModelForCausalLM, Lfm2Config
-
-    torch.manual_seed(0)
-    config = Lfm2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = convolutional()
     assert "LinearAttention" in refuses_static(model)
     decoder = Decoder(model)
     assert ours(decoder, [PROMPT]) == [theirs(model, PROMPT)]

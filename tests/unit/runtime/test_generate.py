@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tests.unit.runtime.helpers import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.unit.runtime.helpers import byte_llama, byte_tokenizer
 
 from pocketlm.core.errors import ConfigError
 from pocketlm.runtime.chat import Conversation
@@ -19,19 +18,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=257,
-        initializer_range=0.3,
-        eos_token_id=256,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return byte_llama()
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from tests.unit.runtime.helpers import write_twins
+from tests.unit.runtime.helpers import byte_llama, write_twins
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -24,18 +22,7 @@ TINY = {"vocab_size": 257, "tie_word_embeddings": True}
 
 
 def llama(**options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        **(TINY | options),
-    )
-    return LlamaForCausalLM(config).eval()
+    return byte_llama(max_position_embeddings=256, **(TINY | options))
 
 
 def projections(model, end="_proj"):

@@ -5,11 +5,9 @@ import threading
 
 import openai
 import pytest
-import torch
 import uvicorn
 from starlette.testclient import TestClient
-from tests.unit.runtime.helpers import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.unit.runtime.helpers import byte_llama, byte_tokenizer
 
 from pocketlm.serve.app import make_app
 from pocketlm.serve.limits import Limits
@@ -25,19 +23,7 @@ HOST = "http://localhost"
 
 @pytest.fixture(scope="session")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=257,
-        initializer_range=0.3,
-        eos_token_id=256,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return byte_llama()
 
 
 @pytest.fixture(scope="session")
