@@ -92,8 +92,11 @@ class GateUndecided(PocketLMError):
     exit_code = 5
 
 
+MOST_NAMES = 40  # that an error lists
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Ends an error message with the nearest known word, or with all of them.
+    """Ends an error message with the nearest known word, or with all of them, if not too many.
 
     Args:
         word: What the user wrote.
@@ -106,4 +109,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     if close:
         return f"Did you mean '{next(n for n in names if n.lower() == close[0])}'?"
-    return f"Known: {', '.join(names)}."
+    more = len(names) - MOST_NAMES
+    rest = f" and {more} more" if more > 0 else ""
+    return f"Known: {', '.join(names[:MOST_NAMES])}{rest}."

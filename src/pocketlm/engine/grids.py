@@ -247,7 +247,7 @@ def _require_matches(recipe: Recipe, shapes: Collection[str]) -> None:
         raise ConfigError(
             f"the pattern '{pattern}' matches no linear.",
             where="recipe",
-            remedy=nearest(pattern, {*leaves, *shapes} if "." in pattern else leaves),
+            remedy=nearest(pattern, shapes if pattern.count(".") > 1 else leaves),
         )
 
 
