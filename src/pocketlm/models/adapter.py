@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
 from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
 from pocketlm.models.config import context_length, head_width
-from pocketlm.models.ends import Ends
+from pocketlm.models.ends import Ends, find_ends
 from pocketlm.models.experts import run_all_experts
 from pocketlm.models.folds import FoldProbe
 from pocketlm.models.holding import packing_refusal
@@ -330,21 +329,7 @@ class Model:
 
         A weight that no single tensor of the checkpoint holds is left out.
         """
-        path_of = {id(module): path for path, module in self.skeleton.model.named_modules()}
-        embedding, head = self.skeleton.model.get_input_embeddings(), self._ends.head
-        found: list[End] = []
-        for module, embeds in ((embedding, True), (head, False)):
-            binding = self.names.bindings[f"{path_of[id(module)]}.weight"]
-            weight = self.skeleton.model.get_parameter(f"{path_of[id(module)]}.weight")
-            tensor, shape = binding.tensors[0], tuple(weight.shape)
-            if not binding.plain or not tensor.endswith(".weight") or len(shape) != 2:
-                continue
-            if not embeds and found and tensor == found[0].tensor:
-                found[0] = replace(found[0], heads=True, tied_name=path_of[id(module)])
-            elif isinstance(module, nn.Embedding if embeds else nn.Linear):
-                name = tensor.removesuffix(".weight")
-                found.append(End(name, tensor, shape, embeds, not embeds))
-        return tuple(found)
+        return find_ends(self.skeleton.model, self._ends.head, self.names)
 
     @contextmanager
     def with_ends(self, rows: Mapping[str, Rows]) -> Iterator[None]:
@@ -373,13 +358,8 @@ class Model:
 
         Only where these differ.
         """
-        blocks = tuple(f"{path}." for path in self.skeleton.block_paths)
-        found = {
-            binding.tensors[0].removesuffix(".weight"): name.removesuffix(".weight")
-            for name, binding in self.names.bindings.items()
-            if binding.plain and name.endswith(".weight") and name.startswith(blocks)
-        }
-        return {one: other for one, other in found.items() if one != other and not is_expert(one)}
+        found = self.names.other_names(self.skeleton.block_paths)
+        return {one: other for one, other in found.items() if not is_expert(one)}
 
     def packing_refusal(self, target: str) -> str | None:
         """Why an engine cannot load its linears in compressed-tensors' form, as a clause; or None.

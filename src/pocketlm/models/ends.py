@@ -9,6 +9,7 @@ Legend: N positions, U distinct ids, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,39 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from pocketlm.core.errors import UnsupportedModel
+from pocketlm.core.views import End
 from pocketlm.models.linear import is_linear
 from pocketlm.models.load import Loader
+from pocketlm.models.names import NameMap
 
 KEEP_BYTES_CPU = 256 << 20  # the largest weight that stays in memory
 KEEP_BYTES_ACCELERATOR = 4 << 30
 CHUNK_BYTES = 64 << 20  # of a large head, in the dtype it computes in
+
+
+def find_ends(model: PreTrainedModel, head: nn.Module, names: NameMap) -> tuple[End, ...]:
+    """Embedding and head, without reading them; one entry where they are tied.
+
+    A weight that no single tensor of the checkpoint holds is left out.
+
+    Args:
+        model: On the meta device.
+        head: Its head.
+        names: The checkpoint's names against the model's.
+    """
+    path_of = {id(module): path for path, module in model.named_modules()}
+    found: list[End] = []
+    for module, embeds in ((model.get_input_embeddings(), True), (head, False)):
+        path = path_of[id(module)]
+        binding = names.bindings[f"{path}.weight"]
+        tensor, shape = binding.tensors[0], tuple(model.get_parameter(f"{path}.weight").shape)
+        if not binding.plain or not tensor.endswith(".weight") or len(shape) != 2:
+            continue
+        if not embeds and found and tensor == found[0].tensor:
+            found[0] = replace(found[0], heads=True, tied_name=path)
+        elif isinstance(module, nn.Embedding if embeds else nn.Linear):
+            found.append(End(tensor.removesuffix(".weight"), tensor, shape, embeds, not embeds))
+    return tuple(found)
 
 
 class Ends:

@@ -7,7 +7,7 @@ makes is an error; a tensor that makes no parameter is an extra: listed and carr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -89,6 +89,20 @@ class NameMap:
     bindings: Mapping[str, Binding]
     extras: tuple[str, ...]
     repeated: tuple[str, ...] = ()
+
+    def other_names(self, paths: Sequence[str]) -> dict[str, str]:
+        """Module as the checkpoint names it → as the model does, where these differ.
+
+        Args:
+            paths: Of the model's modules that are looked into.
+        """
+        inside = tuple(f"{path}." for path in paths)
+        found = {
+            binding.tensors[0].removesuffix(".weight"): name.removesuffix(".weight")
+            for name, binding in self.bindings.items()
+            if binding.plain and name.endswith(".weight") and name.startswith(inside)
+        }
+        return {one: other for one, other in found.items() if one != other}
 
 
 def map_names(model: PreTrainedModel, infos: Mapping[str, TensorInfo], where: str) -> NameMap:
