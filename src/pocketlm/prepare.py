@@ -214,7 +214,8 @@ def prepare(
         predicted = predicted.model_copy(update={"text": windows.health})
     said = [*job.warnings, *(() if windows is None else windows.notes)]
     if windows is not None and not only_plan:
-        settled_job, grids = _settled(model, job, grids, windows, EventLog(None, on_event))
+        log, refused = EventLog(None, on_event), refusal is not None
+        settled_job, grids = _settled(model, job, grids, windows, refused, log)
         if settled_job is not job:
             job = settled_job
             plan = make_plan(model, job, grids, *windows.tokens_NT.shape)
@@ -259,7 +260,7 @@ def _shortcuts_note(model: Model) -> str | None:
 
 
 def _settled(
-    model: Model, job: Job, grids: Grids, windows: Windows, log: EventLog
+    model: Model, job: Job, grids: Grids, windows: Windows, refused: bool, log: EventLog
 ) -> tuple[Job, Grids]:
     """The job with the shares of zeros that its pruning steps' allocations give each linear."""
     steps, recipe = list(job.steps), job.recipe
@@ -279,7 +280,6 @@ def _settled(
         return job, grids
     recipe = recipe.model_copy(update={"steps": tuple(specs)})
     shapes = model.linear_shapes()
-    refused = model.packing_refusal(job.target) is not None
     grids = choose_grids(shapes, refused, recipe, job.target, steps, model.ends(), model.shortcuts)
     return replace(job, recipe=recipe, steps=tuple(steps)), grids
 
