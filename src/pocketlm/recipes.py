@@ -26,6 +26,11 @@ from pocketlm.formats.gguf_types import FLOATS, SPECS
 DEFAULT = "w4a16"
 PRUNING = "sparsegpt"  # what --sparsity stands for
 
+CORRECTED = (
+    *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
+    StepSpec(method="refine", options={"rounds": 3}),
+)
+
 # A method's name stands for the steps that make the best of it.
 CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "gptq": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine")),
@@ -33,15 +38,12 @@ CHAINS: dict[str, tuple[StepSpec, ...]] = {
     "awq": tuple(StepSpec(method=name) for name in ("awq", "clip", "rtn")),
     "autoround": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "autoround")),
     "smoothquant": tuple(StepSpec(method=name) for name in ("smoothquant", "clip", "gptq")),
-    "correct": (
-        *(StepSpec(method=name) for name in ("correct", "clip", "gptq")),
-        StepSpec(method="refine", options={"rounds": 3}),
-    ),
+    "correct": CORRECTED,
     "sparsegpt": (StepSpec(method="sparsegpt"),),
     "sparsegpt_joint": tuple(StepSpec(method=n) for n in ("clip", "sparsegpt_joint", "refine")),
     "alps": tuple(StepSpec(method=name) for name in ("correct", "alps")),
     "tune": tuple(StepSpec(method=name) for name in ("correct", "alps", "tune")),
-    "lkd": tuple(StepSpec(method=name) for name in ("clip", "lkd")),
+    "lkd": (*CORRECTED, StepSpec(method="lkd")),
     "lqer": tuple(StepSpec(method=name) for name in ("clip", "gptq", "refine", "lqer")),
     "lorc": tuple(StepSpec(method=name) for name in ("rtn", "lorc")),
     "caldera": tuple(
