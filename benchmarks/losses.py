@@ -21,7 +21,7 @@ from inputs import SAMPLES, SEED, SEQ_LEN, Inputs
 
 ASKED = (
     "original", "calibration", "test", "samples", "seq_len", "windows", "window", "device",
-    "threads", "scratch",
+    "threads", "scratch", "target", "dtype",
 )  # fmt: skip
 """Arguments of `measure`; what else a script takes does not change a point."""
 RESAMPLES = 10_000
@@ -45,6 +45,8 @@ def loss_parser(doc: str | None, scratch: str) -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--target", default="transformers", help="engine that must load the result")
+    parser.add_argument("--dtype", help="of values that stay floats; default: the original's")
     parser.add_argument("--scratch", type=Path, default=SCRATCH / scratch)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     return parser
@@ -159,6 +161,7 @@ def measure(
             options["original"], recipe=recipe, output=output, samples=options["samples"],
             seq_len=options["seq_len"], calibration=options["calibration"], seed=SEED,
             device=options["device"], threads=options["threads"], resume=False,
+            target=options["target"], dtype=options["dtype"],
         )  # fmt: skip
         seconds, bits = time.monotonic() - started, made.bits_per_weight
         size = made.output_bytes

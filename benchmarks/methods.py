@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,11 @@ def main() -> int:
         for name, (recipe, artifact) in jobs.items():
             known = kept.find(name, recipe)
             if known is None:
-                waiting[name] = pool.submit(measure, name, recipe, artifact, options)
+                waiting[pool.submit(measure, name, recipe, artifact, options)] = name
             else:
                 found[name] = known
-        for name, future in waiting.items():
+        for future in as_completed(waiting):
+            name = waiting[future]
             try:
                 one = found[name] = future.result()
             except Exception as error:  # one recipe that fails must not take the others along
@@ -67,6 +68,8 @@ def main() -> int:
                 continue
             kept.keep(name, jobs[name][0], one)
             print(f"{name}: loss {one['loss'][0]:.4f} kl {one['kl'][0]:.4f}", flush=True)
+    if not found:
+        return 1
     rows = [
         (
             name,
