@@ -104,14 +104,15 @@ class Outline(Protocol):
     def cut(
         self,
         kept: Mapping[str, Mapping[str, Tensor]],
-        biases: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor | None] | None = None,
     ) -> Changes:
         """The model with some units of each structure.
 
         Args:
             kept: Dimension → path of the structure → units [kept] in the order they shall have, as
                 many of each family.
-            biases: Reader → what is added to its output, where it can be held.
+            biases: Reader → what is added to its output, where it can be held; None: not known yet,
+                only that there will be something.
         """
         ...
 

@@ -122,11 +122,3 @@ def _whole_again(
         if more <= left:
             ranks[name], left = 0, left - more
     return ranks
-
-
-def lost_share(spectrum: Spectrum, rank: int) -> float:
-    """The relative squared error of a linear's output at a rank; 0 where it keeps its weight."""
-    if rank == 0:
-        return 0.0
-    total = float(spectrum.energy_R.sum())
-    return float(spectrum.energy_R[rank:].sum()) / total if total > 0 else 0.0

@@ -135,7 +135,7 @@ class ModelOutline:
     def cut(
         self,
         kept: Mapping[str, Mapping[str, Tensor]],
-        biases: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor | None] | None = None,
     ) -> Changes:
         """The model with some units of each structure; see core/transform.py.
 
@@ -187,18 +187,18 @@ class ModelOutline:
 
     def _biases(
         self,
-        biases: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor | None],
         operations: dict[str, list[Operation]],
         config: Mapping[str, Any],
     ) -> tuple[dict[str, list[Edit]], dict[str, Any], list[str]]:
         """Where what is added to linears' outputs is held: their own bias, or a configured one."""
         infos = self._model.source.infos()
-        new: dict[str, Tensor] = {}
+        new: dict[str, Tensor | None] = {}
         for reader, bias_O in biases.items():
-            if f"{reader}.bias" in infos:
-                operations.setdefault(f"{reader}.bias", []).append(Add(bias_O))
-            else:
+            if f"{reader}.bias" not in infos:
                 new[reader] = bias_O
+            elif bias_O is not None:
+                operations.setdefault(f"{reader}.bias", []).append(Add(bias_O))
         added: dict[str, list[Edit]] = {}
         keys: dict[str, Any] = {}
         lacking = dict(new)
@@ -221,7 +221,8 @@ class ModelOutline:
                 owner = owners[name]
                 if owner is None or any(e.name == _bias(owner) for e in added.get(owner, [])):
                     continue
-                value_O = lacking.pop(owner.removesuffix(".weight"), torch.zeros(shapes[name]))
+                value_O = lacking.pop(owner.removesuffix(".weight"), None)
+                value_O = torch.zeros(shapes[name]) if value_O is None else value_O
                 value_O = value_O.to(infos[owner].dtype)
                 added.setdefault(owner, []).append(
                     Edit(_bias(owner), parts_of(owner), (Constant(value_O),), "its new bias")

@@ -14,45 +14,12 @@ Legend: O output rows, I input columns.
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pocketlm.core.stats import Stat
 from pocketlm.core.stored import SparsitySpec
-
-
-class Moments(Stat):
-    """Mean and variance of each input channel over the tokens, float64."""
-
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(columns, device)
-        self._sum_I = torch.zeros(columns, dtype=torch.float64, device=self.device)
-        self._squares_I = torch.zeros_like(self._sum_I)
-
-    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
-        """Takes the inputs of some tokens, [..., I]."""
-        x_TI = x_TI.detach().reshape(-1, self.columns).double()
-        self.tokens += x_TI.shape[0]
-        self._sum_I += x_TI.sum(0)
-        self._squares_I += x_TI.square().sum(0)
-
-    def merge(self, other: Self) -> None:
-        """Adds what another pass has gathered."""
-        self.tokens += other.tokens
-        self._sum_I += other._sum_I
-        self._squares_I += other._squares_I
-
-    def mean_I(self) -> Tensor:
-        """E[x], float32; zeros where no token was seen."""
-        return (self._sum_I / max(self.tokens, 1)).float()
-
-    def variance_I(self) -> Tensor:
-        """Var[x], float32."""
-        mean_I = self._sum_I / max(self.tokens, 1)
-        return (self._squares_I / max(self.tokens, 1) - mean_I.square()).clamp(min=0).float()
+from pocketlm.prune.moments import Moments
 
 
 def exchange(
@@ -80,8 +47,8 @@ def exchange(
     """
     mask_OI = mask_OI.clone()
     rows = torch.arange(len(weight_OI), device=weight_OI.device)
-    share_OI = weight_OI * moments.mean_I()
-    gain_OI = share_OI / moments.variance_I().clamp(min=1e-12)
+    share_OI = weight_OI * moments.mean_I().float()
+    gain_OI = share_OI / moments.variance_I().float().clamp(min=1e-12)
     size_OI = weight_OI.abs() * norm_I
     never = torch.tensor(float("inf"), device=weight_OI.device)
     lost_O = (share_OI * ~mask_OI).sum(1)

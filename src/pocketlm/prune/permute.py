@@ -32,7 +32,7 @@ from pocketlm.core.changes import Changes
 from pocketlm.core.stats import Stat
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.transform import CHANNELS, Findings, Outline, Structure, Survey, Visit
-from pocketlm.prune.importance.moments import Moments
+from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import kept
 from pocketlm.prune.smaller import Smaller
 from pocketlm.prune.width import gather

@@ -23,7 +23,8 @@ from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.tensors import Dense
 from pocketlm.prune.admm import alternate, solve
 from pocketlm.prune.allocation import ALLOCATIONS, Allocation
-from pocketlm.prune.dsnot import Moments, exchange
+from pocketlm.prune.dsnot import exchange
+from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import Scope, kept
 from pocketlm.prune.scores import SCORES, reached
 from pocketlm.prune.sweep import prune_columns

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from pocketlm.core import feedback
@@ -45,7 +45,6 @@ def prune_columns(
     sparsity: SparsitySpec,
     scope: Scope = "matrix",
     block_columns: int = 128,
-    mask_OI: Bool[Tensor, "o i"] | None = None,
     rounding: Rounding | None = None,
 ) -> Swept:
     """Prunes a weight with error feedback.
@@ -56,21 +55,17 @@ def prune_columns(
         sparsity: How many weights go; of each block of columns where it is a share.
         scope: Whether the weights of a block compete within rows or all together.
         block_columns: Columns whose mask is chosen at once; rounded up to whole groups of N:M.
-        mask_OI: Which weights to keep, if that is decided already.
         rounding: The grid to round to; None: kept weights stay floats.
     """
     group = sparsity.of or 1
     width = -(-block_columns // group) * group
-    chosen_IO = mask_OI.T if mask_OI is not None else torch.ones_like(weight_OI.T, dtype=torch.bool)
-    mask_IO = chosen_IO.contiguous()
+    mask_IO = torch.ones(weight_OI.T.shape, dtype=torch.bool, device=weight_OI.device)
 
     def choose(rest_CO: Tensor, upper_CC: Tensor) -> Tensor:
         score_OC = (rest_CO / upper_CC.diagonal()[:, None]).square().T
         return kept(score_OC, sparsity, scope).T
 
-    settled_OI = feedback.sweep(
-        weight_OI, upper_II, None, width, rounding, mask_IO, choose if mask_OI is None else None
-    )
+    settled_OI = feedback.sweep(weight_OI, upper_II, None, width, rounding, mask_IO, choose)
     mask_OI = mask_IO.T.contiguous()
     if rounding is None:
         return Swept(settled_OI, mask_OI, None)

@@ -57,8 +57,15 @@ class Width(Smaller):
                 found.setdefault(structure.block, []).append(structure)
         return found
 
-    def biases(self, findings: Findings) -> dict[str, Tensor]:
-        """Reader → what is added to its output."""
+    def biases(
+        self, readers: Sequence[str], findings: Findings | None
+    ) -> Mapping[str, Tensor | None]:
+        """What is added to the outputs of linears that lose inputs.
+
+        Args:
+            readers: Their module paths.
+            findings: Of `measure`; None: only which will get something is asked.
+        """
         return {}
 
     def changes(self, outline: Outline, findings: Findings | None) -> Changes:
@@ -70,13 +77,16 @@ class Width(Smaller):
         """
         sizes = self.sizes(outline)
         kept: dict[str, dict[str, Tensor]] = {}
+        narrower: list[str] = []
         for block, structures in self._structures(outline).items():
             for one in structures:
+                if sizes[one.family] < one.units:
+                    narrower += one.readers
                 scores_U = torch.zeros(one.units)
                 if findings is not None:
                     scores_U = findings[block][f"{one.path}.{one.dimension}"]
                 kept.setdefault(one.dimension, {})[one.path] = _best(scores_U, sizes[one.family])
-        changes = outline.cut(kept, {} if findings is None else self.biases(findings))
+        changes = outline.cut(kept, self.biases(narrower, findings))
         unreached = [n for one in findings or () for n in one if n.endswith(".unreached")]
         if not unreached:
             return changes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pocketlm.core.errors import BudgetError
-from pocketlm.lowrank.allocate import Spectrum, allocate_ranks, lost_share
+from pocketlm.lowrank.allocate import Spectrum, allocate_ranks
 
 
 def spectrum(rows: int, columns: int, fall: float, weight: float = 1.0) -> Spectrum:
@@ -30,9 +30,11 @@ def parameters(ranks: dict[str, int]) -> int:
 
 
 def damage(ranks: dict[str, int]) -> float:
-    return sum(
-        SPECTRA[name].weight * lost_share(SPECTRA[name], rank) for name, rank in ranks.items()
-    )
+    total = 0.0
+    for name, rank in ranks.items():
+        energy_R, weight = SPECTRA[name].energy_R, SPECTRA[name].weight
+        total += weight * float(energy_R[rank:].sum() / energy_R.sum()) if rank else 0.0
+    return total
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

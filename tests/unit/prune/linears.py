@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pocketlm.core.state import LinearState, Statistics
 from pocketlm.core.stats import GradientSize, Hessian
-from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
+from pocketlm.prune.moments import Moments
 
 
 def inputs(tokens: int = 200, columns: int = 32, seed: int = 0) -> torch.Tensor:

@@ -11,8 +11,8 @@ from tests.unit.prune.linears import SumOfLinears, inputs, state_of, statistics,
 from pocketlm.core.errors import ConfigError, UnsupportedLayer
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.prune.allocation import ALLOCATIONS
-from pocketlm.prune.dsnot import Moments
 from pocketlm.prune.entropy import Entropy
+from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import kept, ranks
 from pocketlm.prune.scores import SCORES
 from pocketlm.prune.steps import Alps, Dsnot, Esparse, Gblm, Magnitude, Ria, Sparsegpt, Wanda
@@ -137,7 +137,7 @@ def test_entropy_tells_a_spread_channel_from_a_constant_one() -> None:
 
 def test_exchange_brings_the_mean_output_nearer() -> None:
     weight_OI, stats = weight(20, 32), statistics(inputs())
-    mean_I = stats[Moments].mean_I()
+    mean_I = stats[Moments].mean_I().float()
     errors = []
     for step in (Wanda(), Dsnot()):
         after = step.compress(state_of(weight_OI), stats)

@@ -12,7 +12,7 @@ can say a width for each block, and our own format holds none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Findings, Structure, Visit
 from pocketlm.core.views import LinearView
-from pocketlm.prune.importance.moments import Moments
+from pocketlm.prune.moments import Moments
 from pocketlm.prune.width import InputWidth, per_unit
 
 BIAS = "bias"
@@ -62,12 +62,13 @@ class Flap(InputWidth):
             found[f"{name}.{BIAS}"] = (reader.weight_OI().double() @ mean_I).float()
         return found
 
-    def biases(self, findings: Findings) -> dict[str, Tensor]:
-        """Reader → the mean output of what it no longer reads."""
-        ending = f".{BIAS}"
-        return {
-            name.removesuffix(ending): value
-            for one in findings
-            for name, value in one.items()
-            if name.endswith(ending)
-        }
+    def biases(
+        self, readers: Sequence[str], findings: Findings | None
+    ) -> Mapping[str, Tensor | None]:
+        """The mean output of what each linear no longer reads."""
+        if not self.compensate:
+            return {}
+        if findings is None:
+            return dict.fromkeys(readers)
+        found = {name: value for one in findings for name, value in one.items()}
+        return {reader: found[f"{reader}.{BIAS}"] for reader in readers}

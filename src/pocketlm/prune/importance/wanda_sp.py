@@ -15,7 +15,7 @@ from torch import Tensor
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import Structure
 from pocketlm.core.views import LinearView
-from pocketlm.prune.importance.moments import Moments
+from pocketlm.prune.moments import Moments
 from pocketlm.prune.width import InputWidth, per_unit
 
 

@@ -32,7 +32,7 @@ class Moments(Stat):
         self.tokens += other.tokens
 
     def mean_I(self) -> Tensor:
-        """The mean of each column."""
+        """The mean of each column; zeros where no token was seen."""
         return self._sum_I / max(self.tokens, 1)
 
     def variance_I(self) -> Tensor:
