@@ -2,8 +2,9 @@
 
 A run stores the bytes that its plan names, accounts for every tensor and bit, stays near the
 original, repeats itself, and a run that is killed after its first block goes on to the same bytes.
-A new method needs a row here: without one `test_every_method_has_a_row` fails. What only one kind
-of method owes stands with its unit tests.
+Asked for nothing it writes the source; what prunes or factorises does it on a mixture of experts
+too. A new method needs a row here: without one `test_every_method_has_a_row` fails. What only one
+kind of method owes stands with its unit tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.e2e.conftest import save_model, save_tokenizer
 from tests.unit.models.families import build
 
 from pocketlm import api, compression
-from pocketlm.catalog import METHODS
+from pocketlm.catalog import METHODS, method_class
+from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.engine.journal import Journal
 from pocketlm.evaluate.verify_files import Artifact, checks
 from pocketlm.evaluate.verify_logits import view_logits
@@ -62,7 +64,7 @@ def row(
 
 
 # Relative distances of the logits; a model that has nothing to do with another is off by 1.4.
-NEAR_8, NEAR_4, HALVED, NARROWER, RANDOM_SPECTRUM = 0.03, 0.25, 0.8, 0.35, 1.0
+NEAR_8, NEAR_4, HALVED, NARROWER, RANDOM_SPECTRUM = 0.03, 0.25, 0.8, 0.35, 1.1
 ROWS = {
     "rtn": row("rtn", NEAR_8, weights=W8),
     "clip": row("clip", NEAR_8, "rtn", weights=W8),
@@ -106,6 +108,19 @@ ROWS = {
     "laco": row("laco", 1.3, looks=False, blocks=1, threshold=0.01),
     "llm_pruner": row("llm_pruner", NARROWER, looks=False, channels=64),
 }
+# What prunes or factorises runs on a mixture of experts too, with other sizes where widths are cut.
+DENSE_ONLY = {"slicegpt": "gate: it reads the stream"}  # and what the refusal says
+SMALLER = {name for name in METHODS if method_class(name).makes & {"mask", "factors", "shape"}}
+MIXTURES = {
+    **{name: ROWS[name] for name in ROWS if name in {*SMALLER, "tune"} - {*DENSE_ONLY, "experts"}},
+    **{n: row(n, NARROWER, channels=32) for n in ("flap", "wanda_sp", "minitron", "llm_pruner")},
+}
+NOTHING: dict[str, dict[str, Any]] = {
+    **{name: {"sparsity": 0} for name in ROWS if "mask" in method_class(name).makes},
+    **{name: {"ratio": 0} for name in SMALLER if "ratio" in method_class(name).model_fields},
+}
+for name in ("slicegpt", "sparsegpt_joint"):  # turns the stream; rounds
+    del NOTHING[name]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +159,21 @@ def logits(path: Path) -> torch.Tensor:
     return view_logits(open_model(path, allow_compressed=True), TOKENS)
 
 
+def distance(path: Path, before: torch.Tensor) -> float:
+    """How far its logits are from others, over those."""
+    return float((logits(path) - before).norm() / before.norm())
+
+
+def check_whole(made: api.CompressResult, source: Path) -> None:
+    """An artifact has the bytes that its plan names, and is what its ledger says, or it raises."""
+    stored = load_file(made.output / "model.safetensors").values()
+    assert made.plan.output_bytes == sum(t.numel() * t.element_size() for t in stored)
+    assert made.plan.bits_per_weight == pytest.approx(made.bits_per_weight)
+    artifact = Artifact.open(made.output)
+    for _, _, check in checks(source):
+        check(artifact)
+
+
 def test_every_method_has_a_row() -> None:
     assert ROWS.keys() == METHODS.keys()
     for name, asked in ROWS.items():
@@ -167,17 +197,8 @@ def test_a_run_is_whole_near_and_repeats_itself(
             source, recipe, output, samples=4, seq_len=32, calibration=TEXT, device="cpu"
         )
 
-    made = run(tmp_path / "whole")
-    stored = load_file(tmp_path / "whole" / "model.safetensors").values()
-    bytes_stored = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-    assert made.plan.output_bytes == bytes_stored
-    assert made.plan.bits_per_weight == pytest.approx(made.bits_per_weight)
-    artifact = Artifact.open(tmp_path / "whole")
-    for _, _, check in checks(source):
-        check(artifact)  # an artifact that is not what its ledger says raises
-    before, after = originals[asked.family], logits(tmp_path / "whole")
-    distance = float((after - before).norm() / before.norm())
-    assert distance < asked.near
+    check_whole(run(tmp_path / "whole"), source)
+    assert distance(tmp_path / "whole", originals[asked.family]) < asked.near
 
     write, written = Journal.write_block, []
 
@@ -195,3 +216,36 @@ def test_a_run_is_whole_near_and_repeats_itself(
     run(tmp_path / "parts")
     assert len(set(written)) == len(written), "a finished block was done again"
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_experts_is_whole_and_near(
+    name: str, sources: dict[str, Path], originals: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    asked = MIXTURES[name]
+    recipe = {"steps": list(asked.steps), "weights": asked.weights, "ignore": ["lm_head"]}
+    made = api.compress(
+        sources["mixtral"], recipe, tmp_path / "out", samples=4, seq_len=32, device="cpu"
+    )
+    check_whole(made, sources["mixtral"])
+    assert 0 < distance(tmp_path / "out", originals["mixtral"]) < asked.near
+
+
+@pytest.mark.parametrize("name", DENSE_ONLY)
+def test_what_knows_no_mixture_says_so(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLayer, match=DENSE_ONLY[name]):
+        api.compress(sources["mixtral"], {"steps": [name], "weights": None}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", sorted(NOTHING))
+def test_nothing_asked_for_writes_the_source(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = {"steps": [{"method": name, **NOTHING[name]}], "weights": None}
+    source = sources[ROWS[name].family]
+    api.compress(source, recipe, tmp_path / "out", samples=4, seq_len=32, device="cpu")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    assert stored.keys() == original.keys()
+    assert all(torch.equal(stored[tensor], value) for tensor, value in original.items())

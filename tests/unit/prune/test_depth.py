@@ -29,12 +29,6 @@ def without(model, index: int):
     return model
 
 
-def test_zero_ratio_is_identity(saved, compress, tmp_path: Path) -> None:
-    source = saved("llama")
-    compress(source, tmp_path / "out", {"method": "depth", "ratio": 0.0})
-    assert torch.equal(logits(plain(tmp_path / "out")), logits(plain(source)))
-
-
 @pytest.mark.parametrize("score", ["influence", "taylor", "random"])
 def test_removes_the_block_that_does_least(saved, compress, tmp_path: Path, score: str) -> None:
     """A block whose outputs are zero is found by every score but chance."""

@@ -21,13 +21,6 @@ def outline_of(family: str) -> ModelOutline:
     return ModelOutline(open_model(build(family)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_ratio_is_identity(saved, compress, tmp_path: Path, method: str) -> None:
-    source = saved("llama")
-    compress(source, tmp_path / "out", {"method": method, "ratio": 0.0})
-    assert torch.equal(logits(plain(tmp_path / "out")), logits(plain(source)))
-
-
 @pytest.mark.parametrize(
     ("family", "method"), [*(("llama", method) for method in METHODS), ("mixtral", METHODS[0])]
 )
