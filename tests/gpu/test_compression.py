@@ -23,7 +23,7 @@ from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import LinearState, Statistics
 from pocketlm.core.stats import Hessian
 from pocketlm.core.tensors import Dense, PackedInt
-from pocketlm.prune.steps import Sparsegpt, SparsegptJoint
+from pocketlm.prune.updates import Sparsegpt, SparsegptJoint
 from pocketlm.quant import grid
 from pocketlm.quant.awq import Awq
 from pocketlm.quant.clip import Clip

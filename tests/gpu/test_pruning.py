@@ -12,7 +12,8 @@ from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.tensors import Dense, Sparse
 from pocketlm.prune.besa import learned_shares
 from pocketlm.prune.patterns import kept
-from pocketlm.prune.steps import Alps, Sparsegpt, Wanda
+from pocketlm.prune.steps import Wanda
+from pocketlm.prune.updates import Alps, Sparsegpt
 from pocketlm.runtime.semi_structured import make_sparse, refuses
 
 pytestmark = pytest.mark.gpu

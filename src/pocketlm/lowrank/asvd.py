@@ -31,8 +31,6 @@ class Asvd(Ranked):
 
     kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = (AbsMean,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     alpha: float = Field(0.5, ge=0, le=2)
 

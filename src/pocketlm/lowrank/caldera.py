@@ -19,7 +19,7 @@ Legend: O output rows, I input columns, R rank.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -42,10 +42,7 @@ class Caldera(Repair):
         damping: Share of the Hessian's mean diagonal that is added.
     """
 
-    kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape", "factors"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     bits: int | None = Field(default=4, ge=2, le=8)
     iterations: int = Field(default=10, ge=1, le=1000)

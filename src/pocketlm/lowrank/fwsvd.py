@@ -39,8 +39,6 @@ class Fwsvd(Ranked):
 
     kind: ClassVar[Literal["block"]] = "block"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     batches: int = Field(32, ge=1)
 

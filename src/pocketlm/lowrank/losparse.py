@@ -48,8 +48,6 @@ class Losparse(Ranked):
 
     kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     density: float = Field(default=0.05, gt=0, lt=1)
     rounds: int = Field(default=8, ge=1, le=1000)

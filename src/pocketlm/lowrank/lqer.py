@@ -35,10 +35,7 @@ class Lqer(Repair):
         damping: Share of the Hessian's mean diagonal that is added; with "whitening".
     """
 
-    kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian, AbsMean)
-    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape", "factors"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     scaling: Literal["none", "mean", "whitening"] = "whitening"
     damping: float = Field(1e-4, gt=0, le=1)

@@ -8,7 +8,7 @@ Legend: O output rows, I input columns, R rank.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -85,6 +85,9 @@ class Ranked(Chosen):
             error of the linear costs the model. The latter two are measured before the run
             (`search.ranks`) and become `ranks`.
     """
+
+    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
+    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
     multiple_of: int = Field(default=8, ge=1)

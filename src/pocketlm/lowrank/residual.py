@@ -5,7 +5,7 @@ Legend: O output rows, I input columns, R rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,10 @@ class Repair(Chosen):
         bits: Of the factors' codes, symmetric integers; None: 16-bit floats.
         group_size: Columns of a factor that share a scale, where they divide; else whole rows.
     """
+
+    kind: ClassVar[Literal["linear"]] = "linear"
+    preserves: ClassVar[frozenset[str]] = frozenset({"mask", "grid", "shape", "factors"})
+    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     rank: int | None = Field(default=RANK, ge=1)
     bits: int | None = Field(default=8, ge=2, le=8)

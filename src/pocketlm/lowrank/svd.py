@@ -18,8 +18,6 @@ class Svd(Ranked):
 
     kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = ()
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear as two factors."""

@@ -41,8 +41,6 @@ class SvdLlm(Ranked):
 
     kind: ClassVar[Literal["linear"]] = "linear"
     needs: ClassVar[tuple[type[Stat], ...]] = (Hessian,)
-    preserves: ClassVar[frozenset[str]] = frozenset({"shape"})
-    makes: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     damping: float = Field(1e-4, gt=0, le=1)
     shrinkage: float = Field(0.0, ge=0, le=10)

@@ -22,28 +22,23 @@ from pydantic import Field
 from torch import Tensor
 
 from pocketlm.core.changes import Changes
-from pocketlm.core.errors import ConfigError
 from pocketlm.core.transform import Findings, Outline, Survey, Visit
 from pocketlm.core.views import BlockView
-from pocketlm.prune.smaller import Smaller
+from pocketlm.prune.smaller import FewerBlocks
 
 SCORE = "score"
 
 
-class Depth(Smaller):
+class Depth(FewerBlocks):
     """Depth pruning: removes the blocks that matter least.
 
     Attributes:
-        ratio: Share of the blocks to remove, rounded to whole blocks.
-        blocks: How many to remove, instead of a ratio.
         score: What says how much a block matters.
         keep_first: Blocks at the start that are never removed.
         keep_last: Blocks at the end that are never removed.
         seed: Of the random score.
     """
 
-    ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
-    blocks: int | None = Field(default=None, ge=0)
     score: Literal["influence", "perplexity", "taylor", "random"] = "influence"
     keep_first: int = Field(default=0, ge=0)
     keep_last: int = Field(default=0, ge=0)
@@ -72,14 +67,8 @@ class Depth(Smaller):
             ConfigError: If every block would be removed, or too many are protected.
         """
         total = outline.blocks
-        count = round(self.ratio * total) if self.blocks is None else self.blocks
         free = range(self.keep_first, total - self.keep_last)
-        if count >= total or count > len(free):
-            raise ConfigError(
-                f"{count} of {total} blocks would be removed, of {len(free)} that may be.",
-                where="depth",
-                remedy="Lower ratio or blocks: at least one block has to stay.",
-            )
+        count = self.count(total, len(free))
         scores = [0.0] * total if findings is None else [float(f[SCORE]) for f in findings]
         removed = set(sorted(free, key=lambda index: (scores[index], index))[:count])
         return outline.keep_blocks([index for index in range(total) if index not in removed])

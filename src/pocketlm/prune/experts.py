@@ -26,7 +26,7 @@ from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.transform import EXPERTS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.core.views import BlockView
-from pocketlm.prune.smaller import Smaller
+from pocketlm.prune.smaller import Smaller, by_block, with_note
 
 
 class Experts(Smaller):
@@ -46,9 +46,7 @@ class Experts(Smaller):
 
     def measure(self, survey: Survey) -> Findings:
         """A score for each expert, its tokens, and where experts are merged, how alike they are."""
-        of_block: dict[int, list[Structure]] = {}
-        for structure in survey.outline.structures(EXPERTS):
-            of_block.setdefault(structure.block, []).append(structure)
+        of_block = by_block(survey.outline.structures(EXPERTS))
         return survey.visit(lambda visit: self._look(visit, of_block.get(visit.index, ())))
 
     def _look(self, visit: Visit, structures: Sequence[Structure]) -> dict[str, Tensor]:
@@ -104,10 +102,7 @@ class Experts(Smaller):
         if not unreached:
             return changes
         note = f"no calibration token reached {unreached} experts: they counted for nothing."
-        return Changes(
-            changes.config, changes.edits, changes.dropped, changes.summary, changes.detail,
-            (*changes.notes, note),
-        )  # fmt: skip
+        return with_note(changes, note)
 
 
 def _groups(

@@ -26,44 +26,31 @@ from pydantic import Field
 from pocketlm.core.changes import Changes
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.transform import Findings, Outline, Survey
-from pocketlm.prune.smaller import Smaller
+from pocketlm.prune.smaller import FewerBlocks
 
 HOME = "home"
 
 
-class Laco(Smaller):
+class Laco(FewerBlocks):
     """LaCo: merges runs of neighbouring blocks instead of removing them.
 
     Attributes:
-        ratio: Share of the blocks to remove, rounded to whole blocks.
-        blocks: How many to remove, instead of a ratio.
         merge: Blocks that go into one at a time, at most.
         threshold: Cosine that a merge must keep at first.
         fall: By how much the threshold falls where no merge keeps it.
         interval: Blocks between two merges that stay.
     """
 
-    ratio: float = Field(default=0.2, ge=0.0, lt=1.0)
-    blocks: int | None = Field(default=None, ge=0)
     merge: int = Field(default=3, ge=1)
     threshold: float = Field(default=0.75, gt=0.0, lt=1.0)
     fall: float = Field(default=0.1, gt=0.0)
     interval: int = Field(default=2, ge=1)
 
-    def _count(self, total: int) -> int:
-        count = round(self.ratio * total) if self.blocks is None else self.blocks
-        if count >= total:
-            raise ConfigError(
-                f"{count} of {total} blocks would be merged away.",
-                where="laco",
-                remedy="Lower ratio or blocks: at least one block has to stay.",
-            )
-        return count
-
     def measure(self, survey: Survey) -> Findings:
         """The block that each block ends up in, itself where it stays."""
         total = survey.outline.blocks
-        left, threshold = self._count(total), self.threshold
+        asked = left = self.count(total, total - 1)
+        threshold = self.threshold
         home = tuple(range(total))
 
         @cache  # a falling threshold asks again
@@ -80,7 +67,7 @@ class Laco(Smaller):
                 found = next((t for t in tries if t and cosine(t) >= threshold), None)
                 if found:
                     gone = sum(block != place for block, place in enumerate(found))
-                    home, left = found, self._count(total) - gone
+                    home, left = found, asked - gone
                 start -= self.interval if found else 1
             if left == before:
                 threshold -= self.fall
@@ -106,11 +93,10 @@ class Laco(Smaller):
         Raises:
             ConfigError: If every block would be merged away.
         """
-        count = self._count(outline.blocks)
+        total = outline.blocks
+        last = total - 1 - self.count(total, total - 1)
         if findings is None:
-            return _merged(
-                outline, [min(b, outline.blocks - 1 - count) for b in range(outline.blocks)]
-            )
+            return _merged(outline, [min(block, last) for block in range(total)])
         return _merged(outline, [int(one[HOME]) for one in findings])
 
 

@@ -34,7 +34,7 @@ from pocketlm.core.stored import SparsitySpec
 from pocketlm.core.transform import CHANNELS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import kept
-from pocketlm.prune.smaller import Smaller
+from pocketlm.prune.smaller import Smaller, by_block
 from pocketlm.prune.width import gather
 
 AT_ONCE = 256  # groups of one assignment
@@ -60,9 +60,7 @@ class Permute(Smaller):
 
     def measure(self, survey: Survey) -> Findings:
         """The new order of each structure's channels, and how much score it keeps."""
-        of_block: dict[int, list[Structure]] = {}
-        for structure in survey.outline.structures(CHANNELS):
-            of_block.setdefault(structure.block, []).append(structure)
+        of_block = by_block(survey.outline.structures(CHANNELS))
         return survey.visit(lambda visit: self._look(visit, of_block.get(visit.index, [])))
 
     def _look(self, visit: Visit, structures: list[Structure]) -> dict[str, Tensor]:

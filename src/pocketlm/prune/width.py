@@ -23,7 +23,7 @@ from pocketlm.core.errors import ConfigError
 from pocketlm.core.stats import Stat
 from pocketlm.core.transform import CHANNELS, HEADS, Findings, Outline, Structure, Survey, Visit
 from pocketlm.core.views import LinearView
-from pocketlm.prune.smaller import Smaller
+from pocketlm.prune.smaller import Smaller, by_block, with_note
 
 Dimension = Literal["channels", "heads"]
 S = TypeVar("S", bound=Stat)
@@ -51,11 +51,7 @@ class Width(Smaller):
         """A score for each unit, block by block."""
 
     def _structures(self, outline: Outline) -> dict[int, list[Structure]]:
-        found: dict[int, list[Structure]] = {}
-        for dimension in self.dimensions:
-            for structure in outline.structures(dimension):
-                found.setdefault(structure.block, []).append(structure)
-        return found
+        return by_block(one for name in self.dimensions for one in outline.structures(name))
 
     def biases(
         self, readers: Sequence[str], findings: Findings | None
@@ -94,10 +90,7 @@ class Width(Smaller):
             f"no calibration token reached {len(unreached)} experts, such as "
             f"{unreached[0].removesuffix('.unreached')}: their channels went by weight alone."
         )
-        return Changes(
-            changes.config, changes.edits, changes.dropped, changes.summary, changes.detail,
-            (*changes.notes, note),
-        )  # fmt: skip
+        return with_note(changes, note)
 
     def sizes(self, outline: Outline) -> dict[str, int]:
         """Family → how many units each of its structures keeps.

@@ -15,7 +15,8 @@ from pocketlm.prune.entropy import Entropy
 from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import kept, ranks
 from pocketlm.prune.scores import SCORES
-from pocketlm.prune.steps import Alps, Dsnot, Esparse, Gblm, Magnitude, Ria, Sparsegpt, Wanda
+from pocketlm.prune.steps import Dsnot, Esparse, Gblm, Magnitude, Pruning, Ria, Wanda
+from pocketlm.prune.updates import Alps, Sparsegpt
 
 STEPS = (Magnitude, Wanda, Ria, Esparse, Gblm, Dsnot, Sparsegpt, Alps)
 
@@ -46,7 +47,7 @@ def test_every_group_keeps_its_best(text: str, keep: int, of: int) -> None:
 
 @pytest.mark.parametrize("step_class", STEPS)
 @pytest.mark.parametrize("text", ["0.5", "0.3", "2:4"])
-def test_a_step_keeps_exactly_what_it_says(step_class: type[Magnitude], text: str) -> None:
+def test_a_step_keeps_exactly_what_it_says(step_class: type[Pruning], text: str) -> None:
     weight_OI, step = weight(), step_class.parse({"sparsity": text})
     after = step.compress(state_of(weight_OI), statistics(inputs(), gradient_OI=weight()))
     assert after.mask_OI is not None
@@ -57,7 +58,7 @@ def test_a_step_keeps_exactly_what_it_says(step_class: type[Magnitude], text: st
 
 
 @pytest.mark.parametrize("step_class", STEPS)
-def test_pruning_nothing_changes_nothing(step_class: type[Magnitude]) -> None:
+def test_pruning_nothing_changes_nothing(step_class: type[Pruning]) -> None:
     weight_OI = weight()
     stats = statistics(inputs(), gradient_OI=weight())
     after = step_class.parse({"sparsity": 0}).compress(state_of(weight_OI), stats)
@@ -76,7 +77,7 @@ def test_scores_follow_a_permutation_of_rows_and_columns(score: str) -> None:
 
 
 @pytest.mark.parametrize("step_class", [Wanda, Ria, Alps])
-def test_the_mask_follows_a_permutation(step_class: type[Magnitude]) -> None:
+def test_the_mask_follows_a_permutation(step_class: type[Pruning]) -> None:
     weight_OI, x_TI = weight(), inputs()
     rows, columns = torch.randperm(12), torch.randperm(32)
     step = step_class()
@@ -90,7 +91,7 @@ def test_the_mask_follows_a_permutation(step_class: type[Magnitude]) -> None:
 
 
 @pytest.mark.parametrize("step_class", [Wanda, Ria, Esparse, Dsnot, Sparsegpt, Alps])
-def test_without_a_token_the_least_weights_go(step_class: type[Magnitude]) -> None:
+def test_without_a_token_the_least_weights_go(step_class: type[Pruning]) -> None:
     weight_OI, step = weight(), step_class.parse({"sparsity": "2:4"})
     after = step.compress(state_of(weight_OI), statistics(torch.zeros(0, 32)))
     assert after.mask_OI is not None

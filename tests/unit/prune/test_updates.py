@@ -13,8 +13,9 @@ from pocketlm.core.stats import Hessian
 from pocketlm.core.stored import SparsitySpec
 from pocketlm.prune.admm import alternate, solve
 from pocketlm.prune.allocation import ALLOCATIONS
-from pocketlm.prune.steps import Alps, Magnitude, Sparsegpt, SparsegptJoint, Wanda
+from pocketlm.prune.steps import Magnitude, Wanda
 from pocketlm.prune.sweep import prune_columns
+from pocketlm.prune.updates import Alps, Sparsegpt, SparsegptJoint
 from pocketlm.quant.gptq import Gptq
 from pocketlm.quant.refine import Refine
 from pocketlm.quant.rtn import Rtn
