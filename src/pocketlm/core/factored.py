@@ -127,7 +127,7 @@ def best_left(
         L [O, R], float32.
     """
     carried_IR = right_RI.T
-    if hessian is not None and bool((hessian.diagonal_I() > 0).any()):
+    if hessian is not None and hessian.reached:
         matrix_II = hessian.matrix_II()
         matrix_II.diagonal().add_(damping * matrix_II.diagonal().mean())
         carried_IR = matrix_II @ carried_IR

@@ -84,6 +84,11 @@ class Hessian(Stat):
             full_II[:start, start:stop] = full_II[start:stop, :start].T
         return full_II
 
+    @property
+    def reached(self) -> bool:
+        """Whether any input was other than zero: without one the Hessian says nothing."""
+        return bool((self._sum_II.diagonal() > 0).any())
+
     def diagonal_I(self) -> Tensor:
         """The Hessian's diagonal [I]: how much each input weighs."""
         return self._sum_II.diagonal() * (2.0 / max(self.tokens, 1))

@@ -114,7 +114,7 @@ def whitening(
     Raises:
         NumericError: If no rung of the ladder made the Hessian positive definite.
     """
-    if not bool((hessian.diagonal_I() > 0).any()):
+    if not hessian.reached:
         text = "no calibration token reached it: factorised without data."
         return Plain(), (Note("no_tokens", text),)
     factor = hessian.inverse_factor(damping, None, shrinkage)

@@ -35,11 +35,6 @@ class Score:
     needs: tuple[type[Stat], ...] = (Hessian,)
 
 
-def reached(stats: Statistics) -> bool:
-    """Whether a token reached the linear: without one, scores of its inputs are zeros."""
-    return bool((stats[Hessian].diagonal_I() > 0).any())
-
-
 def magnitude(weight_OI: Tensor, stats: Statistics) -> Tensor:
     """|w|."""
     return weight_OI.abs()
@@ -52,7 +47,7 @@ def wanda(weight_OI: Tensor, stats: Statistics) -> Tensor:
 
 def wanda_or_size(weight_OI: Tensor, stats: Statistics) -> Tensor:
     """`wanda`, or |w| where no token reached the linear."""
-    return wanda(weight_OI, stats) if reached(stats) else weight_OI.abs()
+    return wanda(weight_OI, stats) if stats[Hessian].reached else weight_OI.abs()
 
 
 def obd(weight_OI: Tensor, stats: Statistics) -> Tensor:

@@ -24,7 +24,7 @@ from pocketlm.prune.allocation import ALLOCATIONS, Allocation
 from pocketlm.prune.dsnot import exchange
 from pocketlm.prune.moments import Moments
 from pocketlm.prune.patterns import Scope, kept
-from pocketlm.prune.scores import SCORES, reached
+from pocketlm.prune.scores import SCORES
 
 HALF = SparsitySpec(ratio=0.5)
 
@@ -95,7 +95,7 @@ class Pruning(Strict):
 
     def compress(self, state: LinearState, stats: Statistics) -> LinearState:
         """The linear with its least weights set to zero; by magnitude where no token reached it."""
-        if self.needs and not reached(stats):
+        if self.needs and not stats[Hessian].reached:
             return self._without_data(state)
         return self._with_data(state, stats)
 

@@ -46,6 +46,8 @@ class Correct(Strict):
         if not drift.tokens:
             text = "its inputs have no counterpart in the original model: not corrected."
             return replace(state, notes=(*state.notes, Note("correct", text)))
+        if not stats[Hessian].reached:
+            return state
         factor = stats[Hessian].inverse_factor(self.damping, None)
         moved_OI = state.reference_OI @ drift.matrix_II().to(state.reference_OI)
         upper_II = factor.upper_II

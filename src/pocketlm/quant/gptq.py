@@ -57,7 +57,7 @@ class Gptq(Strict):
         """The linear on its grid, an earlier step's grid or else min-max."""
         grid = grid_of(state)
         hessian = stats[Hessian]
-        if not bool((hessian.diagonal_I() > 0).any()):
+        if not hessian.reached:
             note = Note("no_tokens", "no calibration token reached it: rounded to nearest.")
             return state.with_current(round_to_grid(state.reference_OI, grid, state.spec), note)
         order_I = column_order(hessian, self.order)

@@ -72,7 +72,7 @@ class Refine(Strict):
                 remedy="Put it after a quantizing step such as gptq or rtn.",
             )
         hessian = stats[Hessian]
-        if not bool((hessian.diagonal_I() > 0).any()):
+        if not hessian.reached:
             return state.with_current(
                 current, Note("no_tokens", "refine had no calibration token.")
             )

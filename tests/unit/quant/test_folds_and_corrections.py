@@ -149,6 +149,14 @@ def test_correction_without_pairs_is_noted(states: list[LinearState], inputs_TI:
     assert [note.kind for note in state.notes] == ["correct"]
 
 
+def test_inputs_of_zeros_correct_nothing(states: list[LinearState], inputs_TI: Tensor) -> None:
+    hessian, drift = Hessian(COLUMNS), Drift(COLUMNS)
+    hessian.add(torch.zeros_like(inputs_TI))
+    drift.add(torch.zeros_like(inputs_TI), inputs_TI)
+    state = Correct().compress(states[0], Statistics(hessian, drift))
+    assert torch.equal(state.reference_OI, states[0].reference_OI)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_hqq_lowers_the_norm_it_minimises(states: list[LinearState], symmetric: bool) -> None:
     spec = QuantSpec(bits=3, group_size=64, symmetric=symmetric)
