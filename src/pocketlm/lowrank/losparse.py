@@ -32,7 +32,7 @@ from pocketlm.lowrank.factor import (
     stored,
     whitening,
 )
-from pocketlm.lowrank.rank import Ranked, plain_form, rank_at
+from pocketlm.lowrank.rank import Ranked, plain_form
 
 
 class Losparse(Ranked):
@@ -63,13 +63,10 @@ class Losparse(Ranked):
             raise ValueError(f"a density of {self.density} leaves no room at ratio {ratio}")
         return self
 
-    def _common_rank(self, name: str, shape: tuple[int, int]) -> int | None:
-        if self.rank is not None:
-            return self.rank
-        if not self.share_removed:
-            return None
-        share = 1 - self.share_removed - self.density
-        return rank_at(share, shape, self.multiple_of, name)
+    @property
+    def factors_share(self) -> float:
+        """Share of a linear's parameters that its factors may hold."""
+        return 1 - self.share_removed - self.density
 
     def form(self, name: str, shape: tuple[int, int], before: WeightSpec, dtype: Any) -> WeightSpec:
         """In what form a linear is after this step, as `Ranked.form` says it."""
@@ -101,7 +98,7 @@ class Losparse(Ranked):
         for _ in range(self.rounds):
             low = stored(*best_factors(weight_OI - loud_OI, rank, metric), dtype)
             rest_OI = weight_OI - low.dequantize()
-            mask_OI = largest(rest_OI * (size_I if bool((size_I > 0).any()) else 1.0), each)
+            mask_OI = largest(rest_OI * size_I if hessian.reached else rest_OI, each)
             loud_OI = (rest_OI * mask_OI).to(dtype).float()
         assert low is not None
         return state.with_current(Sum(Sparse(Dense(loud_OI.to(dtype)), mask_OI), low), *notes)

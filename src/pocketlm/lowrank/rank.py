@@ -113,12 +113,17 @@ class Ranked(Chosen):
             return 0.0 if self.ranks else RATIO
         return self.ratio
 
+    @property
+    def factors_share(self) -> float:
+        """Share of a linear's parameters that its factors may hold."""
+        return 1 - self.share_removed
+
     def _common_rank(self, name: str, shape: tuple[int, int]) -> int | None:
         if self.rank is not None:
             return self.rank
         if not self.share_removed:
             return None
-        return rank_at(1 - self.share_removed, shape, self.multiple_of, name)
+        return rank_at(self.factors_share, shape, self.multiple_of, name)
 
     def form(self, name: str, shape: tuple[int, int], before: WeightSpec, dtype: str) -> WeightSpec:
         """In what form a linear is after this step.

@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from pocketlm.core.columns import Rounding
+from pocketlm.core.linalg import InverseFactor
 from pocketlm.core.state import Cost, LinearState, Statistics
 from pocketlm.core.stats import Hessian, Stat
 from pocketlm.prune.admm import alternate, solve
 from pocketlm.prune.patterns import Scope
 from pocketlm.prune.steps import Pruning, pruned
-from pocketlm.prune.sweep import prune_columns
+from pocketlm.prune.sweep import Swept, prune_columns
 from pocketlm.quant.gptq import ladder_notes
 from pocketlm.quant.grid import grid_of, packed, round_to_grid
 
@@ -75,19 +76,20 @@ class Sparsegpt(_OnHessian):
         """Kept weights have moved."""
         hessian = stats[Hessian]
         factor = hessian.inverse_factor(self.damping, None, self.shrinkage)
-        done = prune_columns(
-            state.reference_OI,
-            factor.upper_II,
-            self.sparsity_of(state.name),
-            self.scope,
-            self.block_columns,
-        )
+        done = self._swept(state, factor)
         weight_OI = done.weight_OI
         if self.steps:
             hessian_II = self._hessian_II(hessian)
             start_OI, mask_OI = weight_OI, done.mask_OI
             weight_OI = solve(state.reference_OI, hessian_II, mask_OI, start_OI, self.steps)
         return pruned(state, weight_OI, done.mask_OI, *ladder_notes(factor))
+
+    def _swept(
+        self, state: LinearState, factor: InverseFactor, rounding: Rounding | None = None
+    ) -> Swept:
+        weight_OI, sparsity = state.reference_OI, self.sparsity_of(state.name)
+        width = self.block_columns
+        return prune_columns(weight_OI, factor.upper_II, sparsity, self.scope, width, rounding)
 
     def cost(self, rows: int, columns: int) -> Cost:
         """The sweep, its mask, and the factor of the Hessian."""
@@ -115,14 +117,7 @@ class SparsegptJoint(Sparsegpt):
         """On its grid, pruned; `refine` may follow."""
         grid, spec = grid_of(state), state.spec
         factor = stats[Hessian].inverse_factor(self.damping, None, self.shrinkage)
-        done = prune_columns(
-            state.reference_OI,
-            factor.upper_II,
-            self.sparsity_of(state.name),
-            self.scope,
-            self.block_columns,
-            rounding=Rounding(spec, *grid.by_column(state.shape, spec)),
-        )
+        done = self._swept(state, factor, Rounding(spec, *grid.by_column(state.shape, spec)))
         assert done.level_OI is not None
         state = replace(state, mask_OI=done.mask_OI)
         return state.with_current(packed(done.level_OI, grid, spec), *ladder_notes(factor))
