@@ -170,6 +170,7 @@ def measure(
         asked = (options[key] for key in ("original", "test", "window", "windows", "device"))
         _bases[options["test"]] = score(*asked)
     base = _bases[options["test"]]
+    started = time.monotonic()
     report = evaluate_model(open_model(output, allow_compressed=True, **like), base.windows, base)
     if artifact is None:
         shutil.rmtree(output)
@@ -178,6 +179,7 @@ def measure(
     loss, kl = divergence.loss_over_original, divergence.kl_mean
     return {
         "name": name, "bits": bits, "bytes": size, "seconds": seconds,
+        "evaluation_seconds": time.monotonic() - started,
         "loss": [loss.value, loss.low, loss.high], "kl": [kl.value, kl.low, kl.high],
         "top1": divergence.top1_agreement.value, "perplexity": report.perplexity,
         "original_perplexity": divergence.original_perplexity,
