@@ -24,7 +24,14 @@ from pocketlm.core.views import End, Fold, Group, Rows, TensorSource
 from pocketlm.formats.capabilities import is_expert
 from pocketlm.models.apply_fold import BlockFolds
 from pocketlm.models.block import Block
-from pocketlm.models.call import Call, Recorder, TensorShare, first_tensor, stand_in
+from pocketlm.models.call import (
+    Call,
+    Recorder,
+    TensorShare,
+    first_tensor,
+    hand_on,
+    stand_in,
+)
 from pocketlm.models.config import context_length, head_width
 from pocketlm.models.ends import Ends, find_ends
 from pocketlm.models.experts import run_all_experts
@@ -129,6 +136,10 @@ class Model:
     def _recorders(self) -> list[Recorder]:
         return [Recorder(self._wrap, self._share) for _ in self.skeleton.blocks]
 
+    def _passed_over(self) -> list[Callable[..., Any]]:
+        """Stand-ins for all blocks where only what surrounds them is to run."""
+        return [hand_on(self._wrap) for _ in self.skeleton.blocks]
+
     def _wrap(self, hidden_BTD: Tensor) -> Any:
         """What a block returns when its hidden states are these."""
         if not self._returned:
@@ -195,7 +206,7 @@ class Model:
             captured.append(hidden)
             return hidden
 
-        stand_ins: list[Callable[..., Any]] = list(self._recorders())
+        stand_ins = self._passed_over()
         stand_ins[-1] = lambda *args, **kwargs: self._wrap(hidden_BTD)
         # As many ids as there are positions: GPT-2 and its kin view the result in their shape.
         ids_BT = torch.zeros(hidden_BTD.shape[:-1], dtype=torch.int64, device=self.device)
@@ -210,7 +221,7 @@ class Model:
         self._learn_return_type()
         logits_1NV = self._run_model(
             self._one_token(),
-            list(self._recorders()),
+            self._passed_over(),
             lambda _: self._ends.head_logits(hidden_ND[None]),
             gradients,
         ).logits

@@ -95,6 +95,19 @@ def stand_in(
             del module.forward  # the class's own forward shows again
 
 
+def hand_on(wrap: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """Stands in for one block: hands the hidden states on, and looks at nothing.
+
+    Args:
+        wrap: Turns hidden states into what the block's class returns.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return wrap(kwargs[HIDDEN] if HIDDEN in kwargs else args[0])
+
+    return run
+
+
 class Recorder:
     """Stands in for one block: keeps what it is called with, hands the hidden states on.
 
