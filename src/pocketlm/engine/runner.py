@@ -22,6 +22,8 @@ from pocketlm.calibration.store import ActivationStore, DiskStore, MemoryStore
 from pocketlm.calibration.windows import Windows
 from pocketlm.core.errors import NumericError
 from pocketlm.core.factored import LowRank, Sum
+from pocketlm.core.spec import QuantSpec
+from pocketlm.core.stored import WeightSpec
 from pocketlm.core.tensors import Dense, PackedFloat, PackedInt, Sparse, WeightTensor
 from pocketlm.core.views import BlockView, ModelView
 from pocketlm.engine.artifact import write_artifact
@@ -339,7 +341,7 @@ class Runner:
             reason=f"{reason} leaves it as it is" if action == "kept" else reason,
             shape=self._model.source.infos()[result.view.tensor_name].shape,
             bits=weight.stored_bits + scale_bits,
-            spec=weight.spec,
+            spec=_as_planned(weight.spec, self._grids.specs.get(name)),
             sparsity=None if mask_OI is None else 1 - int(mask_OI.sum()) / mask_OI.numel(),
             rank=rank,
             activations=rounding,
@@ -359,6 +361,16 @@ class Runner:
 
     def _wrote(self, done: int, total: int) -> None:
         self._progress.step(done / total if total else 1.0, "assembling the artifact")
+
+
+def _as_planned(spec: WeightSpec, planned: QuantSpec | None) -> WeightSpec:
+    """The format with the group size that was planned, where codes tell only of a whole row.
+
+    An engine decodes the experts of a layer by one scheme, and not all have as many columns.
+    """
+    if planned is None or spec != planned.model_copy(update={"group_size": None}):
+        return spec
+    return planned
 
 
 def _action(weight: WeightTensor, result: Compressed) -> tuple[Action, int | None]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tests.unit.engine import conftest
+from tests.unit.models.families import build
 
+from pocketlm import api
 from pocketlm.core.errors import CalibrationError, ConfigError, UnsupportedLayer
 from pocketlm.core.spec import QuantSpec, Recipe
 from pocketlm.core.stats import Hessian
@@ -142,3 +144,17 @@ FP8 = QuantSpec(bits=8, type="float", group_size=None)
 def test_target_that_cannot_load() -> None:
     with pytest.raises(UnsupportedLayer, match=r"llama\.cpp"):
         choose_grids(SHAPES, False, recipe(weights=FP8), "llama.cpp")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_experts_of_a_layer_are_named_as_one_format(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}
+    build("mixtral", torch.bfloat16, **sizes).save_pretrained(tmp_path / "moe")
+    recipe = {"steps": ["rtn"], "weights": {"bits": 4, "group_size": 128}}
+    api.compress(tmp_path / "moe", recipe, tmp_path / "out", device="cpu")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = section["config_groups"].values()
+    assert group["weights"]["strategy"] == "group"  # the whole row of one, half of another
+    assert group["weights"]["group_size"] == 64
+    report = api.verify(tmp_path / "out")
+    assert [check.name for check in report.checks if check.status == "failed"] == []

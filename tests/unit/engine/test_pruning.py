@@ -271,7 +271,7 @@ def test_allocation_becomes_overrides(tmp_path: Path, tiny: Path) -> None:
     grids = choose_grids(model.linear_shapes(), False, recipe, "transformers", steps)
     job = Job("tiny", recipe, steps, tmp_path / "out", tmp_path / "work", "transformers", 64, 1)
     windows = Windows(torch.randint(0, 300, (4, 32)), "random", "0" * 64, False, 0)
-    settled, grids = _settled(model, job, grids, windows, EventLog(None, None))
+    settled, grids = _settled(model, job, grids, windows, False, EventLog(None, None))
     options = settled.recipe.steps[0].options
     assert options["allocation"] == "uniform"
     assert len(options["overrides"]) == 21
@@ -304,7 +304,7 @@ def test_a_learned_allocation_is_settled_before_the_run(
             "tiny", recipe, steps, tmp_path / "out", tmp_path / "work", "transformers", 64,
             activation_bytes,
         )  # fmt: skip
-        settled, grids = _settled(model, job, grids, windows, EventLog(None, None))
+        settled, grids = _settled(model, job, grids, windows, False, EventLog(None, None))
         found.append(settled.recipe.steps[0].options["overrides"])
     assert found[0] == found[1]
     assert len(set(found[0].values())) > 3
