@@ -226,6 +226,49 @@ def prefill_product(
     return y_MO
 
 
+def wide_product(
+    x_MI: Tensor,
+    buffers: Mapping[str, Tensor],
+    grid: Grid,
+    tokens: int = 256,
+    stages: int = 5,
+    programs: int | None = None,
+) -> Tensor:
+    """The product [M, O] of very many rows; see wide.py."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from pocketlm.runtime.kernels.triton.wide import wide_kernel
+
+    x_MI = _readable(x_MI)
+    rows, unit = x_MI.shape[0], _unit(grid)
+    width = lane_bits(grid.bits, grid.group_size)
+    taken = Launch("prefill", columns=64).units(unit, grid.group_size, grid.columns)
+
+    def tiled(values: Tensor, shape: list[int], swizzle: int = 0) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout(swizzle, 8 * values.element_size(), rank=2)
+        return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
+
+    words = {name: buffers[name].view(torch.int32) for name in CODES if name in buffers}
+    codes = tiled(words["codes"], [8, taken * unit * (2 if width == 3 else width) // 2])
+    tops = tiled(words["high_bits"], [8, taken * unit // 2]) if width == 3 else codes
+    scale = tiled(buffers["scale"], [8, TILE_ROWS])
+    zero = tiled(buffers["zero"], [8, TILE_ROWS]) if "zero" in buffers else scale
+    x = tiled(x_MI, [tokens, taken * unit], 128)
+    steps, token_tiles = grid.columns // (taken * unit), -(-rows // tokens)
+    most = -(-grid.rows // 128) * token_tiles * steps // 2
+    programs = min(programs or card(x_MI.device.index or 0).processors, most)
+    y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
+    parts = torch.empty(programs, 128, tokens, device=x_MI.device)
+    flags = torch.zeros(programs, 2, dtype=torch.int32, device=x_MI.device)
+    wide_kernel[(programs,)](
+        x, codes, tops, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
+        grid.rows, STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit,
+        ZEROS="zero" in buffers, C=taken, N=tokens, STAGES=stages, num_warps=4,
+    )  # fmt: skip
+    return y_MO
+
+
 def _stage_bytes(launch: Launch, width: int, columns: int) -> int:
     """Shared memory of a stage of "prefill": activations, codes, scales and zero points."""
     codes = 2 * columns * width * launch.warps  # of 16 rows a warp
