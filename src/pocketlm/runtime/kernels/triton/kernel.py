@@ -230,6 +230,7 @@ def wide_product(
     x_MI: Tensor,
     buffers: Mapping[str, Tensor],
     grid: Grid,
+    row_tiles: int = 1,
     tokens: int = 256,
     stages: int = 5,
     programs: int | None = None,
@@ -250,21 +251,21 @@ def wide_product(
         return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
 
     words = {name: buffers[name].view(torch.int32) for name in CODES if name in buffers}
-    codes = tiled(words["codes"], [8, taken * unit * (2 if width == 3 else width) // 2])
-    tops = tiled(words["high_bits"], [8, taken * unit // 2]) if width == 3 else codes
-    scale = tiled(buffers["scale"], [8, TILE_ROWS])
-    zero = tiled(buffers["zero"], [8, TILE_ROWS]) if "zero" in buffers else scale
+    codes = tiled(words["codes"], [8 * row_tiles, taken * unit * (2 if width == 3 else width) // 2])
+    tops = tiled(words["high_bits"], [8 * row_tiles, taken * unit // 2]) if width == 3 else codes
+    scale = tiled(buffers["scale"], [8 * row_tiles, TILE_ROWS])
+    zero = tiled(buffers["zero"], [8 * row_tiles, TILE_ROWS]) if "zero" in buffers else scale
     x = tiled(x_MI, [tokens, taken * unit], 128)
     steps, token_tiles = grid.columns // (taken * unit), -(-rows // tokens)
-    most = -(-grid.rows // 128) * token_tiles * steps // 2
+    most = -(-grid.rows // (128 * row_tiles)) * token_tiles * steps // 2
     programs = min(programs or card(x_MI.device.index or 0).processors, most)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
-    parts = torch.empty(programs, 128, tokens, device=x_MI.device)
+    parts = torch.empty(programs, 128 * row_tiles, tokens, device=x_MI.device)
     flags = torch.zeros(programs, 2, dtype=torch.int32, device=x_MI.device)
     wide_kernel[(programs,)](
         x, codes, tops, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
         grid.rows, STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit,
-        ZEROS="zero" in buffers, C=taken, N=tokens, STAGES=stages, num_warps=4,
+        ZEROS="zero" in buffers, C=taken, R=row_tiles, N=tokens, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return y_MO
 

@@ -45,12 +45,13 @@ def _ask(sources, ring, work, now, wanted, STEPS: gl.constexpr, WIDTH: gl.conste
     first, _, steps, token_tiles, _ = work
     N: gl.constexpr = x.block_shape[0]
     K: gl.constexpr = x.block_shape[1]
-    ONE: gl.constexpr = 8 * (16 * (s.dtype.primitive_bitwidth // 8) + 4 * q.block_shape[1])
-    TOP: gl.constexpr = 8 * 4 * t.block_shape[1] if WIDTH == 3 else 0
-    ZERO: gl.constexpr = 8 * 16 * (z.dtype.primitive_bitwidth // 8) if ZEROS else 0
+    ROWS: gl.constexpr = q.block_shape[0]  # tiles of 16
+    ONE: gl.constexpr = ROWS * (16 * (s.dtype.primitive_bitwidth // 8) + 4 * q.block_shape[1])
+    TOP: gl.constexpr = ROWS * 4 * t.block_shape[1] if WIDTH == 3 else 0
+    ZERO: gl.constexpr = ROWS * 16 * (z.dtype.primitive_bitwidth // 8) if ZEROS else 0
     at = first + now
     tile, step = at // steps, at % steps
-    row, token, group = tile // token_tiles * 8, tile % token_tiles * N, step // STEPS * 16
+    row, token, group = tile // token_tiles * ROWS, tile % token_tiles * N, step // STEPS * 16
     slot = now % STAGES
     ready = full.index(slot)
     mbarrier.expect(ready, 2 * N * K + ONE + TOP + ZERO, pred=wanted)
@@ -66,56 +67,57 @@ def _ask(sources, ring, work, now, wanted, STEPS: gl.constexpr, WIDTH: gl.conste
 
 
 @gluon.jit
-def _of_rows(shared, HALF: gl.constexpr, A: gl.constexpr, like: gl.constexpr):
-    """Scales or zero points of the rows of operand A, [64, 1], in the dtype `like`."""
+def _of_rows(shared, HALF: gl.constexpr, R: gl.constexpr, A: gl.constexpr, like: gl.constexpr):
+    """Scales or zero points of the rows of operand A, [64 R, 1], in the dtype `like`."""
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    line = shared._reinterpret(shared.dtype, [2, 64], LINES).index(HALF)
+    line = shared._reinterpret(shared.dtype, [2, 64 * R], LINES).index(HALF)
     return gl.expand_dims(line.load(gl.SliceLayout(1, A)).to(gl.float32).to(like), 1)
 
 
 @gluon.jit
-def _words(shared, HALF: gl.constexpr, WORDS: gl.constexpr, C: gl.constexpr):
-    """Codes of a warpgroup, int16 [4, 1, C, WORDS / C]."""
+def _words(shared, HALF: gl.constexpr, R: gl.constexpr, WORDS: gl.constexpr, C: gl.constexpr):
+    """Codes of a warpgroup, int16 [4 R, 1, C, WORDS / C]."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LOAD: gl.constexpr = gl.BlockedLayout([1, WORDS // C // 32], [1, 32], [4, 1], [1, 0])
-    value = shared._reinterpret(gl.int16, [2, 4, WORDS], PLAIN).index(HALF).load(LOAD)
-    return gl.reshape(value, [4, 1, C, WORDS // C])
+    value = shared._reinterpret(gl.int16, [2, 4 * R, WORDS], PLAIN).index(HALF).load(LOAD)
+    return gl.reshape(value, [4 * R, 1, C, WORDS // C])
 
 
 @gluon.jit
-def _operand(qs, ts, ss, zs, slot, HALF: gl.constexpr, A: gl.constexpr, DTYPE: gl.constexpr,
-             WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
+def _operand(qs, ts, ss, zs, slot, HALF: gl.constexpr, R: gl.constexpr, A: gl.constexpr,
+             DTYPE: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
-    """A warpgroup's weights of a step as operand A, [64, C UNIT]."""
-    q = _words(qs.index(slot), HALF, C * UNIT * (2 if WIDTH == 3 else WIDTH), C)
-    s = _of_rows(ss.index(slot), HALF, A, DTYPE)
+    """A warpgroup's weights of a step as operand A, [64 R, C UNIT]."""
+    q = _words(qs.index(slot), HALF, R, C * UNIT * (2 if WIDTH == 3 else WIDTH), C)
+    s = _of_rows(ss.index(slot), HALF, R, A, DTYPE)
     top, z = q, s
     if WIDTH == 3:
-        top = _words(ts.index(slot), HALF, C * UNIT, C)
+        top = _words(ts.index(slot), HALF, R, C * UNIT, C)
     if ZEROS:
-        z = _of_rows(zs.index(slot), HALF, A, DTYPE)
-    v = unpack(q, top, s, WIDTH, UNIT, 1, C, 4)
-    v = gl.convert_layout(gl.reshape(v, [64, C * UNIT]), A, assert_trivial=True)
+        z = _of_rows(zs.index(slot), HALF, R, A, DTYPE)
+    v = unpack(q, top, s, WIDTH, UNIT, 1, C, 4 * R)
+    v = gl.convert_layout(gl.reshape(v, [64 * R, C * UNIT]), A, assert_trivial=True)
     return scaled(v, s, z, ZEROS)
 
 
 @gluon.jit
 def _halves(value):
-    """[64, X] → two of [64, X / 2]; nothing is moved."""
+    """[O, X] → two of [O, X / 2]; nothing is moved."""
+    O: gl.constexpr = value.shape[0]  # noqa: E741
     X: gl.constexpr = value.shape[1]
-    return gl.split(gl.permute(gl.reshape(value, [64, 2, X // 2]), [0, 2, 1]))
+    return gl.split(gl.permute(gl.reshape(value, [O, 2, X // 2]), [0, 2, 1]))
 
 
 @gluon.jit
 def _leave(acc, part_ptr, COLUMN: gl.constexpr, N: gl.constexpr):
-    """Sums of a warpgroup into memory, [64, N] float32."""
-    if acc.shape[1] > 32:
+    """Sums of a warpgroup into memory, [64 R, N] float32."""
+    if acc.shape[0] * acc.shape[1] > 2048:
         low, high = _halves(acc)
         _leave(low, part_ptr, COLUMN, N)
         _leave(high, part_ptr, COLUMN + acc.shape[1] // 2, N)
     else:
         L: gl.constexpr = acc.type.layout
-        output = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, L)), 1)
+        output = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, L)), 1)
         row = gl.expand_dims(gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, L)), 0)
         gl.store(part_ptr + output * N + COLUMN + row, acc)
 
@@ -124,7 +126,7 @@ def _leave(acc, part_ptr, COLUMN: gl.constexpr, N: gl.constexpr):
 def _finish(acc, part_ptr, behind, y_ptr, outputs, rows, y_stride, COLUMN: gl.constexpr,
             N: gl.constexpr):  # fmt: skip
     """Results of a warpgroup, with the sums of `behind` programs, which lie one after the other."""
-    if acc.shape[1] > 32:
+    if acc.shape[0] * acc.shape[1] > 2048:
         low, high = _halves(acc)
         _finish(low, part_ptr, behind, y_ptr, outputs, rows, y_stride, COLUMN, N)
         _finish(high, part_ptr, behind, y_ptr, outputs, rows, y_stride,
@@ -132,13 +134,14 @@ def _finish(acc, part_ptr, behind, y_ptr, outputs, rows, y_stride, COLUMN: gl.co
     else:
         L: gl.constexpr = acc.type.layout
         X: gl.constexpr = acc.shape[1]
-        output = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, L)), 1)
+        output = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, L)), 1)
         row = gl.expand_dims(gl.arange(0, X, layout=gl.SliceLayout(0, L)), 0)
         for one in range(behind):
-            acc += gl.load(part_ptr + one * (128 * N) + output * N + COLUMN + row)
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+            acc += gl.load(part_ptr + one * (2 * acc.shape[0] * N) + output * N + COLUMN + row)
+        LINES: gl.constexpr = acc.shape[0] // 8
+        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [LINES, 32 // LINES], [1, 4], [0, 1])
         y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE)
-        output = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, STORE)), 1)
+        output = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE)), 1)
         row = gl.expand_dims(gl.arange(0, X, layout=gl.SliceLayout(0, STORE)), 0) + COLUMN
         mask = (output < outputs) & (row < rows)
         gl.store(y_ptr + row.to(gl.int64) * y_stride + output, y, mask=mask)
@@ -147,9 +150,9 @@ def _finish(acc, part_ptr, behind, y_ptr, outputs, rows, y_stride, COLUMN: gl.co
 @gluon.jit
 def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
               HALF: gl.constexpr, STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr,
-              ZEROS: gl.constexpr, C: gl.constexpr, N: gl.constexpr,
+              ZEROS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, N: gl.constexpr,
               STAGES: gl.constexpr):  # fmt: skip
-    """The part of a warpgroup: 64 of the 128 outputs of a tile."""
+    """The part of a warpgroup: half of the outputs of a tile."""
     xs, qs, ts, ss, zs, full, empty = ring
     first, last, steps, token_tiles, all_steps = work
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
@@ -159,12 +162,12 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     now, count = 0, last - first
     mbarrier.wait(full.index(0), 0)
-    v = _operand(qs, ts, ss, zs, 0, HALF, A, DTYPE, WIDTH, UNIT, ZEROS, C)
+    v = _operand(qs, ts, ss, zs, 0, HALF, R, A, DTYPE, WIDTH, UNIT, ZEROS, C)
     before = v
     while now < count:
         tile, step = (first + now) // steps, (first + now) % steps
         taken = gl.minimum(steps - step, count - now)
-        acc = gl.zeros([64, N], gl.float32, ACC)
+        acc = gl.zeros([64 * R, N], gl.float32, ACC)
         for _ in range(0, taken, 2):
             for _half in gl.static_range(2):
                 # A product is under way while the next step's weights are unpacked; they may take
@@ -182,7 +185,7 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
                 ahead = gl.minimum(now + 1, count - 1)
                 mbarrier.wait(full.index(ahead % STAGES), (ahead // STAGES) & 1)
                 following = _operand(
-                    qs, ts, ss, zs, ahead % STAGES, HALF, A, DTYPE, WIDTH, UNIT, ZEROS, C
+                    qs, ts, ss, zs, ahead % STAGES, HALF, R, A, DTYPE, WIDTH, UNIT, ZEROS, C
                 )  # fmt: skip
                 before, v = v, following
                 now += 1
@@ -199,15 +202,15 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
                         pass
                     begin = end
                     _, end = _stretch(gl.program_id(0) + behind + 1, all_steps)
-            output = tile // token_tiles * 128 + HALF * 64
+            output = (tile // token_tiles * 2 + HALF) * (64 * R)
             row = tile % token_tiles * N
             _finish(
-                acc, parts_ptr + (part + 2) * (64 * N), behind,
+                acc, parts_ptr + (part + 2) * (64 * R * N), behind,
                 y_ptr + row.to(gl.int64) * y_stride + output,
                 outputs - output, rows - row, y_stride, 0, N,
             )  # fmt: skip
         else:
-            _leave(acc, parts_ptr + part * (64 * N), 0, N)
+            _leave(acc, parts_ptr + part * (64 * R * N), 0, N)
             gl.thread_barrier()
             gl.atomic_add(flags_ptr + part, 1, sem="release")
 
@@ -216,28 +219,28 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
 def wide_kernel(
     x, q, t, s, z, y_ptr, parts_ptr, flags_ptr, rows, outputs, steps, token_tiles, y_stride,
     STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
-    C: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ, of an even number of `steps`; as many programs as fit.
 
-    `parts_ptr` [programs, 2, 64, N] float32 is scratch, `flags_ptr` [programs, 2] int32 zeros.
+    `parts_ptr` [programs, 2, 64 R, N] float32 is scratch, `flags_ptr` [programs, 2] int32 zeros.
     """
     K: gl.constexpr = C * UNIT
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, N, K], x.layout)
-    qs = gl.allocate_shared_memory(q.dtype, [STAGES, 8, q.block_shape[1]], q.layout)
-    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 8, 16], s.layout)
+    qs = gl.allocate_shared_memory(q.dtype, [STAGES, 8 * R, q.block_shape[1]], q.layout)
+    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 8 * R, 16], s.layout)
     ts, zs = qs, ss
     if WIDTH == 3:
-        ts = gl.allocate_shared_memory(t.dtype, [STAGES, 8, t.block_shape[1]], t.layout)
+        ts = gl.allocate_shared_memory(t.dtype, [STAGES, 8 * R, t.block_shape[1]], t.layout)
     if ZEROS:
-        zs = gl.allocate_shared_memory(z.dtype, [STAGES, 8, 16], z.layout)
+        zs = gl.allocate_shared_memory(z.dtype, [STAGES, 8 * R, 16], z.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    all_steps = gl.cdiv(outputs, 128) * token_tiles * steps
+    all_steps = gl.cdiv(outputs, 128 * R) * token_tiles * steps
     first, last = _stretch(gl.program_id(0), all_steps)
     sources = (x, q, t, s, z)
     ring = (xs, qs, ts, ss, zs, full, empty)
@@ -247,9 +250,9 @@ def wide_kernel(
     gl.warp_specialize(
         [
             (_multiply, (y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
-                         0, STEPS, WIDTH, UNIT, ZEROS, C, N, STAGES)),
+                         0, STEPS, WIDTH, UNIT, ZEROS, C, R, N, STAGES)),
             (_multiply, (y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
-                         1, STEPS, WIDTH, UNIT, ZEROS, C, N, STAGES)),
+                         1, STEPS, WIDTH, UNIT, ZEROS, C, R, N, STAGES)),
         ],
         [4],
         [256],
