@@ -31,6 +31,8 @@ from pocketlm.runtime.kernels.triton.layout import (
 
 CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
+WIDE_COLUMNS = 64  # of a step of "wide"
+SHARING_STEPS = 10  # of "wide", which sharing tiles between programs costs each of them
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -38,7 +40,7 @@ EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a prod
 def missing() -> str | None:
     """What is missing to compile the kernels here; None if nothing."""
     try:
-        from pocketlm.runtime.kernels.triton import decode, expand, prefill  # noqa: F401
+        from pocketlm.runtime.kernels.triton import decode, expand, prefill, wide  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"needs Triton 3.6 or later ({error})"
     return None
@@ -112,6 +114,8 @@ class TritonWeights:
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
             return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
+        if hopper and launch.product == "wide" and _goes_wide(grid):
+            return wide_product(x_MI, buffers, grid, launch)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
         return self.matmul_tiles(x_MI, buffers, grid)
@@ -226,54 +230,66 @@ def prefill_product(
     return y_MO
 
 
-def wide_product(
-    x_MI: Tensor,
-    buffers: Mapping[str, Tensor],
-    grid: Grid,
-    row_tiles: int = 1,
-    tokens: int = 256,
-    stages: int = 5,
-    programs: int | None = None,
-) -> Tensor:
-    """The product [M, O] of very many rows; see wide.py."""
+def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch: Launch) -> Tensor:
+    """The product [M, O] of very many rows; see wide.py.
+
+    Args:
+        x_MI: Activations.
+        buffers: What `TritonWeights.pack` made.
+        grid: The weight's; one that `_goes_wide`.
+        launch: Tile sizes.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from pocketlm.runtime.kernels.triton.wide import wide_kernel
 
     x_MI = _readable(x_MI)
-    rows, unit = x_MI.shape[0], _unit(grid)
-    width = lane_bits(grid.bits, grid.group_size)
-    taken = Launch("prefill", columns=64).units(unit, grid.group_size, grid.columns)
+    rows, unit, row_tiles = x_MI.shape[0], _unit(grid), 8 * launch.row_tiles
+    width, taken = lane_bits(grid.bits, grid.group_size), WIDE_COLUMNS // unit
 
     def tiled(values: Tensor, shape: list[int], swizzle: int = 0) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout(swizzle, 8 * values.element_size(), rank=2)
         return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
 
-    words = {name: buffers[name].view(torch.int32) for name in CODES if name in buffers}
-    codes = tiled(words["codes"], [8 * row_tiles, taken * unit * (2 if width == 3 else width) // 2])
-    tops = tiled(words["high_bits"], [8 * row_tiles, taken * unit // 2]) if width == 3 else codes
-    scale = tiled(buffers["scale"], [8 * row_tiles, TILE_ROWS])
-    zero = tiled(buffers["zero"], [8 * row_tiles, TILE_ROWS]) if "zero" in buffers else scale
-    x = tiled(x_MI, [tokens, taken * unit], 128)
-    steps, token_tiles = grid.columns // (taken * unit), -(-rows // tokens)
-    most = -(-grid.rows // (128 * row_tiles)) * token_tiles * steps // 2
-    programs = min(programs or card(x_MI.device.index or 0).processors, most)
+    codes = tiled(buffers["codes"].view(torch.int32), [row_tiles, WIDE_COLUMNS * width // 2])
+    scale = tiled(buffers["scale"], [row_tiles, TILE_ROWS])
+    zero = tiled(buffers["zero"], [row_tiles, TILE_ROWS]) if "zero" in buffers else scale
+    x = tiled(x_MI, [launch.tokens, WIDE_COLUMNS], 128)
+    steps, token_tiles = grid.columns // WIDE_COLUMNS, -(-rows // launch.tokens)
+    tiles = -(-grid.rows // (row_tiles * TILE_ROWS)) * token_tiles
+    _, _, processors, room = card(x_MI.device.index or 0)
+    shared = tiles * steps / processors + SHARING_STEPS < -(-tiles // processors) * steps
+    programs = min(processors, tiles * steps // 2 if shared else tiles)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
-    parts = torch.empty(programs, 128 * row_tiles, tokens, device=x_MI.device)
-    flags = torch.zeros(programs, 2, dtype=torch.int32, device=x_MI.device)
+    parts, flags = y_MO, y_MO  # not used
+    if shared:
+        parts = x_MI.new_empty(programs, row_tiles * TILE_ROWS, launch.tokens, dtype=torch.float32)
+        flags = x_MI.new_zeros(programs, 2, dtype=torch.int32)
     wide_kernel[(programs,)](
-        x, codes, tops, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
-        grid.rows, STEPS=grid.group_size // (taken * unit), WIDTH=width, UNIT=unit,
-        ZEROS="zero" in buffers, C=taken, R=row_tiles, N=tokens, STAGES=stages, num_warps=4,
+        x, codes, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
+        2 if shared else steps, grid.rows, SHARED=shared,
+        STEPS=grid.group_size // WIDE_COLUMNS, WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
+        C=taken, R=launch.row_tiles, N=launch.tokens,
+        STAGES=min(launch.stages, room // _stage_bytes(launch, width, WIDE_COLUMNS)), num_warps=4,
     )  # fmt: skip
     return y_MO
 
 
+def _goes_wide(grid: Grid) -> bool:
+    """Whether steps of 64 columns make up groups, and an even number of them a row."""
+    return (
+        lane_bits(grid.bits, grid.group_size) in (4, 8)
+        and grid.group_size % WIDE_COLUMNS == 0
+        and grid.columns % (2 * WIDE_COLUMNS) == 0
+    )
+
+
 def _stage_bytes(launch: Launch, width: int, columns: int) -> int:
-    """Shared memory of a stage of "prefill": activations, codes, scales and zero points."""
-    codes = 2 * columns * width * launch.warps  # of 16 rows a warp
-    return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * launch.warps
+    """Shared memory of a stage of the ring: activations, codes, scales and zero points."""
+    row_tiles = launch.warps * launch.row_tiles
+    codes = 2 * columns * width * row_tiles
+    return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * row_tiles
 
 
 def expand(
