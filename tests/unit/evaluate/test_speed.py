@@ -118,7 +118,7 @@ def test_a_childs_end_is_told(
         measure_speed("out", runs=1, threads=None)
 
 
-def test_a_childs_own_error_arrives_as_itself(tmp_path: Path) -> None:
+def test_an_error_of_a_child_arrives_as_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         measure_speed(tmp_path, new_tokens=1)
     assert caught.value.where == "speed"

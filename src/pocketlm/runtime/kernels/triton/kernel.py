@@ -239,23 +239,16 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
         grid: The weight's; one that `_goes_wide`.
         launch: Tile sizes.
     """
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from pocketlm.runtime.kernels.triton.wide import wide_kernel
+    from pocketlm.runtime.kernels.triton.wide import in_tiles, wide_kernel
 
     x_MI = _readable(x_MI)
     rows, unit, row_tiles = x_MI.shape[0], _unit(grid), 8 * launch.row_tiles
     width, taken = lane_bits(grid.bits, grid.group_size), WIDE_COLUMNS // unit
 
-    def tiled(values: Tensor, shape: list[int], swizzle: int = 0) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout(swizzle, 8 * values.element_size(), rank=2)
-        return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
-
-    codes = tiled(buffers["codes"].view(torch.int32), [row_tiles, WIDE_COLUMNS * width // 2])
-    scale = tiled(buffers["scale"], [row_tiles, TILE_ROWS])
-    zero = tiled(buffers["zero"], [row_tiles, TILE_ROWS]) if "zero" in buffers else scale
-    x = tiled(x_MI, [launch.tokens, WIDE_COLUMNS], 128)
+    codes = in_tiles(buffers["codes"].view(torch.int32), [row_tiles, WIDE_COLUMNS * width // 2])
+    scale = in_tiles(buffers["scale"], [row_tiles, TILE_ROWS])
+    zero = in_tiles(buffers["zero"], [row_tiles, TILE_ROWS]) if "zero" in buffers else scale
+    x = in_tiles(x_MI, [launch.tokens, WIDE_COLUMNS], swizzle=128)
     steps, token_tiles = grid.columns // WIDE_COLUMNS, -(-rows // launch.tokens)
     tiles = -(-grid.rows // (row_tiles * TILE_ROWS)) * token_tiles
     _, _, processors, room = card(x_MI.device.index or 0)

@@ -16,6 +16,7 @@ Legend as in layout.py; K = C UNIT columns of a step, N activations of a tile of
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,8 +26,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pocketlm.runtime.kernels.triton.unpack import scaled, unpack
+
+
+def in_tiles(values: Tensor, shape: list[int], swizzle: int = 0) -> TensorDescriptor:
+    """A tensor as the copy engine reads it.
+
+    Args:
+        values: Its first axis makes rows, all others a row.
+        shape: Of a tile, two axes.
+        swizzle: Bytes over which rows are permuted in shared memory; 128 for operands of wgmma.
+    """
+    layout = gl.NVMMASharedLayout(swizzle, 8 * values.element_size(), rank=2)
+    return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
 
 
 @gluon.jit
