@@ -225,8 +225,8 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
                 yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
-    for row_tiles, tile, stages in WIDE if tokens >= 128 else ():
-        yield Launch("wide", 64, 8, row_tiles, tokens=tile, stages=stages)
+    if tokens > WIDE_FROM:
+        yield Launch("wide", 64, 8, tokens=256, stages=5)
 
 
 # warps, row tiles, steps ahead, programs of a multiprocessor
@@ -241,7 +241,7 @@ MANY = (
     *((16, 128, 4, 6), (32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4)),
     *((256, 64, 8, 5),),
 )
-WIDE = ((1, 256, 5), (2, 128, 8))  # row tiles, activations of a tile, stages
+WIDE_FROM = 256  # activations: with fewer its launch costs the host more than the device saves
 SPLITS = (1, 4, 8)
 HEAD = (4096, 128256)
 # Bits → the shapes and numbers of activations that are tuned; other widths take those of 4 bits.

@@ -144,10 +144,7 @@ def test_very_many_rows_equal_the_definition(bits, dtype):
     """Tiles shared by up to a dozen programs, by none, and ends that are no whole tile."""
     if not hopper():
         pytest.skip("the product of very many rows is of Hopper cards")
-    launches = (
-        Launch("wide", 64, 8, tokens=256, stages=5),
-        Launch("wide", 64, 8, 2, tokens=128, stages=8),
-    )
+    launches = [Launch("wide", 64, 8, tokens=n, stages=5) for n in (128, 256)]
     shapes = (
         (250, 256, 64, 300),
         (528, 2048, 128, 513),

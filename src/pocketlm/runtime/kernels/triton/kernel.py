@@ -31,8 +31,8 @@ from pocketlm.runtime.kernels.triton.layout import (
 
 CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
-WIDE_COLUMNS = 64  # of a step of "wide"
-SHARING_STEPS = 10  # of "wide", which sharing tiles between programs costs each of them
+WIDE_COLUMNS, WIDE_TILES = 64, 8  # of a step of "wide": columns, tiles of 16 rows
+SHARING_STEPS = 10  # that a program of "wide" could take in the time that sharing tiles costs it
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -242,28 +242,27 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
     from pocketlm.runtime.kernels.triton.wide import in_tiles, wide_kernel
 
     x_MI = _readable(x_MI)
-    rows, unit, row_tiles = x_MI.shape[0], _unit(grid), 8 * launch.row_tiles
+    rows, unit = x_MI.shape[0], _unit(grid)
     width, taken = lane_bits(grid.bits, grid.group_size), WIDE_COLUMNS // unit
-
-    codes = in_tiles(buffers["codes"].view(torch.int32), [row_tiles, WIDE_COLUMNS * width // 2])
-    scale = in_tiles(buffers["scale"], [row_tiles, TILE_ROWS])
-    zero = in_tiles(buffers["zero"], [row_tiles, TILE_ROWS]) if "zero" in buffers else scale
+    codes = in_tiles(buffers["codes"].view(torch.int32), [WIDE_TILES, WIDE_COLUMNS * width // 2])
+    scale = in_tiles(buffers["scale"], [WIDE_TILES, TILE_ROWS])
+    zero = in_tiles(buffers["zero"], [WIDE_TILES, TILE_ROWS]) if "zero" in buffers else scale
     x = in_tiles(x_MI, [launch.tokens, WIDE_COLUMNS], swizzle=128)
     steps, token_tiles = grid.columns // WIDE_COLUMNS, -(-rows // launch.tokens)
-    tiles = -(-grid.rows // (row_tiles * TILE_ROWS)) * token_tiles
+    tiles = -(-grid.rows // (WIDE_TILES * TILE_ROWS)) * token_tiles
     _, _, processors, room = card(x_MI.device.index or 0)
     shared = tiles * steps / processors + SHARING_STEPS < -(-tiles // processors) * steps
     programs = min(processors, tiles * steps // 2 if shared else tiles)
     y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
     parts, flags = y_MO, y_MO  # not used
     if shared:
-        parts = x_MI.new_empty(programs, row_tiles * TILE_ROWS, launch.tokens, dtype=torch.float32)
+        parts = x_MI.new_empty(programs, 128, launch.tokens, dtype=torch.float32)
         flags = x_MI.new_zeros(programs, 2, dtype=torch.int32)
     wide_kernel[(programs,)](
         x, codes, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
         2 if shared else steps, grid.rows, SHARED=shared,
         STEPS=grid.group_size // WIDE_COLUMNS, WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
-        C=taken, R=launch.row_tiles, N=launch.tokens,
+        C=taken, N=launch.tokens,
         STAGES=min(launch.stages, room // _stage_bytes(launch, width, WIDE_COLUMNS)), num_warps=4,
     )  # fmt: skip
     return y_MO
@@ -280,9 +279,8 @@ def _goes_wide(grid: Grid) -> bool:
 
 def _stage_bytes(launch: Launch, width: int, columns: int) -> int:
     """Shared memory of a stage of the ring: activations, codes, scales and zero points."""
-    row_tiles = launch.warps * launch.row_tiles
-    codes = 2 * columns * width * row_tiles
-    return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * row_tiles
+    codes = 2 * columns * width * launch.warps  # of 16 rows a warp
+    return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * launch.warps
 
 
 def expand(

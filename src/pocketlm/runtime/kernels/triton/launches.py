@@ -29,7 +29,7 @@ class Launch:
             does not suit that, "prefill" takes its tiles).
         columns: That a warp ("decode") or a program takes in a step; fewer where groups want it.
         warps: Of a program.
-        row_tiles: Of "decode": tiles of 16 outputs of a program; of "wide": of a warp.
+        row_tiles: Of "decode": tiles of 16 outputs of a program.
         ahead: Of "decode": steps whose weights are under way; a power of two.
         shared: Of "decode": whether activations come through shared memory.
         early: Of "decode", on Hopper: whether it starts before the kernel before it has ended.
@@ -67,6 +67,7 @@ DEFAULTS = {  # activations → launch
     32: Launch("prefill", tokens=32),
     64: Launch("prefill", tokens=64),
     128: Launch("prefill", tokens=128, warps=8),
+    256: Launch("prefill", tokens=256, warps=8, columns=64),
     1024: Launch("wide", tokens=256, warps=8, columns=64, stages=5),
 }
 

@@ -1,6 +1,6 @@
 """The product for very many rows of activations: prefill.py's arithmetic, fed by the copy engine.
 
-Two warpgroups make 64 R outputs each for the same N activations. A warpgroup unpacks the weights of
+Two warpgroups make 64 outputs each for the same N activations. A warpgroup unpacks the weights of
 the next step into operand A while the product of this one runs. The two do not wait for each other,
 only for the ring, which the first of them keeps filled through the bulk copy engine (TMA).
 
@@ -10,7 +10,7 @@ stretch of them. Who has a tile's first step owns it; those behind it leave thei
 and the owner adds them in their order, so that results do not depend on timing. Stretches lie from
 the end of the row to its start: a program waits only for such as were started before it.
 
-Legend as in layout.py; K = C UNIT columns of a step, N activations of a tile of 128 R outputs.
+Legend as in layout.py; K = C UNIT columns of a step, N activations of a tile of 128 outputs.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -65,12 +65,11 @@ def _ask(sources, ring, work, now, wanted, STEPS: gl.constexpr, WIDTH: gl.conste
     first, _, steps, token_tiles, _, _ = work
     N: gl.constexpr = x.block_shape[0]
     K: gl.constexpr = x.block_shape[1]
-    ROWS: gl.constexpr = q.block_shape[0]  # tiles of 16
-    ONE: gl.constexpr = ROWS * (16 * (s.dtype.primitive_bitwidth // 8) + 4 * q.block_shape[1])
-    ZERO: gl.constexpr = ROWS * 16 * (z.dtype.primitive_bitwidth // 8) if ZEROS else 0
+    ONE: gl.constexpr = 8 * (16 * (s.dtype.primitive_bitwidth // 8) + 4 * q.block_shape[1])
+    ZERO: gl.constexpr = 8 * 16 * (z.dtype.primitive_bitwidth // 8) if ZEROS else 0
     at = first + now
     tile, step = at // steps, at % steps
-    row, token, group = tile // token_tiles * ROWS, tile % token_tiles * N, step // STEPS * 16
+    row, token, group = tile // token_tiles * 8, tile % token_tiles * N, step // STEPS * 16
     slot = now % STAGES
     ready = full.index(slot)
     mbarrier.expect(ready, 2 * N * K + ONE + ZERO, pred=wanted)
@@ -84,61 +83,59 @@ def _ask(sources, ring, work, now, wanted, STEPS: gl.constexpr, WIDTH: gl.conste
 
 
 @gluon.jit
-def _of_rows(shared, HALF: gl.constexpr, R: gl.constexpr, A: gl.constexpr, like: gl.constexpr):
-    """Scales or zero points of the rows of operand A, [64 R, 1], in the dtype `like`."""
+def _of_rows(shared, HALF: gl.constexpr, A: gl.constexpr, like: gl.constexpr):
+    """Scales or zero points of the rows of operand A, [64, 1], in the dtype `like`."""
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    line = shared._reinterpret(shared.dtype, [2, 64 * R], LINES).index(HALF)
+    line = shared._reinterpret(shared.dtype, [2, 64], LINES).index(HALF)
     return gl.expand_dims(line.load(gl.SliceLayout(1, A)).to(gl.float32).to(like), 1)
 
 
 @gluon.jit
-def _words(shared, HALF: gl.constexpr, R: gl.constexpr, WORDS: gl.constexpr, C: gl.constexpr):
-    """Codes of a warpgroup, int16 [4 R, 1, C, WORDS / C]."""
+def _words(shared, HALF: gl.constexpr, WORDS: gl.constexpr, C: gl.constexpr):
+    """Codes of a warpgroup, int16 [4, 1, C, WORDS / C]."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LOAD: gl.constexpr = gl.BlockedLayout([1, WORDS // C // 32], [1, 32], [4, 1], [1, 0])
-    value = shared._reinterpret(gl.int16, [2, 4 * R, WORDS], PLAIN).index(HALF).load(LOAD)
-    return gl.reshape(value, [4 * R, 1, C, WORDS // C])
+    value = shared._reinterpret(gl.int16, [2, 4, WORDS], PLAIN).index(HALF).load(LOAD)
+    return gl.reshape(value, [4, 1, C, WORDS // C])
 
 
 @gluon.jit
-def _operand(ring, slot, HALF: gl.constexpr, R: gl.constexpr, A: gl.constexpr,
+def _operand(ring, slot, HALF: gl.constexpr, A: gl.constexpr,
              DTYPE: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, ZEROS: gl.constexpr,
              C: gl.constexpr):  # fmt: skip
-    """A warpgroup's weights of a step as operand A, [64 R, C UNIT]."""
+    """A warpgroup's weights of a step as operand A, [64, C UNIT]."""
     _, qs, ss, zs, _, _ = ring
-    q = _words(qs.index(slot), HALF, R, C * UNIT * WIDTH, C)
-    s = _of_rows(ss.index(slot), HALF, R, A, DTYPE)
+    q = _words(qs.index(slot), HALF, C * UNIT * WIDTH, C)
+    s = _of_rows(ss.index(slot), HALF, A, DTYPE)
     z = s
     if ZEROS:
-        z = _of_rows(zs.index(slot), HALF, R, A, DTYPE)
-    v = unpack(q, q, s, WIDTH, UNIT, 1, C, 4 * R)
-    v = gl.convert_layout(gl.reshape(v, [64 * R, C * UNIT]), A, assert_trivial=True)
+        z = _of_rows(zs.index(slot), HALF, A, DTYPE)
+    v = unpack(q, q, s, WIDTH, UNIT, 1, C, 4)
+    v = gl.convert_layout(gl.reshape(v, [64, C * UNIT]), A, assert_trivial=True)
     return scaled(v, s, z, ZEROS)
 
 
 @gluon.jit
 def _halves(value):
-    """[O, X] → two of [O, X / 2]; nothing is moved."""
-    O: gl.constexpr = value.shape[0]  # noqa: E741
+    """[64, X] → two of [64, X / 2]; nothing is moved."""
     X: gl.constexpr = value.shape[1]
-    return gl.split(gl.permute(gl.reshape(value, [O, 2, X // 2]), [0, 2, 1]))
+    return gl.split(gl.permute(gl.reshape(value, [64, 2, X // 2]), [0, 2, 1]))
 
 
 @gluon.jit
 def _in_lanes(value):
-    """[64 R, X] → [32 R X / 2, 4] such that a lane holds rows of four; nothing is moved."""
-    R: gl.constexpr = value.shape[0] // 64
+    """[64, X] → [16 X, 4] such that a lane holds rows of four; nothing is moved."""
     X: gl.constexpr = value.shape[1]
-    value = gl.reshape(value, [R, 4, 2, 8, X // 8, 4, 2])  # R w h r j l p, as in layout.py
-    return gl.reshape(gl.permute(value, [4, 0, 1, 3, 5, 2, 6]), [R * X * 16, 4])
+    value = gl.reshape(value, [4, 2, 8, X // 8, 4, 2])  # w h r j l p, as in layout.py
+    return gl.reshape(gl.permute(value, [3, 0, 2, 4, 1, 5]), [16 * X, 4])
 
 
 @gluon.jit
-def _in_rows(value, R: gl.constexpr):
+def _in_rows(value):
     """The way back."""
-    X: gl.constexpr = value.shape[0] // (16 * R)
-    value = gl.reshape(value, [X // 8, R, 4, 8, 4, 2, 2])
-    return gl.reshape(gl.permute(value, [1, 2, 5, 3, 0, 4, 6]), [64 * R, X])
+    X: gl.constexpr = value.shape[0] // 16
+    value = gl.reshape(value, [X // 8, 4, 8, 4, 2, 2])
+    return gl.reshape(gl.permute(value, [1, 4, 2, 0, 3, 5]), [64, X])
 
 
 @gluon.jit
@@ -153,15 +150,14 @@ def _numbers(like):
 def _store(acc, y_ptr, outputs, rows, y_stride, COLUMN: gl.constexpr):
     """Results of a warpgroup for the activations from COLUMN on; by pieces of 16 registers."""
     X: gl.constexpr = acc.shape[1]
-    if acc.shape[0] * X > 2048:
+    if X > 32:
         low, high = _halves(acc)
         _store(low, y_ptr, outputs, rows, y_stride, COLUMN)
         _store(high, y_ptr, outputs, rows, y_stride, COLUMN + X // 2)
     else:
-        LINES: gl.constexpr = acc.shape[0] // 8
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [LINES, 32 // LINES], [1, 4], [0, 1])
+        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
         y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE)
-        output = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE)), 1)
+        output = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, STORE)), 1)
         row = gl.expand_dims(gl.arange(0, X, layout=gl.SliceLayout(0, STORE)), 0) + COLUMN
         mask = (output < outputs) & (row < rows)
         gl.store(y_ptr + row.to(gl.int64) * y_stride + output, y, mask=mask)
@@ -171,17 +167,16 @@ def _store(acc, y_ptr, outputs, rows, y_stride, COLUMN: gl.constexpr):
 def _finish(acc, part_ptr, behind, y_ptr, outputs, rows, y_stride, COLUMN: gl.constexpr,
             N: gl.constexpr):  # fmt: skip
     """Results of a warpgroup, with the sums of `behind` programs, which lie one after the other."""
-    R: gl.constexpr = acc.shape[0] // 64
     if acc.shape[1] == N:
         low, high = _halves(acc)  # registers hold no more than half of the other sums
         _finish(low, part_ptr, behind, y_ptr, outputs, rows, y_stride, 0, N)
         _finish(high, part_ptr, behind, y_ptr, outputs, rows, y_stride, N // 2, N)
     else:
         total = _in_lanes(acc)
-        at = _numbers(total) + COLUMN * 64 * R
+        at = _numbers(total) + COLUMN * 64
         for one in range(behind):
-            total += gl.load(part_ptr + one * (128 * R * N) + at)
-        _store(_in_rows(total, R), y_ptr, outputs, rows, y_stride, COLUMN)
+            total += gl.load(part_ptr + one * (128 * N) + at)
+        _store(_in_rows(total), y_ptr, outputs, rows, y_stride, COLUMN)
 
 
 @gluon.jit
@@ -200,7 +195,7 @@ def _wait_behind(flag_ptr, reach, all_steps, unit):
 @gluon.jit
 def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
               HALF: gl.constexpr, SHARED: gl.constexpr, STEPS: gl.constexpr, WIDTH: gl.constexpr,
-              UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+              UNIT: gl.constexpr, ZEROS: gl.constexpr, C: gl.constexpr,
               N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The part of a warpgroup: half of the outputs of a tile."""
     xs, _, _, _, full, empty = ring
@@ -212,12 +207,12 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     now, count = 0, last - first
     mbarrier.wait(full.index(0), 0)
-    v = _operand(ring, 0, HALF, R, A, DTYPE, WIDTH, UNIT, ZEROS, C)
+    v = _operand(ring, 0, HALF, A, DTYPE, WIDTH, UNIT, ZEROS, C)
     before = v
     while now < count:
         tile, step = (first + now) // steps, (first + now) % steps
         taken = gl.minimum(steps - step, count - now)
-        acc = gl.zeros([64 * R, N], gl.float32, ACC)
+        acc = gl.zeros([64, N], gl.float32, ACC)
         for _pair in range(0, taken, 2):
             for _half in gl.static_range(2):
                 # A product is under way while the next step's weights are unpacked; they may take
@@ -235,23 +230,23 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
                 ahead = gl.minimum(now + 1, count - 1)
                 mbarrier.wait(full.index(ahead % STAGES), (ahead // STAGES) & 1)
                 following = _operand(
-                    ring, ahead % STAGES, HALF, R, A, DTYPE, WIDTH, UNIT, ZEROS, C
+                    ring, ahead % STAGES, HALF, A, DTYPE, WIDTH, UNIT, ZEROS, C
                 )  # fmt: skip
                 before, v = v, following
                 now += 1
         acc, before = warpgroup_mma_wait(0, [acc, before])
-        output = (tile // token_tiles * 2 + HALF) * (64 * R)
+        output = (tile // token_tiles * 2 + HALF) * 64
         row = tile % token_tiles * N
         y_at = y_ptr + row.to(gl.int64) * y_stride + output
         if SHARED:
             part = (_me() * 2 + HALF).to(gl.int64)
             if step == 0:
                 behind = _wait_behind(flags_ptr + part, tile * steps + steps, all_steps, unit)
-                at = parts_ptr + (part + 2) * (64 * R * N)
+                at = parts_ptr + (part + 2) * (64 * N)
                 _finish(acc, at, behind, y_at, outputs - output, rows - row, y_stride, 0, N)
             else:
                 mine = _in_lanes(acc)
-                gl.store(parts_ptr + part * (64 * R * N) + _numbers(mine), mine)
+                gl.store(parts_ptr + part * (64 * N) + _numbers(mine), mine)
                 gl.thread_barrier()
                 gl.atomic_add(flags_ptr + part, 1, sem="release")
         else:
@@ -262,27 +257,27 @@ def _multiply(y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, rin
 def wide_kernel(
     x, q, s, z, y_ptr, parts_ptr, flags_ptr, rows, outputs, steps, token_tiles, unit, y_stride,
     SHARED: gl.constexpr, STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr,
-    ZEROS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    ZEROS: gl.constexpr, C: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y [M, O] = x [M, I] Wᵀ, of an even number of `steps`; no more programs than units of work.
 
     A stretch consists of units of `unit` steps: 2, or all of a tile. SHARED: it is 2; `parts_ptr`
-    [programs, 2, 64 R, N] float32 is scratch then, and `flags_ptr` [programs, 2] int32 zeros.
+    [programs, 2, 64, N] float32 is scratch then, and `flags_ptr` [programs, 2] int32 zeros.
     """
     K: gl.constexpr = C * UNIT
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, N, K], x.layout)
-    qs = gl.allocate_shared_memory(q.dtype, [STAGES, 8 * R, q.block_shape[1]], q.layout)
-    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 8 * R, 16], s.layout)
+    qs = gl.allocate_shared_memory(q.dtype, [STAGES, 8, q.block_shape[1]], q.layout)
+    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 8, 16], s.layout)
     zs = ss
     if ZEROS:
-        zs = gl.allocate_shared_memory(z.dtype, [STAGES, 8 * R, 16], z.layout)
+        zs = gl.allocate_shared_memory(z.dtype, [STAGES, 8, 16], z.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    all_steps = gl.cdiv(outputs, 128 * R) * token_tiles * steps
+    all_steps = gl.cdiv(outputs, 128) * token_tiles * steps
     first, last = _stretch(_me(), all_steps, unit)
     sources = (x, q, s, z)
     ring = (xs, qs, ss, zs, full, empty)
@@ -292,9 +287,9 @@ def wide_kernel(
     gl.warp_specialize(
         [
             (_multiply, (y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
-                         0, SHARED, STEPS, WIDTH, UNIT, ZEROS, C, R, N, STAGES)),
+                         0, SHARED, STEPS, WIDTH, UNIT, ZEROS, C, N, STAGES)),
             (_multiply, (y_ptr, parts_ptr, flags_ptr, rows, outputs, y_stride, sources, ring, work,
-                         1, SHARED, STEPS, WIDTH, UNIT, ZEROS, C, R, N, STAGES)),
+                         1, SHARED, STEPS, WIDTH, UNIT, ZEROS, C, N, STAGES)),
         ],
         [4],
         [256],
