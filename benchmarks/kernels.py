@@ -37,6 +37,7 @@ from pocketlm.runtime.kernels.triton.kernel import (
     TritonWeights,
     decode_product,
     prefill_product,
+    wide_product,
 )
 from pocketlm.runtime.kernels.triton.launches import Launch
 
@@ -224,6 +225,8 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
             programs = splits * -(-outputs // (16 * warps)) * -(-tokens // tile)
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
                 yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
+    if tokens > WIDE_FROM:
+        yield Launch("wide", 64, 8, tokens=256, stages=5)
 
 
 # warps, row tiles, steps ahead, programs of a multiprocessor
@@ -238,13 +241,14 @@ MANY = (
     *((16, 128, 4, 6), (32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4)),
     *((256, 64, 8, 5),),
 )
+WIDE_FROM = 256  # activations: with fewer its launch costs the host more than the device saves
 SPLITS = (1, 4, 8)
 HEAD = (4096, 128256)
 # Bits → the shapes and numbers of activations that are tuned; other widths take those of 4 bits.
 TUNED = {
     4: {
-        **{shape: (1, 8, 16, 32, 64, 128, 256, 512) for shape in SHAPES[:2]},
-        **dict.fromkeys(SHAPES[2:], (1, 8, 16, 64, 512)),
+        **{shape: (1, 8, 16, 32, 64, 128, 256, 512, 1024) for shape in SHAPES[:2]},
+        **dict.fromkeys(SHAPES[2:], (1, 8, 16, 64, 256, 512, 1024)),
         HEAD: (1, 8, 64),
     },
 }
@@ -252,6 +256,8 @@ TUNED = {
 
 def timed_product(launch: Launch) -> Product:
     """The product with a launch."""
+    if launch.product == "wide":
+        return lambda x_MI, buffers, grid: wide_product(x_MI, buffers, grid, launch)
     if launch.product == "prefill":
         return lambda x_MI, buffers, grid: prefill_product(x_MI, buffers, grid, launch)
     early = launch.early and torch.cuda.get_device_capability() >= (9, 0)

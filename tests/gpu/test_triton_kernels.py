@@ -15,6 +15,7 @@ from pocketlm.runtime.kernels.triton.kernel import (
     expand,
     missing,
     prefill_product,
+    wide_product,
 )
 from pocketlm.runtime.kernels.triton.launches import DEFAULTS, Launch, measured
 from pocketlm.runtime.linear import PackedLinear
@@ -135,6 +136,39 @@ def test_many_rows_equal_the_definition(bits, dtype):
         x_MI = activations(tokens, columns, dtype, strided=bool(number % 2))
         y_MO = prefill_product(x_MI, buffers, grid, launches[number])
         assert relative_error(y_MO, x_MI, weight) < TOLERANCE[dtype], case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_very_many_rows_equal_the_definition(bits, dtype):
+    """Tiles shared by up to a dozen programs, by none, and ends that are no whole tile."""
+    if not hopper():
+        pytest.skip("the product of very many rows is of Hopper cards")
+    launches = [Launch("wide", 64, 8, tokens=n, stages=5) for n in (128, 256)]
+    shapes = (
+        (250, 256, 64, 300),
+        (528, 2048, 128, 513),
+        (1000, 1536, 256, 130),
+        (9000, 512, None, 257),
+    )
+    for number, (rows, columns, group, tokens) in enumerate(shapes):
+        weight = random_packed(rows, columns, group, bits, symmetric=bool(number % 2))
+        grid, buffers = Grid.of(weight), TritonWeights().pack(weight, dtype, CUDA)
+        x_MI = activations(tokens, columns, dtype, strided=bool(number % 2))
+        for launch in launches:
+            y_MO = wide_product(x_MI, buffers, grid, launch)
+            assert relative_error(y_MO, x_MI, weight) < TOLERANCE[dtype], (rows, launch)
+            assert torch.equal(y_MO, wide_product(x_MI, buffers, grid, launch))
+
+
+def test_what_is_not_wide_goes_another_way():
+    if not hopper():
+        pytest.skip("the product of very many rows is of Hopper cards")
+    for bits, group, columns in ((4, 32, 512), (3, 128, 512), (4, 64, 576)):
+        weight = random_packed(200, columns, group, bits)
+        linear = PackedLinear(weight, dtype=torch.bfloat16, device=CUDA)
+        x_MI = activations(600, columns, torch.bfloat16)
+        assert relative_error(linear(x_MI), x_MI, weight) < 8e-3, (bits, group, columns)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

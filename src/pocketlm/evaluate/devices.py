@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ from pocketlm.evaluate.results import Result
 
 AUTO = "auto"
 RATE_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is timed
-PRODUCT_SIDES = {"cuda": (4096, (14336, 4096)), "cpu": (2048, (4096, 1024))}  # I, both O
+PRODUCT_SIDES = {"cuda": (4096, 14336), "cpu": (1024, 4096)}  # few and many, of rows and columns
+HEADS = (8, 4, 128)  # of the attention that is timed: of keys, queries for each, width
+POSITIONS = 128  # that it sees: few, so that its time is not that of its bytes
 PRODUCT_BYTES = 512 << 20  # of weights read in turn, so that no cache holds them
 RUNS = 5
 
@@ -44,6 +47,9 @@ class Device(Result):
         product_share: Share of the bandwidth at which the product kernel reads one more byte of
             weights, with the tokens of a step; None where it was not measured.
         product_seconds: That one more product adds to a step, beyond its bytes; None likewise.
+        column_seconds: That each of its columns adds: a program goes through them in turn.
+        attention_seconds: That one more attention over few positions adds; None where it is not
+            one kernel: as a small operation.
         step_seconds: That one more small operation adds; None likewise.
     """
 
@@ -55,6 +61,8 @@ class Device(Result):
     sources: dict[str, str]
     product_share: float | None = None
     product_seconds: float | None = None
+    column_seconds: float = 0.0
+    attention_seconds: float | None = None
     step_seconds: float | None = None
 
     @classmethod
@@ -129,7 +137,7 @@ def measured(weight_bits: int | None = None, batch: int = 1) -> Device:
     memory = torch.cuda.get_device_properties(place).total_memory if cuda else available_ram_bytes()
     bandwidth = copy_bandwidth(place)
     step = step_seconds(place)
-    rate, beyond = product_cost(place, weight_bits, batch, step)
+    cost = product_cost(place, weight_bits, batch, step, bandwidth)
     return Device(
         name=AUTO,
         title=device_name(place),
@@ -141,8 +149,10 @@ def measured(weight_bits: int | None = None, batch: int = 1) -> Device:
             "bandwidth": "measured: copying, bytes read and written",
             "bf16": "measured: a product of square matrices, in the faster of bfloat16 and float32",
         },
-        product_share=rate / bandwidth,
-        product_seconds=beyond,
+        product_share=cost.rate / bandwidth,
+        product_seconds=cost.seconds,
+        column_seconds=cost.column_seconds,
+        attention_seconds=attention_seconds(place, batch, step),
         step_seconds=step,
     )
 
@@ -160,30 +170,60 @@ def matmul_rate(place: torch.device) -> float:
     return max(rates)
 
 
-def product_cost(
-    place: torch.device, weight_bits: int | None, batch: int, step: float
-) -> tuple[float, float]:
-    """What products with few tokens take, caches out of reach, each after a small operation.
+class ProductCost(NamedTuple):
+    """What a product takes: bytes / rate + seconds + columns · column_seconds."""
 
-    A line through a large and a small weight: time = bytes / rate + what a product takes beyond.
+    rate: float
+    seconds: float
+    column_seconds: float
+
+
+def product_cost(
+    place: torch.device, weight_bits: int | None, batch: int, step: float, bandwidth: float
+) -> ProductCost:
+    """What products with few tokens take, caches out of reach, each after a small operation.
 
     Args:
         place: The device.
         weight_bits: Bits of a code, groups of 128; None for bfloat16.
         batch: Tokens.
         step: Seconds of the operation between two products.
-
-    Returns:
-        Bytes of weights per second, and seconds of a product beyond its bytes.
+        bandwidth: Of the device; bytes of weights do not come faster.
     """
-    columns, sizes = PRODUCT_SIDES["cuda" if place.type == "cuda" else "cpu"]
-    (many, slow), (few, fast) = (
-        _product_seconds(place, weight_bits, batch, rows, columns) for rows in sizes
+    few, many = PRODUCT_SIDES["cuda" if place.type == "cuda" else "cpu"]
+    small, low, wide = (
+        _product_seconds(place, weight_bits, batch, rows, columns)
+        for rows, columns in ((few, few), (many, few), (few, many))
     )
-    if slow <= fast:  # a busy machine: no line can be drawn
-        return many / slow, 0.0
-    rate = (many - few) / (slow - fast)
-    return rate, max(0.0, fast - few / rate - step)
+    return _line(small, low, wide[1] - low[1], few, many - few, step, bandwidth)
+
+
+def _line(
+    small: tuple[float, float],
+    large: tuple[float, float],
+    longer: float,
+    columns: int,
+    more_columns: int,
+    step: float,
+    bandwidth: float,
+) -> ProductCost:
+    """The cost of a product from three.
+
+    Args:
+        small: Bytes and seconds of a weight of `columns`.
+        large: Of one with more rows.
+        longer: Seconds that a weight of the large one's bytes takes longer with more columns.
+        columns: Of both.
+        more_columns: That the third has more.
+        step: Seconds of the small operation that is in all of them.
+        bandwidth: Bytes of weights do not come faster; a line through two sizes can say so where
+            the small one leaves part of the device idle.
+    """
+    more = large[1] - small[1]
+    rate = min(bandwidth, (large[0] - small[0]) / more) if more > 0 else bandwidth
+    beyond = sum(seconds - stored / rate for stored, seconds in (small, large)) / 2 - step
+    column_seconds = min(max(0.0, longer / more_columns), max(0.0, beyond) / columns)
+    return ProductCost(rate, max(0.0, beyond) - columns * column_seconds, column_seconds)
 
 
 def _product_seconds(
@@ -208,15 +248,45 @@ def _product_seconds(
         first = PackedLinear(weight, dtype=torch.bfloat16, device=place)
         stored = first.packed_bytes
         calls = [first, *(copy.deepcopy(first) for _ in range(_copies(stored) - 1))]
-    between = _small_operation(place, batch, columns)
+    between = _small_operation(place, batch, min(rows, columns))  # the same one for all sizes
+    x_BI = torch.zeros(batch, columns, device=place, dtype=torch.bfloat16)
 
     def all_calls() -> None:
         for call in calls:
-            call(between())
+            between()
+            call(x_BI)
 
     with torch.inference_mode():
         seconds = _seconds(_replayed(all_calls, place), place)
     return stored, seconds / len(calls)
+
+
+def attention_seconds(place: torch.device, batch: int, step: float) -> float | None:
+    """Seconds of the attention that a step runs, beyond `step` of the small operation before it.
+
+    None where attention is no kernel of our own.
+    """
+    if place.type != "cuda":
+        return None
+    try:
+        from pocketlm.runtime.decode_kernels import attend
+    except ImportError:  # no Triton
+        return None
+    K, G, D = HEADS
+    keys_BKND = torch.zeros(batch, K, 2 * POSITIONS, D, device=place, dtype=torch.bfloat16)
+    values_BKND = torch.zeros_like(keys_BKND)
+    slot_1 = torch.full((1,), POSITIONS - 1, device=place)
+    pad_B = torch.zeros(batch, device=place, dtype=torch.long)
+    done_P = torch.zeros(batch * K, device=place, dtype=torch.int32)
+    between, count = _small_operation(place, batch, K * G * D), 100
+
+    def chain() -> None:
+        for _ in range(count):
+            q_BHD = between().view(batch, K * G, D)
+            attend(q_BHD, keys_BKND, values_BKND, slot_1, pad_B, D**-0.5, None, done_P)
+
+    with torch.inference_mode():
+        return max(0.0, _seconds(_replayed(chain, place), place) / count - step)
 
 
 def step_seconds(place: torch.device, operations: int = 200) -> float:

@@ -3,7 +3,8 @@
 Time of an operator ≥ max(operations / rate, bytes / bandwidth) (Williams, Waterman, Patterson:
 Roofline, 2009; the analysis by operators as in LLM-Viewer, arXiv:2402.16363, with dense peaks). The
 sum over operators is the bound. Where the device was measured, a prediction stands beside it: bytes
-of weights at the rate the product kernel reaches, and what each operation costs beyond its bytes.
+of weights at the rate the product kernel reaches, and what each operation costs beyond its bytes:
+products by their columns, attention as a kernel of its own, the rest as a small operation.
 
 Counted: weights once a pass, experts as often as they are hit on average, inputs and outputs of
 each operator, keys and values once for each row. Attention does not write its scores.
@@ -204,6 +205,8 @@ class _Load:
     activation_bytes: float
     cache_bytes: float
     launches: int
+    columns: int = 0  # of a product
+    is_attention: bool = False
 
 
 def _pass(
@@ -235,9 +238,7 @@ def _pass(
         )
         if device.product_share is not None and device.step_seconds is not None:
             lost = load.weight_bytes / device.bandwidth * (1 / device.product_share - 1)
-            product = load.operations and load.weight_bytes
-            each = device.product_seconds if product else device.step_seconds
-            predicted += max(computing, moving + lost) + load.launches * (each or 0.0)
+            predicted += max(computing, moving + lost) + load.launches * _each(load, device)
     tokens, seconds = batch * new, sum(operator.seconds for operator in operators)
     return Pass(
         name=name,
@@ -250,6 +251,16 @@ def _pass(
         tokens_per_second=tokens / seconds,
         predicted_tokens_per_second=tokens / predicted if predicted else None,
     )
+
+
+def _each(load: _Load, device: Device) -> float:
+    """Seconds of a launch beyond its bytes."""
+    if load.columns:
+        return (device.product_seconds or 0.0) + load.columns * device.column_seconds
+    small = device.step_seconds or 0.0
+    if load.is_attention and device.attention_seconds is not None:
+        return (small + device.attention_seconds) / 2  # rotation is a launch too
+    return small
 
 
 def _loads(
@@ -303,6 +314,7 @@ def _product(
         linear.count * rows * (linear.rows + linear.columns) * widths.activations / 8,
         0.0,
         launches,
+        columns=linear.columns,
     )
 
 
@@ -328,6 +340,7 @@ def _attention(
             blocks * 2 * query,
             cached * (read + new),
             2 * blocks,  # rotation with the writing of keys and values, attention
+            is_attention=True,
         )
 
 

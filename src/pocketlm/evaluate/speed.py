@@ -15,6 +15,7 @@ system, and for a parent that was killed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ import torch
 
 from pocketlm.calibration.texts import load_text
 from pocketlm.calibration.windows import eval_windows
+from pocketlm.core import errors
 from pocketlm.core.errors import ConfigError, PocketLMError, ResourceError
 from pocketlm.evaluate.devices import Device, matmul_rate
 from pocketlm.evaluate.hardware import copy_bandwidth, device_name, weight_bytes_per_token
@@ -41,6 +43,7 @@ from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.load import load, packed_summary
 
 MARK = "pocketlm-speed: "  # before the result, whatever libraries print around it
+ERROR_MARK = "pocketlm-speed-error: "  # before an error of ours, by its parts
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,8 @@ def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
         What the child measured.
 
     Raises:
-        PocketLMError: The child's own error, as `ResourceError` with its words.
+        PocketLMError: The child's own error.
+        ResourceError: If the child ended without one: with its last words.
     """
     command = [sys.executable, "-m", "pocketlm.evaluate.speed", str(source), "--child"]
     for name, value in options.items():
@@ -233,6 +237,9 @@ def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
     lines = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
     if child.returncode == 0 and lines:
         return SpeedReport.model_validate_json(lines[-1].removeprefix(MARK))
+    told = [line for line in child.stdout.splitlines() if line.startswith(ERROR_MARK)]
+    if told:
+        raise _error_of(told[-1].removeprefix(ERROR_MARK))
     last = (child.stderr.strip().splitlines() or ["no message"])[-1]
     killed = f" (signal {-child.returncode})" if child.returncode < 0 else ""
     raise ResourceError(
@@ -240,6 +247,20 @@ def measure_speed(source: str | Path, **options: Any) -> SpeedReport:
         where=str(source),
         remedy="If it was killed, the model does not fit in memory.",
     )
+
+
+def _error_line(error: PocketLMError) -> str:
+    """An error in one line, as an instance of the nearest of its types that `errors` has."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
+    parts = {"what": error.what, "where": error.where, "remedy": error.remedy}
+    return json.dumps({"kind": kind.__name__, **parts})
+
+
+def _error_of(line: str) -> PocketLMError:
+    """The error that `_error_line` wrote."""
+    parts = json.loads(line)
+    kind: type[PocketLMError] = getattr(errors, parts.pop("kind"))
+    return kind(parts.pop("what"), **parts)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -284,6 +305,8 @@ def main() -> int:
         report = measure_here(options.pop("source"), **options)
     except PocketLMError as error:
         print(error, file=sys.stderr)
+        if is_child:
+            print(ERROR_MARK + _error_line(error))
         return error.exit_code
     print(MARK + report.model_dump_json() if is_child else report.model_dump_json(indent=2))
     return 0

@@ -112,6 +112,10 @@ class LeanStep:
         parts: Of the model.
         cache: Whose tensors are read and written; its first rows, where a step has fewer.
         join: Whether linears of one input are multiplied as one.
+
+    Attributes:
+        kernels: What lies between products, in kernels of our own; None for PyTorch's operations.
+        no_kernels: Why there are none on a device that could have them.
     """
 
     name = "the lean step"
@@ -125,7 +129,9 @@ class LeanStep:
         like = parts.norm.weight
         self.cos_ND, self.sin_ND = parts.angles(cache.capacity, like)
         self.heads = (parts.heads, parts.kv_heads, parts.head_dim)
-        self.kernels = _kernels(self.heads[2], self.cos_ND) if like.is_cuda else None
+        self.kernels, self.no_kernels = None, None
+        if like.is_cuda:
+            self.kernels, self.no_kernels = _kernels(self.heads[2], self.cos_ND)
         self.silu = _is_silu(parts.activation)
         pairs = cache.parts[0].keys.shape[0] * parts.kv_heads
         self.done_P = torch.zeros(pairs, dtype=torch.int32, device=like.device)
@@ -244,14 +250,14 @@ def _is_silu(function: Callable[[Tensor], Tensor]) -> bool:
     return torch.allclose(function(x), F.silu(x), atol=1e-6)
 
 
-def _kernels(head_dim: int, cos_ND: Tensor) -> Any:
-    """The module of Triton kernels, where they take such heads."""
+def _kernels(head_dim: int, cos_ND: Tensor) -> tuple[Any, str | None]:
+    """The module of Triton kernels, or None and why they do not serve."""
     try:
         from pocketlm.runtime import decode_kernels
-    except ImportError:  # no Triton
-        return None
+    except ImportError as error:
+        return None, f"needs Triton ({error})"
     refused = decode_kernels.refuses(head_dim, cos_ND.shape[-1], cos_ND.dtype)
-    return decode_kernels if refused is None else None
+    return (decode_kernels if refused is None else None), refused
 
 
 def lean_steps(
@@ -271,4 +277,7 @@ def lean_steps(
         step = native_step(parts, cache, rows)
         yield f"no step in C: {step}." if isinstance(step, str) else step
         join = rows <= ROWS  # with more, a product's time is its arithmetic
-    yield LeanStep(parts, cache, join=join)
+    lean = LeanStep(parts, cache, join=join)
+    if lean.no_kernels is not None:
+        yield f"attention, norms and gates run through PyTorch's operations: {lean.no_kernels}."
+    yield lean

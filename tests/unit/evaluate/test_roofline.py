@@ -7,6 +7,7 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig
 
 from pocketlm.core.errors import ConfigError
+from pocketlm.evaluate import devices
 from pocketlm.evaluate.devices import Device, device, known_devices
 from pocketlm.evaluate.roofline import Widths, roofline
 from pocketlm.models.shape import model_shape
@@ -110,6 +111,31 @@ def test_a_measured_device_predicts_more_than_the_bound(llama):
     assert decode.predicted_seconds == pytest.approx(
         decode.seconds + weights / 1e9 + products * 3e-6 + others * 1e-6
     )
+
+
+def test_columns_and_attention_cost_what_they_were_measured_to_cost(llama):
+    parts = {"product_share": 1.0, "product_seconds": 3e-6, "step_seconds": 1e-6}
+    plain = roofline(llama, machine(**parts)).decode.predicted_seconds
+    wide = roofline(llama, machine(**parts, column_seconds=1e-8)).decode.predicted_seconds
+    columns = 2 * (64 + 64 + 64 + 96) + 64  # joined products once: qkv, output, gate and up, down
+    assert plain is not None
+    assert wide == pytest.approx(plain + columns * 1e-8)
+    slow = roofline(llama, machine(**parts, attention_seconds=5e-6)).decode.predicted_seconds
+    assert slow == pytest.approx(plain + 2 * 4e-6)
+
+
+def test_a_line_through_products_is_not_steeper_than_the_memory():
+    def cost(small, large, longer):  # seconds of 1 and 4 GB, of 4096 columns
+        found = devices._line((1e9, small), (4e9, large), longer, 4096, 8192, 1e-3, 1e9)
+        return found.rate, found.seconds + 4096 * found.column_seconds, found.column_seconds
+
+    assert cost(2.101, 8.101, 0.0) == pytest.approx((0.5e9, 0.1, 0.0))
+    rate, beyond, _ = cost(2.101, 4.101, 0.0)  # the small one leaves part of the device idle
+    assert rate == 1e9
+    assert beyond == pytest.approx((1.1 + 0.1) / 2)
+    assert cost(3.0, 2.9, 0.0)[0] == 1e9  # a busy machine
+    assert cost(2.101, 8.101, 0.08192) == pytest.approx((0.5e9, 0.1, 1e-5))
+    assert cost(2.101, 8.101, 8192.0)[1:] == pytest.approx((0.1, 0.1 / 4096))
 
 
 def test_every_number_of_a_device_names_its_source():

@@ -118,6 +118,13 @@ def test_a_childs_end_is_told(
         measure_speed("out", runs=1, threads=None)
 
 
+def test_an_error_of_a_child_arrives_as_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        measure_speed(tmp_path, new_tokens=1)
+    assert caught.value.where == "speed"
+    assert caught.value.remedy == "Ask for at least 1, 2, 1 and 1."
+
+
 def test_senseless_counts_are_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match="at least"):
         measure_here(directory, new_tokens=1)

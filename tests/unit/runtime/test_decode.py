@@ -1,5 +1,7 @@
 """Steps over the static cache: transformers' greedy tokens, for every family and several rows."""
 
+import sys
+
 import pytest
 import torch
 from tests.unit.models.families import FAMILIES, build
@@ -7,7 +9,7 @@ from tests.unit.runtime.helpers import convolutional, random_packed
 from torch import nn
 
 from pocketlm.models.static_cache import refuses_static
-from pocketlm.runtime import native
+from pocketlm.runtime import lean, native
 from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.joined import joined
 from pocketlm.runtime.lean import LeanStep
@@ -72,10 +74,10 @@ def logits_of_all_ways(model, rows):
         decoder._lean_on = True
         decoder._try_lean()
         native_step = decoder._lean
-        lean = LeanStep(decoder_parts_of(model), decoder._cache)
-        found["lean"] = lean.at(decoder.tokens_B, decoder.length, decoder._pads())
+        step = LeanStep(decoder_parts_of(model), decoder._cache)
+        found["lean"] = step.at(decoder.tokens_B, decoder.length, decoder._pads())
         with decoder._at_slot(256):
-            decoder._lean = lean
+            decoder._lean = step
             found["lean at slot"] = decoder._logits_at_slot()
         if isinstance(native_step, NativeStep):
             place = (decoder.tokens_B, decoder.length, decoder._pads())
@@ -155,6 +157,22 @@ def test_without_a_compiler_steps_run_in_torch(monkeypatch):
     ours(decoder, [PROMPT])
     assert decoder.notes == ["no step in C: there is no C compiler (cc)."]
     assert decoder.loop == "the lean step over a static cache"
+
+
+def test_missing_kernels_of_a_gpu_are_told(monkeypatch):
+    plain = LeanStep.__init__
+
+    def on_a_gpu_without_triton(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        self.kernels, self.no_kernels = lean._kernels(self.heads[2], self.cos_ND)
+
+    monkeypatch.setitem(sys.modules, "pocketlm.runtime.decode_kernels", None)
+    monkeypatch.setattr(LeanStep, "__init__", on_a_gpu_without_triton)
+    monkeypatch.setattr("pocketlm.runtime.native.step.library", lambda: "none")
+    model = build("llama")
+    decoder = Decoder(model)
+    assert ours(decoder, [PROMPT]) == [theirs(model, PROMPT)]
+    assert any("PyTorch's operations: needs Triton" in note for note in decoder.notes)
 
 
 def test_other_state_falls_back_to_the_dynamic_cache():

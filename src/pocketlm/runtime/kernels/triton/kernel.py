@@ -31,6 +31,8 @@ from pocketlm.runtime.kernels.triton.layout import (
 
 CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
+WIDE_COLUMNS, WIDE_TILES = 64, 8  # of a step of "wide": columns, tiles of 16 rows
+SHARING_STEPS = 10  # that a program of "wide" could take in the time that sharing tiles costs it
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
 
@@ -38,7 +40,7 @@ EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a prod
 def missing() -> str | None:
     """What is missing to compile the kernels here; None if nothing."""
     try:
-        from pocketlm.runtime.kernels.triton import decode, expand, prefill  # noqa: F401
+        from pocketlm.runtime.kernels.triton import decode, expand, prefill, wide  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"needs Triton 3.6 or later ({error})"
     return None
@@ -112,6 +114,8 @@ class TritonWeights:
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
             return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
+        if hopper and launch.product == "wide" and _goes_wide(grid):
+            return wide_product(x_MI, buffers, grid, launch)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
         return self.matmul_tiles(x_MI, buffers, grid)
@@ -226,8 +230,55 @@ def prefill_product(
     return y_MO
 
 
+def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch: Launch) -> Tensor:
+    """The product [M, O] of very many rows; see wide.py.
+
+    Args:
+        x_MI: Activations.
+        buffers: What `TritonWeights.pack` made.
+        grid: The weight's; one that `_goes_wide`.
+        launch: Tile sizes.
+    """
+    from pocketlm.runtime.kernels.triton.wide import in_tiles, wide_kernel
+
+    x_MI = _readable(x_MI)
+    rows, unit = x_MI.shape[0], _unit(grid)
+    width, taken = lane_bits(grid.bits, grid.group_size), WIDE_COLUMNS // unit
+    codes = in_tiles(buffers["codes"].view(torch.int32), [WIDE_TILES, WIDE_COLUMNS * width // 2])
+    scale = in_tiles(buffers["scale"], [WIDE_TILES, TILE_ROWS])
+    zero = in_tiles(buffers["zero"], [WIDE_TILES, TILE_ROWS]) if "zero" in buffers else scale
+    x = in_tiles(x_MI, [launch.tokens, WIDE_COLUMNS], swizzle=128)
+    steps, token_tiles = grid.columns // WIDE_COLUMNS, -(-rows // launch.tokens)
+    tiles = -(-grid.rows // (WIDE_TILES * TILE_ROWS)) * token_tiles
+    _, _, processors, room = card(x_MI.device.index or 0)
+    shared = tiles * steps / processors + SHARING_STEPS < -(-tiles // processors) * steps
+    programs = min(processors, tiles * steps // 2 if shared else tiles)
+    y_MO = torch.empty(rows, grid.rows, dtype=x_MI.dtype, device=x_MI.device)
+    parts, flags = y_MO, y_MO  # not used
+    if shared:
+        parts = x_MI.new_empty(programs, 128, launch.tokens, dtype=torch.float32)
+        flags = x_MI.new_zeros(programs, 2, dtype=torch.int32)
+    wide_kernel[(programs,)](
+        x, codes, scale, zero, y_MO, parts, flags, rows, grid.rows, steps, token_tiles,
+        2 if shared else steps, grid.rows, SHARED=shared,
+        STEPS=grid.group_size // WIDE_COLUMNS, WIDTH=width, UNIT=unit, ZEROS="zero" in buffers,
+        C=taken, N=launch.tokens,
+        STAGES=min(launch.stages, room // _stage_bytes(launch, width, WIDE_COLUMNS)), num_warps=4,
+    )  # fmt: skip
+    return y_MO
+
+
+def _goes_wide(grid: Grid) -> bool:
+    """Whether steps of 64 columns make up groups, and an even number of them a row."""
+    return (
+        lane_bits(grid.bits, grid.group_size) in (4, 8)
+        and grid.group_size % WIDE_COLUMNS == 0
+        and grid.columns % (2 * WIDE_COLUMNS) == 0
+    )
+
+
 def _stage_bytes(launch: Launch, width: int, columns: int) -> int:
-    """Shared memory of a stage of "prefill": activations, codes, scales and zero points."""
+    """Shared memory of a stage of the ring: activations, codes, scales and zero points."""
     codes = 2 * columns * width * launch.warps  # of 16 rows a warp
     return 2 * columns * launch.tokens + codes + 2 * 4 * TILE_ROWS * launch.warps
 

@@ -25,9 +25,9 @@ class Launch:
     """A product and its tile sizes.
 
     Attributes:
-        product: "decode" (decode.py) or "prefill" (prefill.py).
-        columns: That a warp ("decode") or a program ("prefill") takes in a step; fewer where
-            groups want it.
+        product: "decode" (decode.py), "prefill" (prefill.py) or "wide" (wide.py; where a weight
+            does not suit that, "prefill" takes its tiles).
+        columns: That a warp ("decode") or a program takes in a step; fewer where groups want it.
         warps: Of a program.
         row_tiles: Of "decode": tiles of 16 outputs of a program.
         ahead: Of "decode": steps whose weights are under way; a power of two.
@@ -35,12 +35,12 @@ class Launch:
         early: Of "decode", on Hopper: whether it starts before the kernel before it has ended.
         resident: Of "decode": programs for each multiprocessor, which take tiles in turn; 0: one
             program for each set of tiles.
-        tokens: Of "prefill": activations of a tile.
-        stages: Of "prefill": length of the ring in shared memory.
+        tokens: Of "prefill" and "wide": activations of a tile.
+        stages: Of the same: length of the ring in shared memory.
         splits: Of "prefill": parts of the columns that are summed by programs of their own.
     """
 
-    product: Literal["decode", "prefill"]
+    product: Literal["decode", "prefill", "wide"]
     columns: int = 128
     warps: int = 4
     row_tiles: int = 1
@@ -54,7 +54,7 @@ class Launch:
 
     def units(self, unit: int, group_size: int, columns: int) -> int:
         """How many units of `unit` columns a step takes: whole steps make up a group, and a row."""
-        count, whole = max(1, self.columns // unit), columns if self.product == "prefill" else 0
+        count, whole = max(1, self.columns // unit), 0 if self.product == "decode" else columns
         while count > 1 and (group_size % (count * unit) or whole % (count * unit)):
             count //= 2
         return count
@@ -67,7 +67,8 @@ DEFAULTS = {  # activations → launch
     32: Launch("prefill", tokens=32),
     64: Launch("prefill", tokens=64),
     128: Launch("prefill", tokens=128, warps=8),
-    1024: Launch("prefill", tokens=256, warps=8, columns=64),
+    256: Launch("prefill", tokens=256, warps=8, columns=64),
+    1024: Launch("wide", tokens=256, warps=8, columns=64, stages=5),
 }
 
 

@@ -46,6 +46,21 @@ def _first_rows(ptr, tile, tiles, groups, W: gl.constexpr, LAYOUT: gl.constexpr)
 
 
 @gluon.jit
+def _ask(ring, sources, stage, step, STEPS: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr,
+         ZEROS: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """Copies of a step into a stage are begun."""
+    xs, qs, ts, ss, zs = ring
+    x_at, q_at, t_at, s_at, z_at = sources
+    copy_ahead(xs.index(stage), x_at + step * (C * UNIT))
+    copy_ahead(qs.index(stage), q_at + step * (C * UNIT * (2 if WIDTH == 3 else WIDTH)))
+    copy_ahead(ss.index(stage), s_at + step // STEPS * 16)
+    if WIDTH == 3:
+        copy_ahead(ts.index(stage), t_at + step * (C * UNIT))
+    if ZEROS:
+        copy_ahead(zs.index(stage), z_at + step // STEPS * 16)
+
+
+@gluon.jit
 def _of_rows(shared, A: gl.constexpr, like: gl.constexpr):
     """Scales or zero points of the rows of operand A, [16 W, 1], in the dtype `like`."""
     return gl.expand_dims(shared.load(gl.SliceLayout(1, A)).to(gl.float32).to(like), 1)
@@ -128,16 +143,10 @@ def prefill_kernel(
     if ZEROS:
         z_at = _first_rows(z_ptr, tile, tiles, groups, W, LOAD_S)
 
+    ring, sources = (xs, qs, ts, ss, zs), (x_at, q_at, t_at, s_at, z_at)
     for i in gl.static_range(STAGES - 1):
         if i < steps:
-            step = start + i
-            copy_ahead(xs.index(i), x_at + step * K)
-            copy_ahead(qs.index(i), q_at + step * (C * WORDS))
-            copy_ahead(ss.index(i), s_at + step // STEPS * 16)
-            if WIDTH == 3:
-                copy_ahead(ts.index(i), t_at + step * (C * UNIT))
-            if ZEROS:
-                copy_ahead(zs.index(i), z_at + step // STEPS * 16)
+            _ask(ring, sources, i, start + i, STEPS, WIDTH, UNIT, ZEROS, C)
         async_copy.commit_group()
 
     async_copy.wait_group(STAGES - 2)
@@ -157,14 +166,7 @@ def prefill_kernel(
             fence_async_shared()
             ahead = at + STAGES - 1
             if ahead < steps:
-                free, step = ahead % STAGES, start + ahead
-                copy_ahead(xs.index(free), x_at + step * K)
-                copy_ahead(qs.index(free), q_at + step * (C * WORDS))
-                copy_ahead(ss.index(free), s_at + step // STEPS * 16)
-                if WIDTH == 3:
-                    copy_ahead(ts.index(free), t_at + step * (C * UNIT))
-                if ZEROS:
-                    copy_ahead(zs.index(free), z_at + step // STEPS * 16)
+                _ask(ring, sources, ahead % STAGES, start + ahead, STEPS, WIDTH, UNIT, ZEROS, C)
             async_copy.commit_group()
             next_stage = (at + 1) % STAGES
             following = _operand(
