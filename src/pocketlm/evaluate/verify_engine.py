@@ -206,9 +206,10 @@ def flips_at_most(
         model: What it loaded.
         found: What was compared.
         rounds_inputs: Whether the model says that inputs are rounded: 16 bits before the rounding
-            give other codes than float32.
+            give other codes than float32, and one token at a time others than a whole sequence
+            (transformers then disagrees with itself, at as many tokens).
     """
-    if engine.name == "vllm" and rounds_inputs:
+    if engine.name != "llama.cpp" and rounds_inputs:
         return ROUNDING_FLIPS * found.greedy
     if engine.name != "llama.cpp":
         return 0
