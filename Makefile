@@ -69,7 +69,8 @@ test-tasks: $(VENV)/.stamp-tasks ## the tests of eval --tasks; installs lm-eval 
 
 # Real engines, each in an environment of its own: vLLM's CPU build wants its own transformers and
 # compressed-tensors, llama.cpp comes prebuilt with node-llama-cpp. Cells that were run are kept
-# (build/interop); make interop INTEROP_ARGS=--again forgets them.
+# (build/interop); make interop INTEROP_ARGS=--again forgets them. VLLM= and LLAMA_CPP= name engines
+# that are installed already.
 ENGINES ?= .engines
 VLLM ?= $(ENGINES)/vllm/bin/python
 LLAMA_CPP ?= $(ENGINES)/llama.cpp
@@ -89,7 +90,10 @@ $(ENGINES)/.stamp-llama-cpp:
 	@npm install --silent --ignore-scripts --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
 	@touch $@
 
-interop: $(VENV)/.stamp-dev $(ENGINES)/.stamp-vllm $(ENGINES)/.stamp-llama-cpp ## every format in real engines; writes docs/capabilities.md
+OWN_ENGINES := $(if $(filter $(ENGINES)/%,$(VLLM)),$(ENGINES)/.stamp-vllm) \
+  $(if $(filter $(ENGINES)/%,$(LLAMA_CPP)),$(ENGINES)/.stamp-llama-cpp)
+
+interop: $(VENV)/.stamp-dev $(OWN_ENGINES) ## every format in real engines; writes docs/capabilities.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/interop.py --vllm-python $(VLLM) \
 	  --llama-cpp $(LLAMA_CPP) --publish $(INTEROP_ARGS)
 	POCKETLM_VLLM_PYTHON=$(VLLM) POCKETLM_LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 \

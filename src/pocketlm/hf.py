@@ -25,6 +25,10 @@ power of two), NVFP4 weights are rounded to it: 2^-9 relative. In a float32 mode
 run, so that config.json asks for ``dequantize: true``, which casts them; that route knows one grid.
 A mix of them with others (``mixed-precision``) therefore loads in bfloat16 alone, and so does every
 model with them in transformers 5.17 and 5.19, which do not know ``dequantize``.
+
+Integer experts are decoded while they are fused, in the dtype in which their scales are stored, and
+keep it whatever dtype is asked for: a float32 model then computes its experts in bfloat16. Their
+values are exact in float32, to which `load_plain` casts them.
 """
 
 from __future__ import annotations
@@ -297,8 +301,8 @@ def merged_parameters(
 def load_plain(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """An artifact as plain transformers loads it.
 
-    Where the library leaves bfloat16 layers in a float32 model (see above), the model is decoded by
-    the library at once and then cast.
+    Where the library leaves 16-bit layers in a float32 model (see above), they are cast; those it
+    would decode at the first forward are decoded by it at once.
 
     Args:
         path: The artifact, or any directory that transformers loads.
@@ -309,6 +313,10 @@ def load_plain(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrain
     section = config.get("quantization_config", {})
     if dtype == torch.float32 and _has_bfloat16_layers(model, section):
         _decode_to_float32(model)
+    if dtype == torch.float32:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
     return model.eval()
 
 

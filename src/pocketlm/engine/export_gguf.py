@@ -20,12 +20,13 @@ from pocketlm.core.errors import UnsupportedModel
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import LinearStep
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
+from pocketlm.core.ternary import to_ternary
 from pocketlm.core.views import TensorSource
 from pocketlm.engine.ends import quantized_rows
 from pocketlm.formats.gguf_blocks import FLOATS, decode, encode
 from pocketlm.formats.gguf_hold import holding_type
 from pocketlm.formats.gguf_mix import GUESSED, MIXES, tensor_type
-from pocketlm.formats.gguf_types import SPECS
+from pocketlm.formats.gguf_types import SPECS, block_weights
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.bytes import byte_view
@@ -247,6 +248,8 @@ class _Plan:
             yield rows.float(), None
 
     def _rounded(self, weight_OI: Tensor, spelled: str, kind: str) -> Packed:
+        if kind == "TQ1_0":  # three levels, fewer than any grid of a recipe has
+            return to_ternary(weight_OI, block_weights(kind), torch.float16)
         spec: QuantSpec = SPECS[kind]
         return quantized_rows(weight_OI, spelled, spec, torch.float16, self.steps)
 

@@ -22,7 +22,7 @@ from pocketlm.evaluate.engines.compare import TIE, Distance, distance, our_hidde
 from pocketlm.evaluate.engines.find import Engine
 from pocketlm.evaluate.engines.questions import WORDS, Questions, questions_for
 from pocketlm.evaluate.verify_files import Artifact, Named, NotChecked
-from pocketlm.evaluate.verify_logits import round_as_library, why_unequal
+from pocketlm.evaluate.verify_logits import as_library, why_unequal
 from pocketlm.formats import compressed_tensors
 from pocketlm.formats.gguf_types import FLOATS as PLAIN_TYPES
 from pocketlm.formats.gguf_types import NUMBERS
@@ -108,15 +108,30 @@ class EngineRun:
         """
         index = artifact.index
         if self.engine.name == "vllm":
+            unrounded = self._unrounded_by_vllm(index)
             self.view.quantizers = {
                 name: Over127(q.spec) if q.spec.name == "int8-token" else q
                 for name, q in self.view.quantizers.items()
+                if name not in unrounded
             }
+            if unrounded:
+                self.notes.append("(inputs of 4-bit weights unrounded, as this CPU runs them)")
         if self.engine.name != "transformers" or index is None:
             return
         if index.format == compressed_tensors.NAME:
-            left_out = round_as_library(self.view, index)
+            left_out = as_library(self.view, artifact, index)
             self.notes += [left_out.strip()] if left_out else []
+
+    def _unrounded_by_vllm(self, index: CompressedIndex | None) -> set[str]:
+        """Linears whose inputs it leaves as they are, although the artifact asks otherwise.
+
+        Its kernel of 4-bit weights on a CPU takes 16-bit inputs, and rounds them only with AMX, for
+        every 4-bit model then; `find.VLLM_SETTINGS` keeps it from that.
+        """
+        if self.engine.target != "vllm-cpu" or index is None:
+            return set()
+        four = {n for n, m in index.modules.items() if m.spec.name == "INT4"}
+        return four & set(self.view.quantizers)
 
     def check_logits(self, artifact: Artifact) -> str:
         """Log-probabilities agree within the engine's bound."""
@@ -191,9 +206,10 @@ def flips_at_most(
         model: What it loaded.
         found: What was compared.
         rounds_inputs: Whether the model says that inputs are rounded: 16 bits before the rounding
-            give other codes than float32.
+            give other codes than float32, and one token at a time others than a whole sequence
+            (transformers then disagrees with itself, at as many tokens).
     """
-    if engine.name == "vllm" and rounds_inputs:
+    if engine.name != "llama.cpp" and rounds_inputs:
         return ROUNDING_FLIPS * found.greedy
     if engine.name != "llama.cpp":
         return 0

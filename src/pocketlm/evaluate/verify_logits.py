@@ -1,8 +1,9 @@
 """The last check of `verify`: plain transformers, in a process of its own, gives our logits.
 
 What transformers does at load, and when the weights it decodes are ours bit for bit, is written
-down in `pocketlm.hf`. Asymmetric grids with scales of 16 bits, NVFP4 and experts are decoded with a
-rounding more there: their distributions are compared instead of their bits.
+down in `pocketlm.hf`. Asymmetric grids, integer experts and NVFP4 are decoded with a rounding more
+there: our side of the comparison rounds the same weights so, and says it. Where a product is taken
+in another order (experts' gate and up as one) distributions are compared instead of bits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pocketlm.formats.capabilities import is_expert
 from pocketlm.formats.read import CompressedIndex
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
+from pocketlm.models.decoded import DecodedSource
 
 TOKENS = 16  # of the sequence
 KL_LIMIT = 1e-4  # nats, where bits cannot agree
@@ -46,7 +48,7 @@ def check_logits(artifact: Artifact) -> str:
     _require_memory(artifact)
     view, unlike = open_model(artifact.path, allow_compressed=True), ""
     if index is not None and by_library:
-        unlike = round_as_library(view, index)
+        unlike = as_library(view, artifact, index)
     tokens = [(3 + 7919 * i) % view.vocabulary for i in range(TOKENS)]
     ours_TV = view_logits(view, tokens)
     theirs_TV = _logits_elsewhere(artifact.path, tokens, ours_TV.shape)
@@ -77,11 +79,12 @@ class _OneScale(InputQuantizer):
         return super().__call__(x) if x.dim() > 2 else super().__call__(x.view(1, -1)).view(x.shape)
 
 
-def round_as_library(view: Model, index: CompressedIndex) -> str:
-    """Makes a view round inputs as transformers does; says what that leaves out.
+def as_library(view: Model, artifact: Artifact, index: CompressedIndex) -> str:
+    """Makes a view round inputs and weights as transformers does; says what of it is known.
 
     Args:
         view: The artifact as we read it.
+        artifact: Its configuration and stored tensors.
         index: What is compressed in it, in the format compressed-tensors.
 
     Raises:
@@ -99,28 +102,59 @@ def round_as_library(view: Model, index: CompressedIndex) -> str:
         for name, q in view.quantizers.items()
         if name not in experts
     }
-    return " (the inputs of experts unrounded, as it runs them)" if experts else ""
+    said = ["the inputs of experts unrounded, as it runs them"] if experts else []
+    rounded = decoded_in(artifact, index)
+    if rounded:
+        assert isinstance(view.source, DecodedSource)
+        view.source.rounded_to = rounded
+        names = " and ".join(sorted({str(d).removeprefix("torch.") for d in rounded.values()}))
+        which = "weights of experts" if all(map(is_expert, rounded)) else "weights"
+        said.append(f"{which} rounded to {names}, as it decodes them")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def decoded_in(artifact: Artifact, index: CompressedIndex) -> dict[str, torch.dtype]:
+    """Compressed linear → the 16-bit dtype transformers decodes it in, whatever it is loaded in.
+
+    In transformers 5.23 with compressed-tensors 0.20 integers are decoded in the dtype their scales
+    are stored in, where the library decodes while it loads: experts, which it fuses, and every
+    linear of a model that asks for ``dequantize`` (`formats.compressed_config`). NVFP4 is decoded
+    in bfloat16.
+
+    Args:
+        artifact: Its configuration and stored tensors.
+        index: What is compressed in it, in the format compressed-tensors.
+    """
+    at_once = artifact.config["quantization_config"].get("dequantize", False)
+    found = {}
+    for name, module in index.modules.items():
+        if not isinstance(module.spec, QuantSpec):
+            continue
+        if module.spec.name == "NVFP4":
+            found[name] = torch.bfloat16
+        elif module.spec.type == "int" and (at_once or is_expert(name)):
+            scales = artifact.tensors[f"{name}.weight_scale"][1].dtype
+            if scales != torch.float32:
+                found[name] = scales
+    return found
 
 
 def why_unequal(artifact: Artifact, index: CompressedIndex | None) -> str | None:
-    """What transformers is known to do otherwise than float32 weights, one linear at a time.
+    """What transformers is known to do otherwise than one linear at a time, in float32.
 
     Args:
         artifact: It names the stored tensors.
         index: What is compressed in it; None: nothing.
     """
+    names = artifact.tensors if index is None else index.modules
+    if any(is_expert(name.removesuffix(".weight")) for name in names):
+        return "multiplies the experts' gate and up as one"
     if index is None:
-        experts = any(is_expert(name.removesuffix(".weight")) for name in artifact.tensors)
-        return "multiplies the experts' gate and up as one" if experts else None
-    if any(is_expert(name) for name in index.modules):
-        return "multiplies the experts' gate and up as one, in the dtype of their scales"
+        return None
     for module in index.modules.values():
-        if not isinstance(module.spec, QuantSpec):
-            continue
-        if not module.spec.symmetric and _scale_dtype(artifact, module.name) != torch.float32:
-            return "rounds asymmetric weights to the dtype of their scales"
-        if module.spec.name == "NVFP4":
-            return "rounds NVFP4 weights to bfloat16"
+        rounded = isinstance(module.spec, QuantSpec) and not module.spec.symmetric
+        if rounded or module.spec.name == "NVFP4":
+            return "decodes asymmetric weights and NVFP4 otherwise in other releases"
     return None
 
 
@@ -157,10 +191,6 @@ def _logits_elsewhere(path: Path, tokens: list[int], shape: torch.Size) -> Tenso
     if values.numel() != math.prod(shape):
         raise ArtifactError(f"transformers gives {values.numel()} logits, not {tuple(shape)}.")
     return values.view(shape)
-
-
-def _scale_dtype(artifact: Artifact, module: str) -> torch.dtype:
-    return artifact.tensors[f"{module}.weight_scale"][1].dtype
 
 
 def _require_library() -> None:

@@ -79,16 +79,23 @@ class Proofs(Strict):
         engines: Engine → what it was.
         rows: In order.
         cells: ``row | engine | architecture`` → the cell.
+        reasons: Engine, ``row | engine`` or architecture → why cells that are not there were not
+            run; the first of them holds.
     """
 
     architectures: dict[str, str]
     engines: dict[str, str]
     rows: tuple[Row, ...]
     cells: dict[str, Cell] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict)
 
     def cell(self, row: str, engine: str, architecture: str) -> Cell:
-        """A cell; what is not in the table was not run."""
-        return self.cells.get(key(row, engine, architecture), Cell())
+        """A cell; what is not in the table was not run, and says why."""
+        found = self.cells.get(key(row, engine, architecture))
+        if found is not None:
+            return found
+        places = (engine, f"{row} | {engine}", architecture)
+        return Cell(message=next((self.reasons[p] for p in places if p in self.reasons), None))
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,15 @@ class DecodedSource:
     Args:
         stored: The artifact's tensors.
         index: Which of them make compressed linears.
+
+    Attributes:
+        rounded_to: Module → dtype its products are rounded to before they become float32, as an
+            engine does that is compared with; empty: exact in float32.
     """
 
     def __init__(self, stored: TensorSource, index: CompressedIndex) -> None:
         self._stored, self._index = stored, index
+        self.rounded_to: Mapping[str, torch.dtype] = {}
         replaced = index.replaced
         self._module_of: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
@@ -118,7 +123,7 @@ class DecodedSource:
         module = self._module_of.get(name)
         if module is None:
             return self._stored.read(name)
-        weight_OI = self._index.decode(module, self._stored.read).dequantize()
+        weight_OI = self._decoded(module, self._index.decode(module, self._stored.read))
         require_finite(name, weight_OI, WHERE)
         return weight_OI.T.contiguous() if self._index.modules[module].transposed else weight_OI
 
@@ -136,9 +141,12 @@ class DecodedSource:
         if not self._index.modules[module].by_rows:
             return self.read(name)[start:stop].clone()
         rows = self._index.decode_rows(module, start, stop, self._stored.rows, self._stored.read)
-        weight_OI = rows.dequantize()
+        weight_OI = self._decoded(module, rows)
         require_finite(name, weight_OI, WHERE)
         return weight_OI
+
+    def _decoded(self, module: str, weight: WeightTensor) -> Tensor:
+        return weight.dequantize(self.rounded_to.get(module, torch.float32)).float()
 
     @property
     def bytes_stored(self) -> int:

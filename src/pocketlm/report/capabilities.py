@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketlm.formats.proofs import Cell, Proofs
+from pocketlm.formats.proofs import NOT_RUN, Cell, Proofs
 
 HEAD = """# What runs where
 
@@ -14,9 +14,11 @@ same data lies in `formats/proofs.json`, which `plan` consults.
   20 prompts × 32 tokens: where our two best tokens are 0.1 nats or more apart the engine chose
   ours, but for as many as a second figure counts: at most 2 % of the 640, and only where
   activations are rounded to 8 bits.
+  What transformers decodes in 16 bits though float32 is asked for is rounded so on our side too,
+  and a note says it.
 - **≠ 1e-02**: it ran and computed otherwise: beyond the bound, or another greedy choice.
-- **✗ ¹**: *refused by the engine*; its message is below the table.
-- **–**: *not run here*.
+- **✗ (1)**: *refused by the engine*; its message is below the table.
+- **– (1)**: *not run here*, for the reason below the table.
 
 Bounds: transformers equal or below 1e-4, vLLM below 1e-3, llama.cpp below 5e-3.
 """
@@ -41,32 +43,38 @@ def _section(table: Proofs, engine: str) -> str:
         else ""
     )
     what = table.engines[engine]
-    lines = [f"## {engine}", "", f"{heard}{what[:1].upper()}{what[1:]}.", ""]
-    rows = [row for row in table.rows if any(cells[row.name, n] != Cell() for n in names)]
-    if not rows:
-        return "\n".join([*lines, "Not run here: every cell.", ""])
-    notes: dict[str, int] = {}
-    lines.append("| row | format | grids | " + " | ".join(names) + " |")
+    parts = [f"## {engine}", f"{heard}{what[:1].upper()}{what[1:]}."]
+    apart: dict[str | None, list[str]] = {}  # rows that one reason keeps from every column
+    lines = ["| row | format | grids | " + " | ".join(names) + " |"]
     lines.append("| --- " * (3 + len(names)) + "|")
-    for row in rows:
-        marks = [_mark(cells[row.name, name], notes) for name in names]
-        grids = ", ".join(row.grids) or "floats"
-        lines.append(f"| {row.name} | {row.format} | {grids} | " + " | ".join(marks) + " |")
-    left = [row.name for row in table.rows if row not in rows]
-    if left:
-        lines += ["", "Not run here at all: " + "; ".join(left) + "."]
-    lines += ["", *(f"{place}. {_plain(message)}" for message, place in notes.items()), ""]
-    return "\n".join(lines)
+    notes: dict[str, int] = {}
+    for row in table.rows:
+        found = [cells[row.name, name] for name in names]
+        if all(cell == found[0] and cell.status == NOT_RUN for cell in found):
+            apart.setdefault(found[0].message, []).append(row.name)
+            continue
+        marks = " | ".join(_mark(cell, notes) for cell in found)
+        lines.append(
+            f"| {row.name} | {row.format} | {', '.join(row.grids) or 'floats'} | {marks} |"
+        )
+    parts += ["\n".join(lines)] if len(lines) > 2 else []
+    for reason, left in apart.items():
+        because = "" if reason is None else f" ({_plain(reason)})"
+        which = "every cell" if len(left) == len(table.rows) else "; ".join(left)
+        parts.append(f"Not run here{because}: {which}.")
+    if notes:
+        parts.append("\n".join(f"{place}. {_plain(message)}" for message, place in notes.items()))
+    return "\n\n".join(parts) + "\n"
 
 
 def _mark(cell: Cell, notes: dict[str, int]) -> str:
-    if cell.status == "proven":
-        flips = f", {cell.wrong}" if cell.wrong else ""
-        return "✓ =" if cell.bit_equal else f"✓ {cell.kl:.0e}{flips}"
-    if cell.status == "disagrees":
-        return f"≠ {cell.kl:.0e}, {cell.wrong}"
     message = cell.message
-    place = "" if message is None else f" {notes.setdefault(message, len(notes) + 1)}"
+    place = "" if message is None else f" ({notes.setdefault(message, len(notes) + 1)})"
+    flips = f", {cell.wrong}" if cell.wrong else ""
+    if cell.status == "proven":
+        return f"✓ ={place}" if cell.bit_equal else f"✓ {cell.kl:.0e}{flips}{place}"
+    if cell.status == "disagrees":
+        return f"≠ {cell.kl:.0e}, {cell.wrong}{place}"
     return f"✗{place}" if cell.status == "refused" else f"–{place}"
 
 

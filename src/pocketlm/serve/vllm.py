@@ -86,9 +86,12 @@ def command(
         "--dtype": dtype,
     }
     given = [str(part) for key, value in options.items() if value for part in (key, value)]
+    server = _server() or ("vllm", "serve")
     flags = ["--trust-remote-code"] if trust_remote_code else []
+    if MODULE in server:  # on a CPU it would compile for minutes before the first answer
+        flags.append("--enforce-eager")
     return Command(
-        (*(_server() or ("vllm", "serve")), str(source), *given, *flags),
+        (*server, str(source), *given, *flags),
         {} if api_key is None else {"VLLM_API_KEY": api_key},
     )
 

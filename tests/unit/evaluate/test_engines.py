@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from tests.unit.evaluate.conftest import VOCABULARY, WholeModel
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError, ConfigError
+from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.evaluate.engines import compare
 from pocketlm.evaluate.engines.ask import Answer, Job, Refusal, ask
 from pocketlm.evaluate.engines.compare import distance, our_hidden, our_logits
@@ -22,6 +26,11 @@ from pocketlm.evaluate.engines.find import (
     find_engine,
 )
 from pocketlm.evaluate.engines.questions import Questions
+from pocketlm.evaluate.verify_engine import EngineRun
+from pocketlm.evaluate.verify_files import Artifact
+from pocketlm.formats.layouts import pack_quantized
+from pocketlm.formats.read import CompressedIndex, CompressedModule
+from pocketlm.models.adapter import Model
 
 SCRIPT = f"""
 import os, sys
@@ -154,3 +163,16 @@ def test_ties_may_go_either_way(original: WholeModel, monkeypatch: pytest.Monkey
         monkeypatch.setattr(compare, "our_logits", logits(gap))
         found = distance(original, questions, answer)
         assert (found.different, found.wrong) == (1, wrong)
+
+
+@pytest.mark.parametrize(("target", "bits", "kept"), [("vllm-cpu", 4, False), ("vllm", 4, True),
+                                                      ("vllm-cpu", 8, True)])  # fmt: skip
+def test_a_cpu_leaves_inputs_of_4_bit_weights_unrounded(
+    target: str, bits: int, kept: bool, tmp_path: Path
+) -> None:
+    module = CompressedModule("a", QuantSpec(bits=bits, group_size=32), pack_quantized, ())
+    view = SimpleNamespace(quantizers={"a": InputQuantizer(ActivationSpec())})
+    run = EngineRun(Engine("vllm", target, ()), tmp_path, cast("Model", view))
+    run.prepare(Artifact(tmp_path, index=CompressedIndex("compressed-tensors", {"a": module})))
+    assert set(view.quantizers) == ({"a"} if kept else set())
+    assert bool(run.notes) != kept

