@@ -182,6 +182,8 @@ def fill(
         if name == "tinygemm_ms" and row["M"] > 64:  # slower than bfloat16 by then, and long
             continue
         row[name] = product_ms(product, copies, grid, row["M"])
+        if name == "ours_ms" and row["M"] >= 512:  # whether or not the runtime would take it there
+            row["wide_ms"] = product_ms(timed_product(WIDE), copies, grid, row["M"])
         if name == "ours_ms":
             row["bound_ms"] = bound_ms(copies[0], grid, row["M"], limits)
 
@@ -190,7 +192,7 @@ def show(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
 
     def line(row: Mapping[str, Any]) -> tuple[str, ...]:
-        peer = row.get("tinygemm_ms")
+        peer, wide = row.get("tinygemm_ms"), row.get("wide_ms")
         return (
             f"{row['I']}, {row['O']}",
             str(row["bits"]),
@@ -198,11 +200,22 @@ def show(result: Mapping[str, Any]) -> str:
             f"{row['bf16_ms']:.4f}",
             "" if peer is None else f"{peer:.4f} ({row['bf16_ms'] / peer:.2f} x)",
             f"{row['ours_ms']:.4f} ({row['bf16_ms'] / row['ours_ms']:.2f} x)",
+            "" if wide is None else f"{wide:.4f} ({row['bf16_ms'] / wide:.2f} x)",
             f"{row['bound_ms']:.4f}",
             f"{row['bound_ms'] / row['ours_ms']:.0%}",
         )
 
-    head = ("K, N", "bits", "M", "bf16 ms", "tinygemm ms", "ours ms", "bound ms", "share")
+    head = (
+        "K, N",
+        "bits",
+        "M",
+        "bf16 ms",
+        "tinygemm ms",
+        "ours ms",
+        "wide.py ms",
+        "bound ms",
+        "share",
+    )
     rates = (
         f"copy {result['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
         f"bf16 {result['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s, group {GROUP}, symmetric."
@@ -226,7 +239,7 @@ def candidates(tokens: int, columns: int, outputs: int) -> Iterator[Launch]:
             if splits == 1 or (programs <= 600 and columns // splits >= 1024):
                 yield Launch("prefill", width, warps, tokens=tile, stages=stages, splits=splits)
     if tokens > WIDE_FROM:
-        yield Launch("wide", 64, 8, tokens=256, stages=5)
+        yield WIDE
 
 
 # warps, row tiles, steps ahead, programs of a multiprocessor
@@ -241,6 +254,7 @@ MANY = (
     *((16, 128, 4, 6), (32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4)),
     *((256, 64, 8, 5),),
 )
+WIDE = Launch("wide", 64, 8, tokens=256, stages=5)
 WIDE_FROM = 256  # activations: with fewer its launch costs the host more than the device saves
 SPLITS = (1, 4, 8)
 HEAD = (4096, 128256)

@@ -49,6 +49,7 @@ class PackedLinear(nn.Module):
         self.choice = kernel_for(self.grid, dtype, device)
         announce(self.choice, self.grid)
         self._tiles_from = self.choice.tiles_from
+        self._multiplies_codes = isinstance(self.choice.kernel, CodeKernel)  # 30 us to find out
         for name, buffer in self.choice.kernel.pack(weight, dtype, device).items():
             self.register_buffer(name, buffer)
         self.bias = None
@@ -72,9 +73,10 @@ class PackedLinear(nn.Module):
 
     def _product(self, x_MI: Tensor) -> Tensor:
         """The inputs rounded, and multiplied as codes where the kernel does that."""
-        quantizer, kernel = self.quantizer, self.choice.kernel
+        quantizer: InputQuantizer | None = self.quantizer
+        kernel: Any = self.choice.kernel
         buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
-        if isinstance(kernel, CodeKernel):
+        if self._multiplies_codes:
             assert quantizer is not None  # no such kernel takes inputs as they come
             return kernel.matmul_codes(quantizer.encode(x_MI), buffers, x_MI.dtype)
         if quantizer is not None:

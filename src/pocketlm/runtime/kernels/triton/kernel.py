@@ -32,6 +32,9 @@ from pocketlm.runtime.kernels.triton.layout import (
 CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
 WIDE_COLUMNS, WIDE_TILES = 64, 8  # of a step of "wide": columns, tiles of 16 rows
+# Each launch of "wide" has the host make tensor maps, for longer than smaller products gain by it:
+# a forward of 8B-shaped blocks waits for the host alone then (docs/experiments.md).
+WIDE_OPERATIONS = 1 << 38
 SHARING_STEPS = 10  # that a program of "wide" could take in the time that sharing tiles costs it
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
 
@@ -114,7 +117,7 @@ class TritonWeights:
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
             return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
-        if hopper and launch.product == "wide" and _goes_wide(grid):
+        if hopper and launch.product == "wide" and _goes_wide(grid, x_MI.shape[0]):
             return wide_product(x_MI, buffers, grid, launch)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
@@ -236,7 +239,7 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
     Args:
         x_MI: Activations.
         buffers: What `TritonWeights.pack` made.
-        grid: The weight's; one that `_goes_wide`.
+        grid: The weight's, of whose steps of 64 columns an even number make a row.
         launch: Tile sizes.
     """
     from pocketlm.runtime.kernels.triton.wide import in_tiles, wide_kernel
@@ -268,10 +271,11 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
     return y_MO
 
 
-def _goes_wide(grid: Grid) -> bool:
-    """Whether steps of 64 columns make up groups, and an even number of them a row."""
+def _goes_wide(grid: Grid, rows: int) -> bool:
+    """Whether steps of 64 columns make up groups, an even number of them a row, and it pays."""
     return (
-        lane_bits(grid.bits, grid.group_size) in (4, 8)
+        2 * rows * grid.rows * grid.columns >= WIDE_OPERATIONS
+        and lane_bits(grid.bits, grid.group_size) in (4, 8)
         and grid.group_size % WIDE_COLUMNS == 0
         and grid.columns % (2 * WIDE_COLUMNS) == 0
     )

@@ -26,7 +26,7 @@ class Launch:
 
     Attributes:
         product: "decode" (decode.py), "prefill" (prefill.py) or "wide" (wide.py; where a weight
-            does not suit that, "prefill" takes its tiles).
+            is small or does not suit that, "prefill" takes its tiles).
         columns: That a warp ("decode") or a program takes in a step; fewer where groups want it.
         warps: Of a program.
         row_tiles: Of "decode": tiles of 16 outputs of a program.

@@ -16,6 +16,8 @@ Legend as in layout.py; K = C UNIT columns of a step, N activations of a tile of
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,8 +41,13 @@ def in_tiles(values: Tensor, shape: list[int], swizzle: int = 0) -> TensorDescri
         shape: Of a tile, two axes.
         swizzle: Bytes over which rows are permuted in shared memory; 128 for operands of wgmma.
     """
-    layout = gl.NVMMASharedLayout(swizzle, 8 * values.element_size(), rank=2)
+    layout = _layout(swizzle, 8 * values.element_size())
     return TensorDescriptor.from_tensor(values.flatten(1), shape, layout)
+
+
+@lru_cache
+def _layout(swizzle: int, bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle, bits, rank=2)
 
 
 @gluon.jit
