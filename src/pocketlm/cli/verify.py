@@ -102,7 +102,7 @@ def run(
         failure = ArtifactError(
             f"{len(failed)} of {len(found.checks)} checks failed, first '{failed[0].name}'.",
             where=str(path),
-            remedy="Do not use it; compress again with --restart."
+            remedy="Do not use it as a result of pocketlm; each check says what to do."
             if engine is None
             else f"Do not use it with {engine}; docs/capabilities.md tells what it runs.",
         )

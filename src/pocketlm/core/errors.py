@@ -109,6 +109,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     if close:
         return f"Did you mean '{next(n for n in names if n.lower() == close[0])}'?"
-    more = len(names) - MOST_NAMES
-    rest = f" and {more} more" if more > 0 else ""
-    return f"Known: {', '.join(names[:MOST_NAMES])}{rest}."
+    shown = names if len(names) <= MOST_NAMES + 1 else names[:MOST_NAMES]  # "1 more" is no shorter
+    rest = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return f"Known: {', '.join(shown)}{rest}."

@@ -154,7 +154,10 @@ def check_ledger(artifact: Artifact) -> str:
     """The ledger is there and valid."""
     path = artifact.path / LEDGER
     if not path.is_file():
-        raise ArtifactError(f"{LEDGER} is missing.", remedy=AGAIN)
+        raise ArtifactError(
+            f"{LEDGER} is missing: no result of pocketlm, or no longer whole.",
+            remedy=f"Of any other model --engine tells whether it runs. Else: {AGAIN}",
+        )
     artifact.ledger = Ledger.model_validate_json(path.read_text("utf-8"))
     packed = artifact.ledger.format != "dense"
     if packed and artifact.config and "quantization_config" not in artifact.config:
@@ -320,7 +323,7 @@ def check_accounts(artifact: Artifact) -> str:
 def check_source(artifact: Artifact, source: Path | str | None) -> str:
     """The ledger explains every tensor of the source, and nothing else."""
     if source is None:
-        raise NotChecked("no source was given; give it to have its tensors compared.")
+        raise NotChecked("give --against SOURCE to have its tensors compared.")
     infos = open_model(source).source.infos()
     first = min(artifact.path.glob(f"{STAGES}/1-*.json"), default=None)
     ledger = artifact.require_ledger()

@@ -67,7 +67,7 @@ class Lqer(Repair):
 
 
 class Lorc(Lqer):
-    """LoRC: the same without data."""
+    """LoRC: what LQER does, without data."""
 
     needs: ClassVar[tuple[type[Stat], ...]] = ()
 
