@@ -98,8 +98,10 @@ def _speed(data: ReportData) -> str:
     after, before = data.speed, data.original_speed
     if after is None or before is None:
         return ""
-    factor = after.decode_tokens_per_second / before.decode_tokens_per_second
-    said = f"Decodes {number_text(factor)}× as fast as the original on {after.hardware}"
+    decode = after.decode_tokens_per_second / before.decode_tokens_per_second
+    prefill = after.prefill_tokens_per_second / before.prefill_tokens_per_second
+    said = f"Decodes {number_text(decode)}× and reads prompts {number_text(prefill)}× as fast as "
+    said += f"the original on {after.hardware}"
     if after.peak_memory_bytes and before.peak_memory_bytes:
         share = after.peak_memory_bytes / before.peak_memory_bytes
         said += f", in {number_text(share)}× its memory"

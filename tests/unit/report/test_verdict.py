@@ -48,7 +48,9 @@ def test_reasons_are_what_was_measured(full, bare):
         "Perplexity +4.74 % over the original (95 %: +4.26 to +5.22 %); 91.2 %"
     )
     assert tasks
-    assert speed.startswith("Decodes 2.49× as fast as the original on Some Processor")
+    assert speed.startswith(
+        "Decodes 2.49× and reads prompts 2.49× as fast as the original on Some Processor"
+    )
     assert verdict(bare).tone == "open"
     assert len(verdict(bare).reasons) == 2
     alone = full.quality.model_copy(update={"divergence": None})
