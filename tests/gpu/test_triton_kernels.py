@@ -9,6 +9,7 @@ from tests.unit.runtime.helpers import random_packed
 from pocketlm.runtime.joined import joined
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.select import kernel_for
+from pocketlm.runtime.kernels.triton import kernel
 from pocketlm.runtime.kernels.triton.kernel import (
     TritonWeights,
     decode_product,
@@ -161,9 +162,10 @@ def test_very_many_rows_equal_the_definition(bits, dtype):
             assert torch.equal(y_MO, wide_product(x_MI, buffers, grid, launch))
 
 
-def test_what_is_not_wide_goes_another_way():
+def test_what_is_not_wide_goes_another_way(monkeypatch):
     if not hopper():
         pytest.skip("the product of very many rows is of Hopper cards")
+    monkeypatch.setattr(kernel, "WIDE_OPERATIONS", 0)  # else all of these are too small for it
     for bits, group, columns in ((4, 32, 512), (3, 128, 512), (4, 64, 576)):
         weight = random_packed(200, columns, group, bits)
         linear = PackedLinear(weight, dtype=torch.bfloat16, device=CUDA)

@@ -8,7 +8,7 @@ from tests.unit.runtime.helpers import random_packed
 
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.triton import ptx
-from pocketlm.runtime.kernels.triton.kernel import TritonWeights
+from pocketlm.runtime.kernels.triton.kernel import TritonWeights, goes_wide
 from pocketlm.runtime.kernels.triton.launches import DEFAULTS, Launch, launch_for, measured
 from pocketlm.runtime.kernels.triton.layout import (
     lane_bits,
@@ -222,3 +222,17 @@ def test_an_unknown_device_gets_a_default():
     assert launch_for("A card of 2031", 4, 4096, 4096, 1) == DEFAULTS[4]
     assert launch_for("A card of 2031", 4, 4096, 4096, 17) == DEFAULTS[32]
     assert launch_for("A card of 2031", 4, 4096, 4096, 10**6) == DEFAULTS[max(DEFAULTS)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "columns", "activations", "wide"),
+    [
+        (4, 128, 8192, 1024, True),
+        (4, 128, 8192, 64, False),  # over before the host has launched the next
+        (4, 32, 8192, 1024, False),  # steps of 64 columns make up no group
+        (3, 128, 8192, 1024, False),
+        (4, 64, 8256, 1024, False),  # an odd number of steps in a row
+    ],
+)
+def test_what_the_product_of_very_many_rows_takes(bits, group, columns, activations, wide):
+    assert goes_wide(Grid(32768, columns, bits, group, True), activations) is wide

@@ -7,6 +7,7 @@ page's end and looks the next one up; in pages of 2 MiB one core read a third mo
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -35,7 +36,8 @@ def settle(tensors: Sequence[Tensor]) -> None:
     if end < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     memory = mmap.mmap(-1, end + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel built without large pages gives small ones
+        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     whole = whole[-whole.data_ptr() % PAGE :]
     for tensor, start in zip(alone, starts, strict=True):

@@ -117,7 +117,7 @@ class TritonWeights:
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
             return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
-        if hopper and launch.product == "wide" and _goes_wide(grid, x_MI.shape[0]):
+        if hopper and launch.product == "wide" and goes_wide(grid, x_MI.shape[0]):
             return wide_product(x_MI, buffers, grid, launch)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
@@ -271,7 +271,7 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
     return y_MO
 
 
-def _goes_wide(grid: Grid, rows: int) -> bool:
+def goes_wide(grid: Grid, rows: int) -> bool:
     """Whether steps of 64 columns make up groups, an even number of them a row, and it pays."""
     return (
         2 * rows * grid.rows * grid.columns >= WIDE_OPERATIONS
