@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocketlm.runtime")
 
 CAPACITY_STEP = 256  # a cache has room for a multiple of it
-PREFILL_CHUNK = 4096  # prompt tokens of one forward: bounds the memory of activations
+PREFILL_CHUNK = 4096  # prompt tokens of one forward, of all rows: bounds the memory it takes
+LEAST_CHUNK = 256  # of one row
+TRIED_TOKENS = 64  # of a prompt, on which the lean forward is compared with the model's own
+LEAN_PROMPTS = ("cuda",)  # devices that would wait for the host in the model's own forward
 WARM_UPS = 2  # runs before a capture: libraries allocate and compile in them
 
 
@@ -104,6 +107,7 @@ class Decoder:
         self._padded = False
         self._graphs: dict[tuple[int, int, bool, Choice], torch.cuda.CUDAGraph] = {}
         self._lean: LeanStep | NativeStep | None = None
+        self._prompts_on = lean and self.device.type in LEAN_PROMPTS
         self._cache: Any = None
         self.length = 0
 
@@ -172,8 +176,9 @@ class Decoder:
         ids_BT = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
         ids_BT = ids_BT.to(self.device)
         logits_BV = None
-        for start in range(0, longest, PREFILL_CHUNK):
-            logits_BV = self._forward(ids_BT[:, start : start + PREFILL_CHUNK])
+        chunk = max(LEAST_CHUNK, PREFILL_CHUNK // len(rows))
+        for start in range(0, longest, chunk):
+            logits_BV = self._prompt_logits(ids_BT[:, start : start + chunk])
         assert logits_BV is not None  # a prompt has a token
         self.tokens_B.copy_(self.sampling.draw(logits_BV, self.generator))
         return Tokens(self.tokens_B)
@@ -193,6 +198,16 @@ class Decoder:
         self.length += 1
         self._slot_at = self.length
         return Tokens(self.tokens_B)
+
+    def _prompt_logits(self, ids_BT: Tensor) -> Tensor:
+        """Logits [B, V] of the last token after what the cache holds, lean where that may be."""
+        if self._prompts_on and self._lean_on and self._lean is None:
+            self._try_prompt(ids_BT[:, :TRIED_TOKENS])
+        if not self._prompts_on or not isinstance(self._lean, LeanStep):
+            return self._forward(ids_BT)
+        logits_BV = self._lean.prompt(ids_BT, self.length, self._pads())
+        self.length += ids_BT.shape[1]
+        return logits_BV
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
         """The model's own forward after what the cache holds: logits [B, V] of the last token."""
@@ -240,21 +255,44 @@ class Decoder:
             self._note(f"{lean.name} is not used: {reason}.")
         self._lean_on = False
 
+    def _try_prompt(self, ids_BT: Tensor) -> None:
+        """Makes the lean step, and trusts it with prompts where it agrees on the first tokens."""
+        truth_BV, held = self._forward(ids_BT), self.length - ids_BT.shape[1]
+        self.reserve(self.length + 1)
+        self._try_lean()
+        self.length = held
+        lean = self._lean
+        if not isinstance(lean, LeanStep):
+            return
+        begun_B = self._pad_B < held + ids_BT.shape[1]  # of padding alone no logits are right
+        reason = self._differs(
+            truth_BV[begun_B], lambda: lean.prompt(ids_BT, held, self._pads())[begun_B]
+        )
+        if reason is not None:
+            self._prompts_on = False
+            self._note(f"prompts run through transformers' forward: in the lean one {reason}.")
+
     def _distrust(self, lean: LeanStep | NativeStep) -> str | None:
         """Why a lean step may not stand in: it fails, or its logits differ; None where it may."""
-        truth_BV = self._forward(self.tokens_B[:, None]).float()
+        truth_BV = self._forward(self.tokens_B[:, None])
         self.length -= 1
+        if not self._graphs_on or not isinstance(lean, LeanStep):
+            return self._differs(
+                truth_BV, lambda: lean.at(self.tokens_B, self.length, self._pads())
+            )
+        seen = self._cache.capacity
+        with self._at_slot(seen):
+            return self._differs(
+                truth_BV, lambda: lean.at_slot(self.tokens_B, self._slot_1, seen, self._pad_B)
+            )
+
+    def _differs(self, truth_BV: Tensor, ours: Callable[[], Tensor]) -> str | None:
+        """What is wrong with logits beside those of the model's own forward; None: nothing."""
         try:
-            if self._graphs_on and isinstance(lean, LeanStep):
-                with self._at_slot(self._cache.capacity):
-                    ours_BV = lean.at_slot(
-                        self.tokens_B, self._slot_1, self._cache.capacity, self._pad_B
-                    )
-            else:
-                ours_BV = lean.at(self.tokens_B, self.length, self._pads())
+            ours_BV = ours().float()
         except Exception as error:  # compilers raise of every kind
             return f"it fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
-        error = float((ours_BV.float() - truth_BV).norm() / truth_BV.norm())
+        error = float((ours_BV - truth_BV.float()).norm() / truth_BV.float().norm())
         if not error < TOLERANCE[self.model.dtype]:
             return f"its logits are off by {error:.1e}"
         return None

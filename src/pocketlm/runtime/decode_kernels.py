@@ -1,5 +1,6 @@
-"""Triton kernels of one decoding step, all that lies between products: norms with the residual,
-the gate, rotation and writing of keys and values, attention split over positions.
+"""Triton kernels of what lies between products, in a decoding step and, but for attention, in a
+prompt: norms with the residual, the gate, rotation and writing of keys and values, attention split
+over positions.
 
 At one token PyTorch's attention has one program for each head of keys, eight in a Llama-3-8B, on
 over a hundred processors; and rotation, its copies and the writes are eight launches. Positions
@@ -12,8 +13,8 @@ On Hopper a kernel lets the one behind it start at once, and waits itself for th
 Attention over parts of the positions and their sum by running maxima: FlashAttention-2
 (arXiv:2307.08691), and its split over keys for decoding; the last program of a head adds the parts.
 
-Legend: B rows, H heads of queries, K of keys, G = H / K, D width, R rotated width, N positions,
-C hidden width, F width of the gate, V vocabulary.
+Legend: B rows, T tokens of a row (of a step one), M = B T, H heads of queries, K of keys,
+G = H / K, D width, R rotated width, N positions, C hidden width, F width of the gate, V vocabulary.
 """
 
 # pyright: reportIndexIssue=false, reportMissingImports=false, reportOptionalCall=false
@@ -55,7 +56,7 @@ def _add_norm(
 ):  # fmt: skip
     c = tl.arange(0, BLOCK)
     inside = c < columns
-    at = tl.program_id(0) * columns + c
+    at = tl.program_id(0).to(tl.int64) * columns + c
     w = tl.load(weight + c, mask=inside, other=0.0)
     if EARLY:
         _overlap()
@@ -73,7 +74,8 @@ def _add_norm(
 def _gate(gate_up, out, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         _overlap()
-    row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < columns
     gate = tl.load(gate_up + row * 2 * columns + c, mask=inside, other=0.0)
     up = tl.load(gate_up + (row * 2 + 1) * columns + c, mask=inside, other=0.0)
@@ -109,16 +111,17 @@ def _likeliest(
 @triton.jit
 def _rotate_and_store(
     qkv, cos, sin, q_weight, k_weight, slot, pad, q_out, keys, values,
-    k_row, k_head, k_place, v_row, v_head, v_place, epsilon,
+    tokens, k_row, k_head, k_place, v_row, v_head, v_place, epsilon,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORMED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         _overlap()
-    row, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(slot)
+    line, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = line // tokens
+    place = tl.load(slot) + line % tokens
     d = tl.arange(0, D)
-    source = qkv + (row * (H + 2 * K) + head) * D
+    source = qkv + (line * (H + 2 * K) + head) * D
     x = tl.load(source + d).to(tl.float32)
     if head < H + K:
         half: tl.constexpr = R // 2
@@ -131,12 +134,12 @@ def _rotate_and_store(
             w_other = tl.where(is_q, tl.load(q_weight + partner), tl.load(k_weight + partner))
             x = x * inverse * w
             other = other * inverse * w_other.to(tl.float32)
-        angle = (place - tl.load(pad + row)) * R + d
+        angle = tl.maximum(place - tl.load(pad + row), 0) * R + d
         c = tl.load(cos + angle, mask=d < R, other=1.0).to(tl.float32)
         s = tl.load(sin + angle, mask=d < R, other=0.0).to(tl.float32)
         x = x * c + tl.where(d < half, -other, other) * s
     if head < H:
-        tl.store(q_out + (row * H + head) * D + d, x)
+        tl.store(q_out + (line * H + head) * D + d, x)
     elif head < H + K:
         tl.store(keys + row * k_row + (head - H) * k_head + place * k_place + d, x)
     else:
@@ -298,7 +301,7 @@ def likeliest(logits_BV: Tensor, done_P: Tensor) -> Tensor:
 
 
 def rotate_and_store(
-    qkv_BX: Tensor,
+    qkv_MX: Tensor,
     angles: tuple[Tensor, Tensor],
     norms: tuple[Tensor, Tensor] | None,
     epsilon: float,
@@ -308,32 +311,33 @@ def rotate_and_store(
     slot_1: Tensor,
     pad_B: Tensor,
 ) -> Tensor:
-    """Norms and rotates queries and keys, writes keys and values at `slot`.
+    """Norms and rotates queries and keys, writes keys and values from `slot` on.
 
     Args:
-        qkv_BX: The joined product, X = (H + 2 K) · D.
+        qkv_MX: The joined product of M = B T tokens, X = (H + 2 K) · D.
         angles: Cosines and sines [N, R].
         norms: Weights [D] of queries and keys, or None.
         epsilon: Of these norms.
         heads: H, K, D.
         keys_BKND: Of the cache; written.
         values_BKND: The same.
-        slot_1: The place, int64 on the device.
+        slot_1: The place of a row's first token, int64 on the device.
         pad_B: Padding on the left of each row, int64.
 
     Returns:
-        The queries [B, H, D].
+        The queries [M, H, D].
     """
     H, K, D = heads
-    rows = qkv_BX.shape[0]
-    q_BHD = qkv_BX.new_empty(rows, H, D)
-    q_weight, k_weight = norms or (qkv_BX, qkv_BX)  # not read without norms
-    _rotate_and_store[rows, H + 2 * K](
-        qkv_BX.contiguous(), *angles, q_weight, k_weight, slot_1, pad_B, q_BHD,
-        keys_BKND, values_BKND, *keys_BKND.stride()[:3], *values_BKND.stride()[:3], epsilon,
-        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1, **_options(qkv_BX, "rotate"),
+    lines = qkv_MX.shape[0]
+    q_MHD = qkv_MX.new_empty(lines, H, D)
+    q_weight, k_weight = norms or (qkv_MX, qkv_MX)  # not read without norms
+    _rotate_and_store[lines, H + 2 * K](
+        qkv_MX.contiguous(), *angles, q_weight, k_weight, slot_1, pad_B, q_MHD,
+        keys_BKND, values_BKND, lines // len(pad_B),
+        *keys_BKND.stride()[:3], *values_BKND.stride()[:3], epsilon,
+        H, K, D, angles[0].shape[-1], norms is not None, num_warps=1, **_options(qkv_MX, "rotate"),
     )  # fmt: skip
-    return q_BHD
+    return q_MHD
 
 
 def attend(

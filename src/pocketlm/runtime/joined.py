@@ -39,7 +39,7 @@ def _joined_dense(linears: Sequence[nn.Linear]) -> nn.Linear | None:
     if any(type(weight.data) is not torch.Tensor for weight in weights):  # 2:4 tensors
         return None
     one = nn.Linear(linears[0].in_features, sum(w.shape[0] for w in weights), device="meta")
-    one.weight = nn.Parameter(torch.cat([weight.data for weight in weights]), requires_grad=False)
+    one.weight = nn.Parameter(_whole([w.data for w in weights], 0), requires_grad=False)
     one.bias = _joined_bias(linears)  # type: ignore[assignment]
     start = 0
     for weight in weights:

@@ -1,13 +1,13 @@
-"""One step of a plain decoder with nothing in it but its arithmetic.
+"""One step of a plain decoder, or a prompt, with nothing in it but its arithmetic.
 
 transformers' forward spends hundreds of microseconds a block on Python and on small operations; at
-one token that is more than the products take. Here a block is: norm, one product for queries, keys
-and values, rotation, attention over the static cache, product, norm, one product for gate and up,
-product. On CUDA what lies between products is decode_kernels.py.
-A step is trusted only after its logits were compared with those of the model's own forward.
+one token that is more than the products take, and on a GPU at a thousand. Here a block is: norm,
+one product for queries, keys and values, rotation, attention over the static cache, product, norm,
+one product for gate and up, product. On CUDA what lies between products is decode_kernels.py.
+Both are trusted only after their logits were compared with those of the model's own forward.
 
-Legend: B rows, H heads of queries, K heads of keys, G = H / K, D head width, N positions seen,
-C hidden width, V vocabulary.
+Legend: B rows, T tokens of a row, M = B T (of a step: B), H heads of queries, K heads of keys,
+G = H / K, D head width, N positions seen, C hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from pocketlm.runtime.joined import joined
 
@@ -186,6 +187,37 @@ class LeanStep:
 
         return self._run(ids_B, attend)
 
+    def prompt(self, ids_BT: Tensor, length: int, pad_B: Tensor | None) -> Tensor:
+        """Logits [B, V] of each row's last id; the first ids stand at position `length`."""
+        B, T = ids_BT.shape
+        H, K, D = self.heads
+        seen, slot_1 = length + T, ids_BT.new_full((1,), length)
+        pads_B = ids_BT.new_zeros(B) if pad_B is None else pad_B
+        place_M = (slot_1 + torch.arange(T, device=ids_BT.device) - pads_B[:, None]).flatten()
+        masks: dict[int | None, Tensor | None] = {}
+
+        def attend(block: _LeanBlock, qkv_MX: Tensor) -> Tensor:
+            keys, values = block.keys[:B], block.values[:B]
+            if self.kernels is not None:
+                q_MHD = self._stored(block, qkv_MX, slot_1, pads_B)
+            else:
+                place_M0 = place_M.clamp(min=0)  # padding has none
+                cos_M1D, sin_M1D = self.cos_ND[place_M0][:, None], self.sin_ND[place_M0][:, None]
+                q, k, v = self._split(block, qkv_MX, cos_M1D, sin_M1D)
+                keys[:, :, length:seen] = k.view(B, T, K, D).transpose(1, 2)
+                values[:, :, length:seen] = v.view(B, T, K, D).transpose(1, 2)
+                q_MHD = q.reshape(-1, H, D)
+            window = None if block.window is None or block.window >= seen else block.window
+            if window not in masks:
+                masks[window] = _prompt_mask(length, T, pad_B, window, ids_BT.device)
+            q_BHTD = q_MHD.view(B, T, H, D).transpose(1, 2)
+            o_BHTD = _prompt_attention(
+                q_BHTD, keys[:, :, :seen], values[:, :, :seen], masks[window], self.parts.scale
+            )
+            return o_BHTD.transpose(1, 2).reshape(B * T, H * D)
+
+        return self._run(ids_BT.flatten(), attend, last=slice(T - 1, None, T))
+
     def likeliest(self, logits_BV: Tensor) -> Tensor:
         """The ids [B] of the largest logits."""
         if self.kernels is None:
@@ -196,16 +228,21 @@ class LeanStep:
         kernels: Any = self.kernels
 
         def attend(block: _LeanBlock, qkv_BX: Tensor) -> Tensor:
-            q_BHD = kernels.rotate_and_store(
-                qkv_BX, (self.cos_ND, self.sin_ND), block.head_norms, block.head_epsilon,
-                self.heads, block.keys, block.values, slot_1, pad_B,
-            )  # fmt: skip
+            q_BHD = self._stored(block, qkv_BX, slot_1, pad_B)
             return kernels.attend(
                 q_BHD, block.keys, block.values, slot_1, pad_B, self.parts.scale, block.window,
                 self.done_P,
             )  # fmt: skip
 
         return attend
+
+    def _stored(self, block: _LeanBlock, qkv_MX: Tensor, slot_1: Tensor, pad_B: Tensor) -> Tensor:
+        """Queries [M, H, D]; keys and values lie in the cache then."""
+        kernels: Any = self.kernels
+        return kernels.rotate_and_store(
+            qkv_MX, (self.cos_ND, self.sin_ND), block.head_norms, block.head_epsilon,
+            self.heads, block.keys, block.values, slot_1, pad_B,
+        )  # fmt: skip
 
     def _split(
         self, block: _LeanBlock, qkv_BX: Tensor, cos_B1D: Tensor, sin_B1D: Tensor
@@ -218,7 +255,9 @@ class LeanStep:
         self,
         ids_B: Tensor,
         attend: Callable[[_LeanBlock, Tensor], Tensor],
+        last: slice | None = None,
     ) -> Tensor:
+        """Logits of all ids, or of some: then nothing behind the last attention sees the others."""
         parts, kernels = self.parts, self.kernels
         norm, add = (normed, added_norm) if kernels is None else (kernels.norm, kernels.added_norm)
         x_BC = parts.embedding(ids_B)
@@ -226,7 +265,10 @@ class LeanStep:
         h_BC = norm(x_BC, first.weight, first.epsilon)
         norms = [block.attention_norm for block in parts.blocks[1:]] + [parts.norm]
         for block, after in zip(self.blocks, norms, strict=True):
-            y_BC = block.parts.output(attend(block, block.qkv(h_BC)))
+            o_BX = attend(block, block.qkv(h_BC))
+            if last is not None and block is self.blocks[-1]:
+                o_BX, x_BC = o_BX[last], x_BC[last]
+            y_BC = block.parts.output(o_BX)
             mlp = block.parts.mlp_norm
             x_BC, h_BC = add(x_BC, y_BC, mlp.weight, mlp.epsilon)
             y_BC = block.parts.down(self._gated(block.gate_up(h_BC)))
@@ -242,6 +284,35 @@ class LeanStep:
         """[B, K, G, D] over [B, K, N, D] → [B, H · D]; the heads of a group are its queries."""
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.parts.scale)
         return o.reshape(o.shape[0], -1)
+
+
+def _prompt_mask(
+    length: int, tokens: int, pad_B: Tensor | None, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Which positions a token sees [B or 1, 1, T, N]; None where all up to its own, no padding."""
+    if pad_B is None and window is None:
+        return None
+    columns_N = torch.arange(length + tokens, device=device)
+    own_T1 = columns_N[length:, None]
+    seen = columns_N <= own_T1
+    if window is not None:
+        seen = seen & (columns_N > own_T1 - window)
+    if pad_B is not None:  # a token of the padding sees itself: nothing would be no number
+        seen = seen & ((columns_N >= pad_B[:, None, None]) | (columns_N == own_T1))
+    return seen.view(-1, 1, tokens, length + tokens)
+
+
+def _prompt_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, T, D] over [B, K, N, D], of which the last T are the queries' own."""
+    first = q.shape[2] == k.shape[2]
+    if mask is None and first:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    G = q.shape[1] // k.shape[1]  # fast kernels with masks take no groups
+    k, v = (x[:, :, None].expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
+    bias = causal_lower_right(q.shape[2], k.shape[2]) if mask is None else mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _is_silu(function: Callable[[Tensor], Tensor]) -> bool:

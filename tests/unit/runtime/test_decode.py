@@ -9,7 +9,7 @@ from tests.unit.runtime.helpers import convolutional, random_packed
 from torch import nn
 
 from pocketlm.models.static_cache import refuses_static
-from pocketlm.runtime import lean, native
+from pocketlm.runtime import decode, lean, native
 from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.joined import joined
 from pocketlm.runtime.lean import LeanStep
@@ -101,6 +101,77 @@ def test_all_ways_give_the_same_logits(family, rows):
     assert len(found) == 3 + (not isinstance(native.library(), str))
     for way, logits in found.items():
         assert torch.allclose(logits, truth, rtol=1e-3, atol=1e-4), way
+
+
+@pytest.mark.parametrize("held", [0, 2, 5])
+@pytest.mark.parametrize("rows", [[PROMPT * 2], [PROMPT * 2, PROMPT[3:] * 2, PROMPT]])
+@pytest.mark.parametrize("family", PLAIN)
+def test_lean_prompts_give_the_same_logits_and_keys(family, rows, held):
+    """As a whole and behind what the cache holds, padded or not; the window of 5 slides."""
+    model = build(family)
+    decoder = Decoder(model, len(rows), lean=False)
+    decoder.prefill(rows, room=NEW).read()
+    step = LeanStep(decoder_parts_of(model), decoder._cache)
+    real = [[0] * (12 - len(row)) + row for row in rows]
+    decoder.length = held
+    with torch.inference_mode():
+        truth = decoder._forward(torch.tensor(real)[:, held:])
+        keys = [part.keys.clone() for part in decoder._cache.parts]
+        for part in decoder._cache.parts:
+            part.keys[:, :, held:12] = part.values[:, :, held:12] = 7.0
+        ours = step.prompt(torch.tensor(real)[:, held:], held, decoder._pads())
+    assert torch.allclose(ours, truth, rtol=1e-3, atol=1e-4)
+    for row, ids in enumerate(rows):
+        for part, theirs in zip(decoder._cache.parts, keys, strict=True):
+            begin = max(held, 12 - len(ids))
+            assert torch.allclose(part.keys[row, :, begin:12], theirs[row, :, begin:12], atol=1e-4)
+
+
+def without_c(monkeypatch):
+    monkeypatch.setattr(native.step, "native_step", lambda *_: "there is none here")
+    monkeypatch.setattr(decode, "LEAN_PROMPTS", ("cpu",))
+
+
+@pytest.mark.parametrize("chunk", [4, 4096])
+@pytest.mark.parametrize("rows", [[PROMPT * 2], [PROMPT * 2, PROMPT[2:], PROMPT]])
+def test_lean_prompts_write_the_same_tokens(monkeypatch, rows, chunk):
+    without_c(monkeypatch)
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decode, "LEAST_CHUNK", 4)
+    monkeypatch.setattr(decode, "TRIED_TOKENS", 3)
+    asked = []
+    prompt = LeanStep.prompt
+
+    def counted(self, ids_BT, *place):
+        asked.append(ids_BT.shape[1])
+        return prompt(self, ids_BT, *place)
+
+    monkeypatch.setattr(LeanStep, "prompt", counted)
+    model = build("mistral-window")
+    decoder = Decoder(model, len(rows))
+    assert ours(decoder, rows) == [theirs(model, row) for row in rows]
+    assert asked == ([3, 4, 4, 4] if chunk == 4 else [3, 12])  # tried first, on its beginning
+    decoder.cut(0)
+    assert ours(decoder, rows) == [theirs(model, row) for row in rows]
+    assert len(asked) == (7 if chunk == 4 else 3)  # and not again
+
+
+@pytest.mark.parametrize("fault", ["is off", "fails"])
+def test_a_lean_prompt_that_is_off_is_not_trusted(monkeypatch, fault):
+    without_c(monkeypatch)
+
+    def wrong(self, ids_BT, *_):
+        if fault == "fails":
+            raise RuntimeError("no such kernel")
+        return torch.ones(len(ids_BT), 96)
+
+    monkeypatch.setattr(LeanStep, "prompt", wrong)
+    model = build("llama")
+    decoder = Decoder(model)
+    assert ours(decoder, [PROMPT]) == [theirs(model, PROMPT)]
+    said = "logits are off by" if fault == "is off" else "RuntimeError: no such kernel"
+    assert any("prompts run" in note and said in note for note in decoder.notes)
+    assert "the lean step" in decoder.loop
 
 
 @no_compiler

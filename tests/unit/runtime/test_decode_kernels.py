@@ -83,3 +83,31 @@ def test_attention_by_parts(dtype: torch.dtype) -> None:
         )
         assert close(out, truth.reshape(B, -1)), (B, K, G, D, N, place, window)
         assert not done_P.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "tokens", "place"), [(3, 1, 9), (1, 5, 0), (2, 4, 3)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation_of_steps_and_prompts(
+    rows: int, tokens: int, place: int, normed: bool, dtype: torch.dtype
+) -> None:
+    H, K, D, R, N = 4, 2, 16, 8, 12
+    qkv = normal(rows * tokens, (H + 2 * K) * D, dtype=dtype)
+    cos, sin = normal(N, R, dtype=dtype), normal(N, R, 1, dtype=dtype)[..., 0]
+    keys, values = normal(rows, K, N, D, dtype=dtype), normal(rows, K, N, D, 1, dtype=dtype)[..., 0]
+    expected_k, expected_v = keys.clone(), values.clone()
+    norms = (normal(D, dtype=dtype), normal(D, 1, dtype=dtype)[..., 0]) if normed else None
+    slot, pad = torch.tensor([place], device=DEVICE), torch.arange(rows, device=DEVICE)
+    q = kernels.rotate_and_store(qkv, (cos, sin), norms, 1e-6, (H, K, D), keys, values, slot, pad)
+    at = torch.arange(place, place + tokens, device=DEVICE)
+    angle = (at - pad[:, None]).clamp(min=0).flatten()
+    truth_q, k, v = lean.split_heads(
+        qkv.double(), cos.double()[angle][:, None], sin.double()[angle][:, None],
+        None if norms is None else (norms[0].double(), norms[1].double()), 1e-6, (H, K, D),
+    )  # fmt: skip
+    shape = (rows, tokens, K, D)
+    expected_k[:, :, at] = k.reshape(shape).transpose(1, 2).to(dtype)
+    expected_v[:, :, at] = v.reshape(shape).transpose(1, 2).to(dtype)
+    assert torch.equal(values, expected_v)
+    assert close(keys, expected_k)
+    assert close(q, truth_q.reshape(q.shape))
