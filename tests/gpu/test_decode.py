@@ -34,6 +34,23 @@ def test_replayed_steps_give_the_tokens_of_plain_ones(family, rows):
     assert not [note for note in graph.notes if "fails" in note or "logits are off" in note]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window"])
+def test_replayed_prompts_give_the_tokens_of_plain_ones(family, rows):
+    """A graph from the second prompt of a size on, for longer and shorter ones; steps between."""
+    model = on_gpu(family, head_dim=16, max_position_embeddings=512)
+    graph = Decoder(model, rows)
+    plain = Decoder(model, rows, lean=False, graphs=False)
+    graph.reserve(200)
+    for length in (100, 70, 128, 65, 100, 1, 2, 1, 130):
+        ids = [[3 + (i * i + row) % 90 for i in range(length)] for row in range(rows)]
+        graph.cut(0)
+        plain.cut(0)
+        assert tokens(graph, ids) == tokens(plain, ids)
+    assert set(graph._prompt_graphs._graphs) == {(rows, 128), (rows, 64)}
+    assert not [note for note in graph.notes if "prompts" in note or "no CUDA graph" in note]
+
+
 def test_past_the_first_graph():
     model = on_gpu("llama", head_dim=16, max_position_embeddings=1024)
     long = [[3 + i % 90 for i in range(250)]]

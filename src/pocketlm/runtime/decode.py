@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.runtime.lean import TOLERANCE, LeanStep, lean_steps
+from pocketlm.runtime.prompt_graphs import WARM_UPS, PromptGraphs
 from pocketlm.runtime.sampling import Choice, Sampling
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ PREFILL_CHUNK = 4096  # prompt tokens of one forward, of all rows: bounds the me
 LEAST_CHUNK = 256  # of one row
 TRIED_TOKENS = 64  # of a prompt, on which the lean forward is compared with the model's own
 LEAN_PROMPTS = ("cuda",)  # devices that would wait for the host in the model's own forward
-WARM_UPS = 2  # runs before a capture: libraries allocate and compile in them
 
 
 class Tokens:
@@ -107,6 +107,7 @@ class Decoder:
         self._padded = False
         self._graphs: dict[tuple[int, int, bool, Choice], torch.cuda.CUDAGraph] = {}
         self._lean: LeanStep | NativeStep | None = None
+        self._prompt_graphs = PromptGraphs() if self._graphs_on else None
         self._prompts_on = lean and self.device.type in LEAN_PROMPTS
         self._cache: Any = None
         self.length = 0
@@ -140,6 +141,7 @@ class Decoder:
         elif wanted > self._cache.capacity:
             self._cache.grow(max(wanted, 2 * self._cache.capacity))
             self._graphs.clear()
+            self._prompt_graphs = self._prompt_graphs and PromptGraphs()
             self._lean = None
 
     def cut(self, length: int) -> bool:
@@ -205,9 +207,23 @@ class Decoder:
             self._try_prompt(ids_BT[:, :TRIED_TOKENS])
         if not self._prompts_on or not isinstance(self._lean, LeanStep):
             return self._forward(ids_BT)
-        logits_BV = self._lean.prompt(ids_BT, self.length, self._pads())
+        logits_BV = self._replayed_prompt(self._lean, ids_BT)
+        if logits_BV is None:
+            logits_BV = self._lean.prompt(ids_BT, self.length, self._pads())
         self.length += ids_BT.shape[1]
         return logits_BV
+
+    def _replayed_prompt(self, lean: LeanStep, ids_BT: Tensor) -> Tensor | None:
+        """The same from a graph; None where there is none."""
+        if self._prompt_graphs is None or self.length or self._padded:
+            return None
+        try:
+            return self._prompt_graphs.logits(lean, ids_BT)
+        except RuntimeError as error:
+            self._prompt_graphs = None
+            torch.cuda.synchronize()
+            self._note(f"no CUDA graph of prompts: {str(error).splitlines()[0]}")
+            return None
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
         """The model's own forward after what the cache holds: logits [B, V] of the last token."""

@@ -187,8 +187,13 @@ class LeanStep:
 
         return self._run(ids_B, attend)
 
-    def prompt(self, ids_BT: Tensor, length: int, pad_B: Tensor | None) -> Tensor:
-        """Logits [B, V] of each row's last id; the first ids stand at position `length`."""
+    def prompt(
+        self, ids_BT: Tensor, length: int, pad_B: Tensor | None, last_B: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, V] of each row's last id, or of the ids at `last_B` of all B T.
+
+        The first ids of the rows stand at position `length`.
+        """
         B, T = ids_BT.shape
         H, K, D = self.heads
         seen, slot_1 = length + T, ids_BT.new_full((1,), length)
@@ -216,7 +221,9 @@ class LeanStep:
             )
             return o_BHTD.transpose(1, 2).reshape(B * T, H * D)
 
-        return self._run(ids_BT.flatten(), attend, last=slice(T - 1, None, T))
+        return self._run(
+            ids_BT.flatten(), attend, slice(T - 1, None, T) if last_B is None else last_B
+        )
 
     def likeliest(self, logits_BV: Tensor) -> Tensor:
         """The ids [B] of the largest logits."""
@@ -255,7 +262,7 @@ class LeanStep:
         self,
         ids_B: Tensor,
         attend: Callable[[_LeanBlock, Tensor], Tensor],
-        last: slice | None = None,
+        last: slice | Tensor | None = None,
     ) -> Tensor:
         """Logits of all ids, or of some: then nothing behind the last attention sees the others."""
         parts, kernels = self.parts, self.kernels

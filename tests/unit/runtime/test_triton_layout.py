@@ -8,7 +8,7 @@ from tests.unit.runtime.helpers import random_packed
 
 from pocketlm.runtime.kernels.base import Grid
 from pocketlm.runtime.kernels.triton import ptx
-from pocketlm.runtime.kernels.triton.kernel import TritonWeights, goes_wide
+from pocketlm.runtime.kernels.triton.kernel import TritonWeights, goes_wide, replayed
 from pocketlm.runtime.kernels.triton.launches import DEFAULTS, Launch, launch_for, measured
 from pocketlm.runtime.kernels.triton.layout import (
     lane_bits,
@@ -236,3 +236,11 @@ def test_an_unknown_device_gets_a_default():
 )
 def test_what_the_product_of_very_many_rows_takes(bits, group, columns, activations, wide):
     assert goes_wide(Grid(32768, columns, bits, group, True), activations) is wide
+
+
+def test_a_product_in_a_graph_is_never_too_small_for_tensor_maps():
+    small = Grid(256, 256, 4, 128, True)
+    with replayed():
+        assert goes_wide(small, 300)
+        assert not goes_wide(Grid(256, 256, 3, 128, True), 300)
+    assert not goes_wide(small, 300)

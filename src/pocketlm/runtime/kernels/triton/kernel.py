@@ -11,7 +11,8 @@ Legend as in layout.py; M rows of activations, I input columns, O output rows.
 # pyright: reportIndexIssue=false
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,10 +34,25 @@ CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
 WIDE_COLUMNS, WIDE_TILES = 64, 8  # of a step of "wide": columns, tiles of 16 rows
 # Each launch of "wide" has the host make tensor maps, for longer than smaller products gain by it:
-# a forward of 8B-shaped blocks waits for the host alone then (docs/experiments.md).
+# a forward of 8B-shaped blocks waits for the host alone then (docs/experiments.md). In a graph they
+# are made once.
 WIDE_OPERATIONS = 1 << 38
 SHARING_STEPS = 10  # that a program of "wide" could take in the time that sharing tiles costs it
 EXPANDED_BYTES = 64 << 20  # of the weights that are unpacked at once for a product with many rows
+
+
+_in_graphs = False
+
+
+@contextmanager
+def replayed() -> Generator[None]:
+    """Products within will be replayed: what a launch costs the host does not count."""
+    global _in_graphs
+    before, _in_graphs = _in_graphs, True
+    try:
+        yield
+    finally:
+        _in_graphs = before
 
 
 @lru_cache(maxsize=1)
@@ -274,7 +290,7 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
 def goes_wide(grid: Grid, rows: int) -> bool:
     """Whether steps of 64 columns make up groups, an even number of them a row, and it pays."""
     return (
-        2 * rows * grid.rows * grid.columns >= WIDE_OPERATIONS
+        (_in_graphs or 2 * rows * grid.rows * grid.columns >= WIDE_OPERATIONS)
         and lane_bits(grid.bits, grid.group_size) in (4, 8)
         and grid.group_size % WIDE_COLUMNS == 0
         and grid.columns % (2 * WIDE_COLUMNS) == 0
