@@ -78,7 +78,7 @@ TABLE = (
         "cuda",
         (BF16, FP16),
         range(2, 9),
-        2048,
+        4096,
         "our Triton products: unpacked in registers, 5 to 7 bits in bytes",
     ),
     Row(Int4Cuda(), "cuda", (BF16,), range(2, 5), None, "int4 product of PyTorch (tinygemm)"),

@@ -110,7 +110,7 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
     k = gl.arange(0, K)[None, None, :]
     # Beyond the rows and columns the last ones are read: what they make is not stored, or times 0.
     column = gl.minimum((step * W + w) * K, columns - K) + k
-    at = gl.set_auto_layout(gl.minimum(n, rows - 1) * stride + column, LAYOUT)
+    at = gl.set_auto_layout((n % rows) * stride + column, LAYOUT)
     copy_ahead(xs, x_ptr + at)
     async_copy.commit_group()
 

@@ -33,6 +33,7 @@ from pocketlm.runtime.kernels.triton.layout import (
 CODES = ("codes", "high_bits")
 LEAST_STAGES = 3  # of the ring of "prefill"
 WIDE_COLUMNS, WIDE_TILES = 64, 8  # of a step of "wide": columns, tiles of 16 rows
+WIDE_TOKENS = 256  # of a tile, for which "wide" wins even where it is not said to, in a graph
 # Each launch of "wide" has the host make tensor maps, for longer than smaller products gain by it:
 # a forward of 8B-shaped blocks waits for the host alone then (docs/experiments.md). In a graph they
 # are made once.
@@ -133,7 +134,8 @@ class TritonWeights:
         launch = launch_for(name, width, grid.rows, grid.columns, x_MI.shape[0])
         if launch.product == "decode":
             return decode_product(x_MI, buffers, grid, launch, early=hopper and launch.early)
-        if hopper and launch.product == "wide" and goes_wide(grid, x_MI.shape[0]):
+        wide = launch.product == "wide" or (_in_graphs and launch.tokens == WIDE_TOKENS)
+        if hopper and wide and goes_wide(grid, x_MI.shape[0]):
             return wide_product(x_MI, buffers, grid, launch)
         if hopper:
             return prefill_product(x_MI, buffers, grid, launch)
@@ -260,14 +262,17 @@ def wide_product(x_MI: Tensor, buffers: Mapping[str, Tensor], grid: Grid, launch
     """
     from pocketlm.runtime.kernels.triton.wide import in_tiles, wide_kernel
 
-    x_MI = _readable(x_MI)
     rows, unit = x_MI.shape[0], _unit(grid)
     width, taken = lane_bits(grid.bits, grid.group_size), WIDE_COLUMNS // unit
     codes = in_tiles(buffers["codes"].view(torch.int32), [WIDE_TILES, WIDE_COLUMNS * width // 2])
     scale = in_tiles(buffers["scale"], [WIDE_TILES, TILE_ROWS])
     zero = in_tiles(buffers["zero"], [WIDE_TILES, TILE_ROWS]) if "zero" in buffers else scale
-    x = in_tiles(x_MI, [launch.tokens, WIDE_COLUMNS], swizzle=128)
     steps, token_tiles = grid.columns // WIDE_COLUMNS, -(-rows // launch.tokens)
+    x = _readable(x_MI)
+    if rows % launch.tokens:  # the copy engine takes longer over rows that are not there
+        x = x_MI.new_empty(token_tiles * launch.tokens, grid.columns)
+        x[:rows] = x_MI
+    x = in_tiles(x, [launch.tokens, WIDE_COLUMNS], swizzle=128)
     tiles = -(-grid.rows // (WIDE_TILES * TILE_ROWS)) * token_tiles
     _, _, processors, room = card(x_MI.device.index or 0)
     shared = tiles * steps / processors + SHARING_STEPS < -(-tiles // processors) * steps

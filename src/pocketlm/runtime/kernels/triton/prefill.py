@@ -133,7 +133,7 @@ def prefill_kernel(
 
     n = gl.arange(0, N)[:, None]
     k = gl.arange(0, K)[None, :]
-    x_row = gl.minimum(first + n, rows - 1)
+    x_row = (first + n) % rows  # one row for all that are too many would be fetched in turn
     x_at = x_ptr + gl.set_auto_layout(x_row.to(gl.int64) * x_stride + k, LOAD_X)
     q_at = _first_units(q_ptr, tile, tiles, units, W, C, WORDS, LOAD_Q)
     s_at = _first_rows(s_ptr, tile, tiles, groups, W, LOAD_S)
