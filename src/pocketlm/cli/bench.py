@@ -30,7 +30,7 @@ def run(
         int | None,
         typer.Option("--context", min=1, help="Positions held when decoding begins."),
     ] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="After one warm-up.")] = 3,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="After a warm-up.")] = 3,
     device: Device = "auto",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of activations: float32, bfloat16, float16.")

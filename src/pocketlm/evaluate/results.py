@@ -142,7 +142,7 @@ class SpeedReport(Result):
     Attributes:
         prompt_tokens: Of the prompt, real text.
         new_tokens: Generated in each run.
-        runs: After one warm-up; the figures are their medians.
+        runs: After a warm-up; the figures are their medians.
         prefill_tokens_per_second: Prompt tokens over the time to the first new token.
         decode_tokens_per_second: Of the tokens after the first.
         decode_runs: Of each run, for the spread.

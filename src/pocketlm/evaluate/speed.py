@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of a model, in a child process of its own.
 
 Prefill: prompt tokens / time to the first new token. Decode: further tokens / their time, greedy.
-Both by the loop that `generate` runs (runtime/decode.py), median of runs after one warm-up.
+Both by the loop that `generate` runs (runtime/decode.py), median of runs after a warm-up.
 Bound of decoding: a step reads every weight and the cache once, so it takes bytes / bandwidth.
 The bandwidth is measured by copying (bytes read + bytes written). Experts that a token skips are
 counted as read, so for mixtures of experts the achieved GB/s is too high; the report says so.
@@ -42,6 +42,7 @@ from pocketlm.models.shape import model_shape
 from pocketlm.runtime.decode import Decoder
 from pocketlm.runtime.load import load, packed_summary
 
+WARM_UPS = {"cuda": 2}  # the second prompt of a size captures its graph; elsewhere one
 MARK = "pocketlm-speed: "  # before the result, whatever libraries print around it
 ERROR_MARK = "pocketlm-speed-error: "  # before an error of ours, by its parts
 
@@ -112,7 +113,7 @@ def measure_here(
         source: What `pocketlm.load` takes.
         prompt_tokens: Of the prompt, from the builtin text.
         new_tokens: To generate, at least 2.
-        runs: After one warm-up.
+        runs: After the warm-ups.
         batch: Rows at once.
         context: Positions held when decoding begins; None: the prompt's.
         device: Where to run.
@@ -146,7 +147,8 @@ def measure_here(
     held = max(context or 0, prompt_tokens)
     model.eval()
     decoder = Decoder(model, batch)
-    time_generation(decoder, prompt.tolist(), min(8, new_tokens), held)
+    for _ in range(WARM_UPS.get(model.device.type, 1)):
+        time_generation(decoder, prompt.tolist(), min(8, new_tokens), held)
     times = [time_generation(decoder, prompt.tolist(), new_tokens, held) for _ in range(runs)]
     peak = peak_memory_bytes()  # before the bandwidth is measured, which takes memory too
     on_gpu = model.device.type == "cuda"
