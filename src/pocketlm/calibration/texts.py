@@ -13,12 +13,14 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from pocketlm.calibration.templates import ROLE_KEYS, chat_text
 from pocketlm.calibration.tokens import Tokenizer
-from pocketlm.core.errors import CalibrationError, nearest
+from pocketlm.core.errors import CalibrationError
 
 Part = Literal["calibration", "evaluation"]
 HUB_CHARACTERS = 32_000_000  # of a hub dataset at most, read as a stream
@@ -107,13 +109,14 @@ def _builtin(part: Part) -> TextSet:
 
 
 def _unknown(name: str, path: Path) -> CalibrationError:
-    known = ["builtin", "hf:org/name"]
-    if path.parent.is_dir():
-        known += [str(path.parent / other.name) for other in path.parent.iterdir()][:1000]
-    close = nearest(name, known)
-    if not close.startswith("Did"):
-        close = "Give 'builtin', a .txt, .jsonl or .parquet file, or 'hf:org/name'."
-    return CalibrationError("no such text.", where=name, remedy=close)
+    known = {"builtin": "builtin"}
+    if path.parent.is_dir():  # stems: endings are alike, and so are folders
+        known |= {other.stem: str(other) for other in islice(path.parent.iterdir(), 1000)}
+    close = get_close_matches(path.stem, known, n=1)
+    remedy = "Give 'builtin', a .txt, .jsonl or .parquet file, or 'hf:org/name'."
+    if close:
+        remedy = f"Did you mean '{known[close[0]]}'?"
+    return CalibrationError("no such text.", where=name, remedy=remedy)
 
 
 def _read(path: Path) -> str:

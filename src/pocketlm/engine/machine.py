@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def total_vram_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
+@lru_cache(maxsize=16)  # one run is predicted several times, from the same rates
 def matmul_flops(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> float:
     """Measured floating-point operations a second of [tokens, width] x [width, width]."""
     left = torch.randn(tokens, width, device=device, dtype=dtype)
@@ -108,6 +110,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, tokens: int, width: i
     return 2.0 * tokens * width * width / seconds
 
 
+@lru_cache(maxsize=16)
 def update_bytes(device: torch.device, each_call: float) -> float:
     """Measured bytes a second, read and written, of rank-one updates of a small matrix.
 
@@ -121,6 +124,7 @@ def update_bytes(device: torch.device, each_call: float) -> float:
     return 8.0 * matrix.numel() / max(seconds - each_call, seconds / 10)
 
 
+@lru_cache(maxsize=16)
 def call_seconds(device: torch.device) -> float:
     """Measured seconds of one small tensor operation in a sequence."""
     small = torch.ones(256, device=device)

@@ -57,7 +57,15 @@ def check_layer(
 
     if format_name not in known.formats:
         readable = ", ".join(known.formats) or "none of the formats written here"
-        raise refuse(f"{target} does not load the format {format_name}.", f"It loads {readable}.")
+        remedy = f"It loads {readable}."
+        if spec.type != "int" and known.formats:  # most likely a scheme was chosen, not a format
+            remedy = (
+                f"It runs integers, such as W4A16, and {', '.join(known.floats) or 'no floats'}."
+            )
+        raise refuse(
+            f"{target} does not load the format {format_name}, in which {spec.name} is written.",
+            remedy,
+        )
     if not spec.fits(columns):
         fitted = spec.fit(columns)
         raise refuse(
