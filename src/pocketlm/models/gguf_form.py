@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from pocketlm.formats.gguf_mix import Architecture
 from pocketlm.models.adapter import Model
+from pocketlm.models.gguf_experts import stacks
 from pocketlm.models.gguf_metadata import (
     architecture,
     metadata,
@@ -54,6 +55,17 @@ class GgufForm:
             ConfigError: If the package gguf is not installed.
         """
         return gguf_names(self.config, tensors)
+
+    def stacks(self, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+        """What each tensor of the file is made of: one tensor, or a block's experts in order.
+
+        Args:
+            names: As `names` gives them, of all tensors.
+
+        Raises:
+            ArtifactError: If an expert is missing, or two tensors have one name.
+        """
+        return stacks(names, self.architecture.experts)
 
     def metadata(self, name: str, file_type: int) -> dict[str, Value]:
         """Everything the file says beside its tensors.

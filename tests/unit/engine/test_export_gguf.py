@@ -81,6 +81,9 @@ def saved(directory: Path, family: str, **changes: object) -> Path:
         ("gemma2", {}),
         ("gemma3", {}),
         ("phi3", {}),
+        ("mixtral", {}),
+        ("qwen2-moe", {}),
+        ("qwen3-moe", {"mlp_only_layers": [], "norm_topk_prob": True}),
     ],
 )
 def test_the_same_model_comes_back(tmp_path: Path, family: str, changes: dict[str, object]) -> None:
