@@ -147,7 +147,9 @@ def checkpoint_name(parameter: str, model_type: str) -> str:
         parameter: transformers' name.
         model_type: Of the model.
     """
-    return parameter.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else parameter
+    return (
+        parameter.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else parameter
+    )
 
 
 def expert_name(parameter: str, tensor: str, expert: int, model_type: str) -> str:

@@ -14,6 +14,7 @@ from pocketlm.models.gguf_experts import stacks
 from pocketlm.models.gguf_metadata import (
     architecture,
     metadata,
+    require_same_function,
     rotary_tables,
     tokens_metadata,
     window_note,
@@ -42,10 +43,13 @@ class GgufForm:
         """The form of a model.
 
         Raises:
-            UnsupportedModel: If no writer for its architecture exists here.
+            UnsupportedModel: If no writer for its architecture exists here, or llama.cpp would
+                compute another function.
         """
         config = model.skeleton.model.config
-        return cls(model, config, architecture(config))
+        known = architecture(config)
+        require_same_function(config, known.name)
+        return cls(model, config, known)
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """Names of a checkpoint → names in the file; what llama.cpp does not want is left out.

@@ -68,10 +68,9 @@ def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, V
         file_type: llama.cpp's number of the mixture of types.
 
     Raises:
-        UnsupportedModel: If llama.cpp would compute another function.
+        UnsupportedModel: If rotary scaling has no key.
     """
     arch = architecture(config).name
-    _refuse_what_differs(config, arch)
     width = head_width(config)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     own = {
@@ -141,7 +140,16 @@ def complete(config: PretrainedConfig, stated: Mapping[str, Any], arch: str) -> 
     return changed
 
 
-def _refuse_what_differs(config: PretrainedConfig, arch: str) -> None:
+def require_same_function(config: PretrainedConfig, arch: str) -> None:
+    """Refuses what llama.cpp would load and compute otherwise.
+
+    Args:
+        config: transformers' configuration.
+        arch: llama.cpp's name of the architecture.
+
+    Raises:
+        UnsupportedModel: With what differs.
+    """
     reason = why_not(config, arch)
     if reason is not None:
         raise _refused(reason)
