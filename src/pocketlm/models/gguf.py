@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pocketlm.core.errors import ConfigError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorInfo
 from pocketlm.models.bytes import PositionalFile, byte_view, require_finite
+from pocketlm.models.gguf_experts import as_mixture, checkpoint_name, expert_name, is_stack
 from pocketlm.models.gguf_header import (
     GgufHeader,
     GgufTensor,
@@ -26,7 +27,6 @@ from pocketlm.models.gguf_header import (
     read_header,
     write_small_header,
 )
-from pocketlm.models.gguf_experts import as_mixture, checkpoint_name, expert_name, is_stack
 from pocketlm.models.gguf_metadata import complete
 from pocketlm.models.gguf_rope import rope_parameters
 
@@ -228,7 +228,7 @@ class GgufSource:
     ) -> None:
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         dtype = PLAIN.get(tensor.kind, torch.float16)
-        if is_stack(tensor.name) and name in shapes:
+        if name is not None and name in shapes and is_stack(tensor.name):
             self._require_stack(tensor, shapes[name])
             for expert in range(tensor.shape[0]):
                 own = expert_name(name, tensor.name, expert, self._model_type)
@@ -257,6 +257,10 @@ class GgufSource:
         if tensor.shape != (experts, rows, columns):
             stated = f"{list(tensor.shape)}, but its metadata says {[experts, rows, columns]}"
             raise damaged(self._gguf.file, f"holds '{tensor.name}' as {stated}")
+
+    def kinds(self) -> dict[str, int]:
+        """Tensor name → ggml's number of the type it is stored in."""
+        return {name: tensor.kind for name, (tensor, _) in self._stored.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor, in the order of the file."""

@@ -1,8 +1,8 @@
 """What a GGUF file says of a model beside its weights: configuration, rotary scaling, names.
 
 The keys and conventions are those of llama.cpp's converter for Llama, Mistral, Qwen 2 and 3, Gemma
-1 to 3, Phi-3 and the mixtures of Mixtral and Qwen. What llama.cpp would compute otherwise than transformers is refused, not written:
-a file that loads and answers wrong is worse than none.
+1 to 3, Phi-3 and the mixtures of Mixtral and Qwen. What llama.cpp would compute otherwise than
+transformers is refused, not written: a file that loads and answers wrong is worse than none.
 """
 
 from __future__ import annotations

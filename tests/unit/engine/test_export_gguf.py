@@ -167,6 +167,9 @@ def test_a_mixture_of_experts_keeps_every_code(mixture: Path, tmp_path: Path) ->
     recipe = build_recipe({"steps": ["rtn"]}, scheme="Q4_K_M")
     api.compress(mixture, recipe, tmp_path / "out", target="gguf", samples=2, seq_len=32)
     made = api.export(tmp_path / "out", tmp_path / "m.gguf", to="gguf:Q4_K_M")
+    overrides = with_mixture(recipe, open_model(mixture)).overrides
+    assert overrides["model.layers.1.block_sparse_moe.experts.*.w2"].name == "Q6_K"
+    assert len(overrides) == 2 + 2 * (4 + 3)  # embedding, head; attention and stacks of two blocks
     assert all(tensor.error == 0 for tensor in made.tensors.values())
     assert made.tensors["blk.0.ffn_up_exps.weight"].kept
     found = tensors(tmp_path / "m.gguf")
@@ -190,7 +193,9 @@ def test_a_mixture_of_experts_keeps_every_code(mixture: Path, tmp_path: Path) ->
     }
 
 
-def test_experts_of_an_engines_format_are_held(mixture: Path, tmp_path: Path) -> None:
+def test_experts_of_an_engines_format_are_held(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = build_recipe(scheme="W4A16", method="rtn", group_size=32)
     api.compress(mixture, recipe, tmp_path / "out", target="transformers", samples=2, seq_len=32)
     made = api.export(tmp_path / "out", tmp_path / "m.gguf", to="gguf")
@@ -200,6 +205,16 @@ def test_experts_of_an_engines_format_are_held(mixture: Path, tmp_path: Path) ->
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["llama.expert_count"].contents() == 8
     assert fields["llama.expert_used_count"].contents() == 2
+    held = export_gguf._Plan._held
+    monkeypatch.setattr(
+        export_gguf._Plan,
+        "_held",
+        lambda plan, name: "Q8_0" if ".experts.3." in name else held(plan, name),
+    )
+    widest = api.export(tmp_path / "out", tmp_path / "other.gguf", to="gguf")
+    stack = widest.tensors["blk.0.ffn_up_exps.weight"]
+    assert (stack.type, stack.kept) == ("Q8_0", False)
+    assert stack.error < 1e-4
 
 
 def test_experts_are_written_one_by_one(
