@@ -47,7 +47,7 @@ def test_keys() -> None:
         (Qwen2MoeConfig(decoder_sparse_step=2), "qwen2moe", "block 0"),
         (Qwen3MoeConfig(norm_topk_prob=True, attention_bias=True), "qwen3moe", "biases"),
         (Qwen2MoeConfig(tie_word_embeddings=True), "qwen2moe", "tied"),
-        (Qwen2MoeConfig(head_dim=8), "qwen2moe", "wider"),
+        (Qwen2MoeConfig(**{"head_dim": 8}), "qwen2moe", "wider"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise(
