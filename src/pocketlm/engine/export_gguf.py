@@ -2,7 +2,8 @@
 
 Codes of an artifact are kept wherever the wanted type holds them; what is written is decoded again
 and compared, so that the account tells what was lost and not what should be. All else is rounded to
-its type by linear steps that need no data. Memory is that of one tensor.
+its type by linear steps that need no data. Memory is that of one tensor of the checkpoint: stacks
+of experts are written expert by expert.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pocketlm.core.errors import UnsupportedModel
+from pocketlm.core.errors import ArtifactError, UnsupportedModel
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.state import LinearStep
 from pocketlm.core.tensors import Packed, PackedFloat, PackedInt
@@ -25,12 +26,13 @@ from pocketlm.core.views import TensorSource
 from pocketlm.engine.ends import quantized_rows
 from pocketlm.formats.gguf_blocks import FLOATS, decode, encode
 from pocketlm.formats.gguf_hold import holding_type
-from pocketlm.formats.gguf_mix import GUESSED, MIXES, tensor_type
-from pocketlm.formats.gguf_types import SPECS, block_weights
+from pocketlm.formats.gguf_mix import GUESSED, MIXES, always_plain, tensor_type
+from pocketlm.formats.gguf_types import SPECS, block_weights, row_bytes
 from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.bytes import byte_view
 from pocketlm.models.decoded import DecodedSource
+from pocketlm.models.gguf_experts import is_stack
 from pocketlm.models.gguf_form import GgufForm
 from pocketlm.models.gguf_write import GgufEntry, write_gguf
 
@@ -42,7 +44,8 @@ class WrittenTensor(BaseModel):
 
     Attributes:
         type: Its type in the file.
-        kept: Whether the artifact's codes were written; else values were rounded to the type.
+        kept: Whether the artifact's codes were written, of all experts in a stack; else values were
+            rounded to the type.
         error: Squared distance to the source's values over their squared length; 0: nothing lost.
     """
 
@@ -126,6 +129,7 @@ def write(
 
     Raises:
         UnsupportedModel: If llama.cpp does not compute this model's function.
+        ArtifactError: If experts are missing, or differ in shape.
         ResourceError: If the disk is full.
     """
     model = open_model(source, allow_compressed=True)
@@ -143,7 +147,7 @@ def write(
         GgufEntry(name, "F32", tuple(table.shape), _just(table))
         for name, table in form.tables().items()
     ]
-    entries += [plan.entry(name, spelled) for name, spelled in names.items()]
+    entries += [plan.entry(spelled, members) for spelled, members in form.stacks(names).items()]
     keys = form.metadata(_model_name(model, source), _file_type(mix, entries))
     size = write_gguf(output, keys, entries, on_progress)
     before = sum(info.bytes_stored for info in model.source.infos().values())
@@ -169,6 +173,15 @@ def _just(values: Tensor) -> Callable[[], Iterator[memoryview]]:
     return lambda: iter((byte_view(values.contiguous()),))
 
 
+@dataclass
+class _Loss:
+    """What became of one tensor of the source; squares are those of its values."""
+
+    kept: bool
+    lost: float = 0.0
+    whole: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How each tensor is written."""
@@ -180,13 +193,41 @@ class _Plan:
     steps: Sequence[LinearStep]
     account: Account
 
-    def entry(self, name: str, spelled: str) -> GgufEntry:
-        """One tensor of the source under its name in the file."""
-        info, held = self.source.infos()[name], self._held(name)
-        kind = self._kind(name, spelled, held)
-        codes = held == kind and held is not None and kind not in FLOATS
-        return GgufEntry(
-            spelled, kind, info.shape, lambda: self._chunks(name, spelled, kind, keep=codes)
+    def entry(self, spelled: str, members: Sequence[str]) -> GgufEntry:
+        """One tensor of the file.
+
+        Args:
+            spelled: Its name in the file.
+            members: What it is made of: a tensor of the source, or the experts of a stack in order.
+
+        Raises:
+            ArtifactError: If experts differ in shape.
+        """
+        infos = self.source.infos()
+        shape = infos[members[0]].shape
+        for name in members:
+            if infos[name].shape != shape:
+                raise ArtifactError(
+                    f"is {infos[name].shape}, but {members[0]} is {shape}: llama.cpp stacks the "
+                    "experts of a block.",
+                    where=name,
+                    remedy="Keep the model in another format: pocketlm export --to dense.",
+                )
+        kinds = {self._kind(name, spelled, self._held(name)) for name in members}
+        kind = max(sorted(kinds), key=lambda kind: row_bytes(kind, shape[-1]))
+        whole = (len(members), *shape) if is_stack(spelled) else shape
+        return GgufEntry(spelled, kind, whole, lambda: self._stacked(members, spelled, kind))
+
+    def _stacked(self, members: Sequence[str], spelled: str, kind: str) -> Iterator[memoryview]:
+        """The bytes of a tensor of the file; what became of it goes into the account."""
+        losses: list[_Loss] = []
+        for name in members:
+            codes = kind not in FLOATS and self._held(name) == kind
+            losses.append(_Loss(kept=codes))
+            yield from self._chunks(name, spelled, kind, losses[-1])
+        lost, whole = sum(one.lost for one in losses), sum(one.whole for one in losses)
+        self.account.tensors[spelled] = WrittenTensor(
+            type=kind, kept=all(one.kept for one in losses), error=lost / whole if whole else 0.0
         )
 
     def _held(self, name: str) -> str | None:
@@ -198,17 +239,16 @@ class _Plan:
         info = self.source.infos()[name]
         if self.mix is not None:
             return tensor_type(self.mix, spelled, info.shape, self.form.architecture)
-        if len(info.shape) < 2:
+        if always_plain(spelled, info.shape):
             return "F32"
         if held is not None and held not in FLOATS:
             return held
         asked = self.dtype or str(info.dtype).removeprefix("torch.")
         return {"float32": "F32", "bfloat16": "BF16"}.get(asked, "F16")
 
-    def _chunks(self, name: str, spelled: str, kind: str, *, keep: bool) -> Iterator[memoryview]:
+    def _chunks(self, name: str, spelled: str, kind: str, loss: _Loss) -> Iterator[memoryview]:
         order_O = self.form.row_order(spelled)
-        lost, whole = 0.0, 0.0
-        for weight_OI, packed in self._pieces(name, keep=keep, whole=order_O is not None):
+        for weight_OI, packed in self._pieces(name, keep=loss.kept, whole=order_O is not None):
             if order_O is not None:
                 weight_OI = weight_OI[order_O]
                 packed = None if packed is None else taken_rows(packed, order_O)
@@ -217,16 +257,14 @@ class _Plan:
                 data = weight_OI.to(FLOATS[kind]).contiguous()
                 back_OI = data.float()
             else:
-                keep = keep and packed is not None
+                loss.kept = loss.kept and packed is not None
                 if packed is None:
                     packed = self._rounded(weight_OI, spelled, kind)
                 data = encode(packed, kind)
                 back_OI = decode(data, kind).dequantize()
-            lost += float((weight_OI - back_OI).square().sum(dtype=torch.float64))
-            whole += float(weight_OI.square().sum(dtype=torch.float64))
+            loss.lost += float((weight_OI - back_OI).square().sum(dtype=torch.float64))
+            loss.whole += float(weight_OI.square().sum(dtype=torch.float64))
             yield byte_view(data)
-        error = lost / whole if whole else 0.0
-        self.account.tensors[spelled] = WrittenTensor(type=kind, kept=keep, error=error)
 
     def _pieces(
         self, name: str, *, keep: bool, whole: bool

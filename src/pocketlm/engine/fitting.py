@@ -8,20 +8,21 @@ from collections.abc import Mapping
 from pocketlm.core.errors import ConfigError
 from pocketlm.core.spec import GROUP_SIZES, SUPER_BLOCK, QuantSpec, Recipe
 from pocketlm.formats.gguf_hold import native
-from pocketlm.formats.targets import EXPERT
+from pocketlm.formats.targets import is_expert, unit_of
 
 DEFAULT_GROUP_SIZE = QuantSpec.model_fields["group_size"].default
 
 
-def columns_to_fit(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def columns_to_fit(shapes: Mapping[str, tuple[int, int]], target: str) -> dict[str, int]:
     """Module path → what its groups have to divide: its columns, and for experts, which share one
-    grid in a layer, those of all of them.
+    grid, those of all that do.
 
     Args:
         shapes: (O, I) of every linear, by module path.
+        target: Engine that must load the result.
     """
     found = {name: columns for name, (_, columns) in shapes.items()}
-    layers = {name: match[1] for name in shapes if (match := EXPERT.match(name))}
+    layers = {name: unit_of(name, target) for name in shapes if is_expert(name)}
     common: dict[str, int] = {}
     for name, layer in layers.items():
         common[layer] = math.gcd(common.get(layer, 0), found[name])

@@ -147,7 +147,7 @@ def choose_grids(
     kept: dict[str, str] = {}
     notes: dict[str, str] = {}
     inputs: dict[str, ActivationSpec] = {}
-    columns = columns_to_fit(shapes)
+    columns = columns_to_fit(shapes, target)
     require_a_fit(recipe, columns)
     for name, shape in shapes.items():
         asked = recipe.spec_for(name)

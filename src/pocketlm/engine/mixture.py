@@ -1,10 +1,14 @@
-"""A recipe's mixture of GGUF types, for a model that is known: one override for each tensor."""
+"""A recipe's mixture of GGUF types, for a model that is known: an override for each tensor.
+
+Experts of a block lie in one tensor of the file for each of their linears: one pattern names them.
+"""
 
 from __future__ import annotations
 
 from pocketlm.core.spec import QuantSpec, Recipe
 from pocketlm.formats.gguf_mix import tensor_type
 from pocketlm.formats.gguf_types import FLOATS, SPECS
+from pocketlm.formats.targets import EXPERT
 from pocketlm.models.adapter import Model
 from pocketlm.models.gguf_form import GgufForm
 
@@ -28,5 +32,5 @@ def with_mixture(recipe: Recipe, model: Model) -> Recipe:
     for tensor, spelled in form.names(shapes).items():
         kind = tensor_type(recipe.mix, spelled, shapes[tensor], form.architecture)
         if kind not in FLOATS:
-            found[tensor.removesuffix(".weight")] = SPECS[kind]
+            found[EXPERT.sub(r"\1.*.", tensor.removesuffix(".weight"))] = SPECS[kind]
     return recipe.model_copy(update={"overrides": {**found, **recipe.overrides}})

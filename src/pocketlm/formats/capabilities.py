@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pocketlm.core.errors import UnsupportedLayer
 from pocketlm.core.spec import ActivationSpec, QuantSpec
 from pocketlm.formats.targets import (
-    EXPERT,
     FUSED,
     Capability,
     capabilities,
@@ -270,9 +269,8 @@ def check_model(
                 )
     experts: dict[str, list[str]] = defaultdict(list)
     for module in grids:
-        found = EXPERT.match(module)
-        if found:
-            experts[found[1]].append(module)
+        if is_expert(module):
+            experts[unit_of(module, target)].append(module)
     for members in experts.values():
         _demand_one_grid(members, grids, f"{target} stacks the experts of a layer")
         spec, activations = grids[members[0]], (inputs or {}).get(members[0])

@@ -25,6 +25,9 @@ MIXES: dict[str, tuple[str, int]] = {
 }  # fmt: skip
 GUESSED = 1024  # llama_ftype of a file of no such mixture
 _VALUES = ("attn_v", "attn_qkv")
+_ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # what weighs experts
+# Mixtures whose attention outputs get Q5_K beside eight experts.
+_FIVE_BITS_OF_EIGHT = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -37,12 +40,14 @@ class Architecture:
         blocks: How many there are.
         heads_per_value: Query heads that share a value head.
         tied: Whether the head is the embedding.
+        experts: Of each block; 0: none.
     """
 
     name: str
     blocks: int
     heads_per_value: int
     tied: bool
+    experts: int = 0
 
     @property
     def is_70b(self) -> bool:
@@ -67,16 +72,27 @@ def require_mix(mix: str, where: str = "--to") -> str:
     return mix.upper()
 
 
+def always_plain(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stays F32 in every file: vectors, norms, and the routers of experts.
+
+    Args:
+        tensor: The tensor's name in the file.
+        shape: Its shape, rows first.
+    """
+    vector = len(shape) < 2 or not tensor.endswith(".weight") or tensor.endswith("_norm.weight")
+    return vector or tensor.endswith(_ROUTERS)
+
+
 def tensor_type(mix: str, tensor: str, shape: tuple[int, ...], model: Architecture) -> str:
     """The type of one tensor.
 
     Args:
         mix: The mixture, as `require_mix` gives it.
         tensor: The tensor's name in the file.
-        shape: Its shape, rows first.
+        shape: Its shape, rows first; of stacked experts [E, O, I], or one of theirs.
         model: What it belongs to.
     """
-    if len(shape) < 2 or not tensor.endswith(".weight") or tensor.endswith("_norm.weight"):
+    if always_plain(tensor, shape):
         return "F32"
     base, _ = MIXES[mix]
     if base in FLOATS:
@@ -105,11 +121,15 @@ def _wanted(mix: str, base: str, tensor: str, columns: int, model: Architecture)
     if found is None:
         return base
     block, part = int(found[1]), found[2]
+    if model.experts == 8 and part in (*_VALUES, "attn_k"):
+        return "Q8_0"  # few weights beside those of the experts
     if part in _VALUES:
         kind = _of_values(mix, base, block, model)
         return "Q5_K" if model.is_70b and kind in ("Q3_K", "Q4_K") else kind
-    if part == "ffn_down":
+    if part in ("ffn_down", "ffn_down_exps", "ffn_down_shexp"):
         return _of_down(mix, base, block, model.blocks)
+    if part == "attn_output" and model.experts == 8:
+        return "Q5_K" if mix in _FIVE_BITS_OF_EIGHT else base
     if part == "attn_output":
         return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mix, base)
     return base

@@ -45,6 +45,8 @@ class Capability(Strict):
         rows_multiple: Rows must be a multiple of this.
         fused_share_one_grid: Whether q, k, v and gate, up need one grid.
         asymmetric_needs_one_grid: Whether a model with zero points may have only one grid.
+        experts_by_part: Whether each part of a block's experts (gate, up, down) is a stack of its
+            own; else all experts of a block need one grid.
         asymmetric_experts: Whether zero points of experts are used.
         inputs: How linears' inputs may be rounded, as `ActivationSpec.name` spells it → number
             formats of weights beside which that is run: `QuantSpec.name`, of integers with
@@ -73,6 +75,7 @@ class Capability(Strict):
     rows_multiple: int
     fused_share_one_grid: bool
     asymmetric_needs_one_grid: bool
+    experts_by_part: bool
     asymmetric_experts: bool
     inputs: dict[str, tuple[str, ...]]
     heads: tuple[str, ...]
@@ -132,15 +135,16 @@ def unit_of(module: str, target: str) -> str:
         target: Name of the engine.
 
     Returns:
-        The path of the layer's experts, of the layer that the target fuses, or its own.
+        The path of the layer's experts, or of one part of them (``mlp.experts.down_proj``); of the
+        layer that the target fuses; or its own.
 
     Raises:
         ConfigError: If the target is unknown.
     """
     expert = EXPERT.match(module)
-    if expert:
-        return expert[1]
     parent, _, leaf = module.rpartition(".")
+    if expert:
+        return f"{expert[1]}.{leaf}" if capability(target).experts_by_part else expert[1]
     if capability(target).fused_share_one_grid:
         for fused in FUSED:
             if leaf in fused:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pocketlm.core.errors import ConfigError, SourceError, UnsupportedModel
 from pocketlm.core.views import TensorInfo
 from pocketlm.models.bytes import PositionalFile, byte_view, require_finite
+from pocketlm.models.gguf_experts import as_mixture, checkpoint_name, expert_name, is_stack
 from pocketlm.models.gguf_header import (
     GgufHeader,
     GgufTensor,
@@ -35,7 +36,6 @@ LARGE_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.
 LARGE_KEYS += ("tokenizer.ggml.merges", "tokenizer.ggml.precompiled_charsmap")
 TABLES = ("token_embd.weight", "output.weight")  # read by rows; no converter reorders them
 ROPE_TABLE = "rope_freqs.weight"
-EXPERTS = {"ffn_gate_exps": ("gate", 0), "ffn_up_exps": ("up", 1), "ffn_down_exps": ("down", 0)}
 
 
 def require_library() -> None:
@@ -97,9 +97,7 @@ class GgufFile:
                 raise UnsupportedModel(what, where=str(self.path)) from error
         if "vocab_size" not in parsed and tokens:
             config.vocab_size = parsed["vocab_size"] = tokens
-        inner = self.header.metadata.get(f"{self.architecture}.expert_feed_forward_length")
-        if inner and "moe_intermediate_size" in config.to_dict():  # transformers keeps its default
-            config.moe_intermediate_size = parsed["moe_intermediate_size"] = inner
+        config = as_mixture(config, self.header.metadata, self.architecture)
         parsed.update(complete(config, self.header.metadata, self.architecture))
         self._scale_rope(config)
         return config, parsed
@@ -185,7 +183,10 @@ def parameter_names(gguf: GgufFile, model: PreTrainedModel, processor: Any) -> d
         # Some converters start from the model without its outer prefix.
         bare = base.removeprefix(f"{model.base_model_prefix}.")
         spelled = table.get_name(base) or table.get_name(bare)
-        if spelled is None:
+        if spelled is None and base.endswith(".gate_up_proj"):  # two stacks of a file
+            for part in ("gate_proj", "up_proj"):
+                names[f"{table.get_name(base.replace('gate_up_proj', part))}.weight"] = own
+        elif spelled is None:
             processor.perform_fallback_tensor_mapping(names, dot + leaf, "", asked)
         else:
             names[spelled + dot + leaf] = own
@@ -212,6 +213,7 @@ class GgufSource:
             config=dict(parsed)
         )
         names = parameter_names(gguf, model, self._processor)
+        self._model_type = model.config.model_type
         self._stored: dict[str, tuple[GgufTensor, int | None]] = {}  # expert index in a stack
         self._infos: dict[str, TensorInfo] = {}
         shapes = {
@@ -224,13 +226,12 @@ class GgufSource:
     def _add(
         self, tensor: GgufTensor, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        part = EXPERTS.get(tensor.name.split(".")[-2]) if tensor.name.count(".") >= 2 else None
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         dtype = PLAIN.get(tensor.kind, torch.float16)
-        if part is not None and name is not None:
-            folder = name.partition(".experts.")[0]
+        if name is not None and name in shapes and is_stack(tensor.name):
+            self._require_stack(tensor, shapes[name])
             for expert in range(tensor.shape[0]):
-                own = f"{folder}.experts.{expert}.{part[0]}_proj.weight"
+                own = expert_name(name, tensor.name, expert, self._model_type)
                 self._stored[own] = (tensor, expert)
                 self._infos[own] = TensorInfo(own, dtype, tensor.shape[1:])
             return
@@ -240,8 +241,26 @@ class GgufSource:
                 where=str(self._gguf.path),
                 remedy="Start from the model's Hugging Face directory instead.",
             )
-        self._stored[name] = (tensor, None)
-        self._infos[name] = TensorInfo(name, dtype, shapes[name])
+        own = checkpoint_name(name, self._model_type)
+        self._stored[own] = (tensor, None)
+        self._infos[own] = TensorInfo(own, dtype, shapes[name])
+
+    def _require_stack(self, tensor: GgufTensor, fused: tuple[int, ...]) -> None:
+        """Refuses a stack of other experts than the model has.
+
+        Args:
+            tensor: Gate, up or down matrices of a block's experts.
+            fused: Shape of the parameter that they are part of; gate and up lie in one.
+        """
+        experts, rows, columns = fused
+        rows = rows if "down" in tensor.name else rows // 2
+        if tensor.shape != (experts, rows, columns):
+            stated = f"{list(tensor.shape)}, but its metadata says {[experts, rows, columns]}"
+            raise damaged(self._gguf.file, f"holds '{tensor.name}' as {stated}")
+
+    def kinds(self) -> dict[str, int]:
+        """Tensor name → ggml's number of the type it is stored in."""
+        return {name: tensor.kind for name, (tensor, _) in self._stored.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor, in the order of the file."""

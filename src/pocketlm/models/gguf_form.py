@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,9 +10,11 @@ from transformers import PretrainedConfig
 
 from pocketlm.formats.gguf_mix import Architecture
 from pocketlm.models.adapter import Model
+from pocketlm.models.gguf_experts import stacks
 from pocketlm.models.gguf_metadata import (
     architecture,
     metadata,
+    require_same_function,
     rotary_tables,
     tokens_metadata,
     window_note,
@@ -41,10 +43,13 @@ class GgufForm:
         """The form of a model.
 
         Raises:
-            UnsupportedModel: If no writer for its architecture exists here.
+            UnsupportedModel: If no writer for its architecture exists here, or llama.cpp would
+                compute another function.
         """
         config = model.skeleton.model.config
-        return cls(model, config, architecture(config))
+        known = architecture(config)
+        require_same_function(config, known.name)
+        return cls(model, config, known)
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """Names of a checkpoint → names in the file; what llama.cpp does not want is left out.
@@ -54,6 +59,17 @@ class GgufForm:
             ConfigError: If the package gguf is not installed.
         """
         return gguf_names(self.config, tensors)
+
+    def stacks(self, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+        """What each tensor of the file is made of: one tensor, or a block's experts in order.
+
+        Args:
+            names: As `names` gives them, of all tensors.
+
+        Raises:
+            ArtifactError: If an expert is missing, or two tensors have one name.
+        """
+        return stacks(names, self.architecture.experts)
 
     def metadata(self, name: str, file_type: int) -> dict[str, Value]:
         """Everything the file says beside its tensors.

@@ -1,8 +1,8 @@
 """What a GGUF file says of a model beside its weights: configuration, rotary scaling, names.
 
 The keys and conventions are those of llama.cpp's converter for Llama, Mistral, Qwen 2 and 3, Gemma
-1 to 3 and Phi-3. What llama.cpp would compute otherwise than transformers is refused, not written:
-a file that loads and answers wrong is worse than none.
+1 to 3, Phi-3 and the mixtures of Mixtral and Qwen. What llama.cpp would compute otherwise than
+transformers is refused, not written: a file that loads and answers wrong is worse than none.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from pocketlm.core.errors import UnsupportedModel
 from pocketlm.formats.gguf_mix import Architecture
 from pocketlm.models.config import head_width
+from pocketlm.models.gguf_experts import expert_count, experts_metadata, why_not
 from pocketlm.models.gguf_write import Value, array, f32, flag, text, u32
 
 # transformers' model type → llama.cpp's architecture.
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "mixtral": "llama",
+    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
 }  # fmt: skip
 GEMMAS = ("gemma", "gemma2", "gemma3")
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6}  # every how many-th block sees everything
@@ -53,6 +55,7 @@ def architecture(config: PretrainedConfig) -> Architecture:
         config.num_hidden_layers,
         heads // (config.num_key_value_heads or heads),
         bool(config.tie_word_embeddings),
+        expert_count(config),
     )
 
 
@@ -65,10 +68,9 @@ def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, V
         file_type: llama.cpp's number of the mixture of types.
 
     Raises:
-        UnsupportedModel: If llama.cpp would compute another function.
+        UnsupportedModel: If rotary scaling has no key.
     """
     arch = architecture(config).name
-    _refuse_what_differs(config, arch)
     width = head_width(config)
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     own = {
@@ -83,6 +85,7 @@ def metadata(config: PretrainedConfig, name: str, file_type: int) -> dict[str, V
         "attention.key_length": u32(width),
         "attention.value_length": u32(width),
         "rope.dimension_count": u32(_rotated(config)),
+        **experts_metadata(config),
         **_windows(config, arch),
         **_rotary(config, arch),
     }
@@ -137,7 +140,19 @@ def complete(config: PretrainedConfig, stated: Mapping[str, Any], arch: str) -> 
     return changed
 
 
-def _refuse_what_differs(config: PretrainedConfig, arch: str) -> None:
+def require_same_function(config: PretrainedConfig, arch: str) -> None:
+    """Refuses what llama.cpp would load and compute otherwise.
+
+    Args:
+        config: transformers' configuration.
+        arch: llama.cpp's name of the architecture.
+
+    Raises:
+        UnsupportedModel: With what differs.
+    """
+    reason = why_not(config, arch)
+    if reason is not None:
+        raise _refused(reason)
     expected = "gelu_pytorch_tanh" if arch in GEMMAS else "silu"
     known = config.to_dict()
     activation = known.get("hidden_activation") or known.get("hidden_act")

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from pocketlm.core.errors import UnsupportedModel
 from pocketlm.models.config import head_width
 from pocketlm.models.gguf import require_library
+from pocketlm.models.gguf_experts import EXPERT
 from pocketlm.models.gguf_metadata import GEMMAS, architecture
 
 LEAVES = (".weight", ".bias")
@@ -28,7 +29,8 @@ def gguf_names(config: PretrainedConfig, tensors: Iterable[str]) -> dict[str, st
         tensors: Names in the checkpoint.
 
     Returns:
-        Without buffers that llama.cpp computes itself, and a head that is tied.
+        Without buffers that llama.cpp computes itself, and a head that is tied. The experts of a
+        block's stack have one name.
 
     Raises:
         UnsupportedModel: If llama.cpp has no place for a tensor.
@@ -44,7 +46,7 @@ def gguf_names(config: PretrainedConfig, tensors: Iterable[str]) -> dict[str, st
     for name in tensors:
         if name.endswith("rotary_emb.inv_freq") or (model.tied and name == "lm_head.weight"):
             continue
-        spelled = table.get_name(name, try_suffixes=LEAVES)
+        spelled = table.get_name(EXPERT.sub(".experts.", name), try_suffixes=LEAVES)
         if spelled is None:
             raise UnsupportedModel(
                 f"llama.cpp's {model.name} has no place for this tensor.",

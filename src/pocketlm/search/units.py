@@ -159,7 +159,7 @@ def _candidates(
     """What suits every linear of a unit; of grids that come out alike the first."""
     found: dict[tuple[QuantSpec, ...], Candidate] = {}
     refusal: UnsupportedLayer | None = None
-    columns = columns_to_fit(shapes)
+    columns = columns_to_fit(shapes, target)
     for spec in candidates:
         specs = {name: spec.fit(columns[name]) for name in linears}
         try:

@@ -26,6 +26,8 @@ from pocketlm.core.errors import (
 )
 from pocketlm.core.spec import GGUF_TYPES, SCHEMES, Recipe
 from pocketlm.core.views import End
+from pocketlm.engine import export_gguf
+from pocketlm.engine.ends import quantized_rows
 from pocketlm.engine.grids import choose_grids
 from pocketlm.engine.mixture import with_mixture
 from pocketlm.formats import shards
@@ -81,6 +83,9 @@ def saved(directory: Path, family: str, **changes: object) -> Path:
         ("gemma2", {}),
         ("gemma3", {}),
         ("phi3", {}),
+        ("mixtral", {}),
+        ("qwen2-moe", {}),
+        ("qwen3-moe", {"mlp_only_layers": [], "norm_topk_prob": True}),
     ],
 )
 def test_the_same_model_comes_back(tmp_path: Path, family: str, changes: dict[str, object]) -> None:
@@ -147,6 +152,94 @@ def test_a_mixture_keeps_every_code(wide: Path, tmp_path: Path) -> None:
     assert {n: t.type for n, t in held.tensors.items()} == {
         n: t.type for n, t in made.tensors.items()
     }
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight experts, whose rows K-quants divide."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    path = tmp_path_factory.mktemp("mixture") / "model"
+    return saved(path, "mixtral", **sizes, num_local_experts=8)
+
+
+def test_a_mixture_of_experts_keeps_every_code(mixture: Path, tmp_path: Path) -> None:
+    """Stacks have types of their own, by llama-quantize's rules for eight experts."""
+    recipe = build_recipe({"steps": ["rtn"]}, scheme="Q4_K_M")
+    api.compress(mixture, recipe, tmp_path / "out", target="gguf", samples=2, seq_len=32)
+    made = api.export(tmp_path / "out", tmp_path / "m.gguf", to="gguf:Q4_K_M")
+    overrides = with_mixture(recipe, open_model(mixture)).overrides
+    assert overrides["model.layers.1.block_sparse_moe.experts.*.w2"].name == "Q6_K"
+    assert len(overrides) == 2 + 2 * (4 + 3)  # embedding, head; attention and stacks of two blocks
+    assert all(tensor.error == 0 for tensor in made.tensors.values())
+    assert made.tensors["blk.0.ffn_up_exps.weight"].kept
+    found = tensors(tmp_path / "m.gguf")
+    kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    assert kinds["blk.0.attn_k.weight"] == kinds["blk.0.attn_v.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_output.weight"] == "Q5_K"
+    assert kinds["blk.0.ffn_gate_exps.weight"] == kinds["blk.0.ffn_up_exps.weight"] == "Q4_K"
+    assert kinds["blk.1.ffn_down_exps.weight"] == "Q6_K"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+    artifact = open_model(tmp_path / "out", allow_compressed=True).source
+    again = open_model(tmp_path / "m.gguf").source
+    for linear, part in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+        stack_EOI = values(found[f"blk.1.ffn_{part}_exps.weight"])
+        for expert in (0, 3, 7):
+            name = f"model.layers.1.block_sparse_moe.experts.{expert}.{linear}.weight"
+            assert torch.equal(stack_EOI[expert], artifact.read(name))
+            assert torch.equal(again.read(name), artifact.read(name).half())
+    held = api.export(tmp_path / "out", tmp_path / "held.gguf", to="gguf")
+    assert {n: t.type for n, t in held.tensors.items()} == {
+        n: t.type for n, t in made.tensors.items()
+    }
+
+
+def test_experts_of_an_engines_format_are_held(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(scheme="W4A16", method="rtn", group_size=32)
+    api.compress(mixture, recipe, tmp_path / "out", target="transformers", samples=2, seq_len=32)
+    made = api.export(tmp_path / "out", tmp_path / "m.gguf", to="gguf")
+    for part in ("gate", "up", "down"):
+        stack = made.tensors[f"blk.0.ffn_{part}_exps.weight"]
+        assert (stack.type, stack.kept, stack.error) == ("Q4_0", True, 0)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["llama.expert_count"].contents() == 8
+    assert fields["llama.expert_used_count"].contents() == 2
+    held = export_gguf._Plan._held
+    monkeypatch.setattr(
+        export_gguf._Plan,
+        "_held",
+        lambda plan, name: "Q8_0" if ".experts.3." in name else held(plan, name),
+    )
+    widest = api.export(tmp_path / "out", tmp_path / "other.gguf", to="gguf")
+    stack = widest.tensors["blk.0.ffn_up_exps.weight"]
+    assert (stack.type, stack.kept) == ("Q8_0", False)
+    assert stack.error < 1e-4
+
+
+def test_experts_are_written_one_by_one(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No piece that is rounded has more rows than one expert."""
+    rows: list[int] = []
+
+    def seen(weight_OI: torch.Tensor, *rest: Any) -> Any:
+        rows.append(len(weight_OI))
+        return quantized_rows(weight_OI, *rest)
+
+    monkeypatch.setattr(export_gguf, "quantized_rows", seen)
+    made = api.export(mixture, tmp_path / "m.gguf", to="gguf:Q8_0")
+    assert max(rows) == 256
+    assert rows.count(256) >= 2 * 3 * 8
+    whole = open_model(mixture).source
+    stack_EOI = values(tensors(tmp_path / "m.gguf")["blk.0.ffn_up_exps.weight"])
+    experts = [
+        whole.read(f"model.layers.0.block_sparse_moe.experts.{i}.w3.weight") for i in range(8)
+    ]
+    expected_EOI = torch.stack(experts).double()
+    error = (stack_EOI - expected_EOI).square().sum() / expected_EOI.square().sum()
+    told = made.tensors["blk.0.ffn_up_exps.weight"].error
+    assert math.isclose(float(error), told, rel_tol=1e-4)
 
 
 def test_metadata_as_the_package_reads_it(wide: Path, tmp_path: Path) -> None:
@@ -256,6 +349,7 @@ def test_refusals(tmp_path: Path) -> None:
         api.export(source, tmp_path / "m.gguf", to="gguf:Q4_KM")
     for family, changes, why in (
         ("granite", {}, "granite"),
+        ("qwen3-moe", {}, "norm_topk_prob"),
         ("gemma3", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
         ("gemma3", {"layer_types": ["full_attention"] * 3}, "full_attention"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),

@@ -43,6 +43,31 @@ def test_wide_models() -> None:
     assert tensor_type("Q4_K_M", "blk.3.attn_q.weight", (64, 48), LARGE) == "F16"
 
 
+def test_eight_experts() -> None:
+    """Mixtral 8x7B: values and keys in 8 bits, outputs in 5, stacks as dense linears."""
+    eight = Architecture("llama", 32, 4, tied=False, experts=8)
+    for part in ("attn_v", "attn_k"):
+        assert set(kinds("Q4_K_M", part, 4096, eight)) == {"Q8_0"}
+    assert set(kinds("Q4_K_M", "attn_output", 4096, eight)) == {"Q5_K"}
+    assert set(kinds("Q5_K_M", "attn_output", 4096, eight)) == {"Q5_K"}
+    assert set(kinds("Q3_K_L", "attn_output", 4096, eight)) == {"Q3_K"}
+    down = kinds("Q4_K_M", "ffn_down_exps", 14336, eight)
+    assert down == kinds("Q4_K_M", "ffn_down", 14336, MEDIUM)
+    assert set(down) == {"Q4_K", "Q6_K"}
+    assert set(kinds("Q4_K_M", "ffn_gate_exps", 4096, eight)) == {"Q4_K"}
+    for mix in ("F16", "Q4_K_M"):
+        assert set(kinds(mix, "ffn_gate_inp", 4096, eight)) == {"F32"}
+
+
+def test_many_experts() -> None:
+    many = Architecture("qwen3moe", 48, 8, tied=False, experts=128)
+    assert set(kinds("Q4_K_M", "attn_k", 2048, many)) == {"Q4_K"}
+    assert set(kinds("Q4_K_M", "attn_v", 2048, many)) == {"Q4_K", "Q6_K"}
+    assert set(kinds("Q3_K_M", "attn_output", 4096, many)) == {"Q4_K"}
+    assert set(kinds("Q2_K", "ffn_down_exps", 768, many)) == {"Q3_K"}
+    assert set(kinds("Q4_K_M", "ffn_gate_inp_shexp", 2048, many)) == {"F32"}
+
+
 def test_names() -> None:
     assert require_mix("q4_k_m") == "Q4_K_M"
     with pytest.raises(ConfigError, match="Q4_K_M"):

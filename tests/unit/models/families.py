@@ -67,6 +67,16 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            **SMALL,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
     "phimoe": ("PhimoeConfig", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4": (
         "Llama4TextConfig",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pocketlm.models import Model, open_model
 
-FUSED_EXPERTS = {"mixtral", "qwen3-moe", "phimoe"}  # equal up to the order of sums
+FUSED_EXPERTS = {"mixtral", "qwen2-moe", "qwen3-moe", "phimoe"}  # equal up to the order of sums
 
 
 def tokens(rows: int = 2, length: int = 16) -> Tensor:

@@ -39,6 +39,14 @@ def test_experts_of_a_layer_are_one_unit(mixtral, recipe):
     assert len(units) == 3 * (4 + 1)
 
 
+def test_each_part_of_the_experts_is_a_unit_where_it_is_a_stack_of_its_own(mixtral, recipe):
+    units = units_of(open_model(mixtral), recipe, "llama.cpp")
+    experts = [unit for unit in units if ".experts." in unit.name]
+    assert [unit.name.rpartition(".")[2] for unit in experts[:3]] == ["w1", "w3", "w2"]
+    assert all(len(unit.linears) == 4 for unit in experts)
+    assert len(units) == 3 * (4 + 3)
+
+
 def test_experts_share_groups_that_divide_the_columns_of_all(mixtral):
     recipe = Recipe.parse({"steps": ["rtn"], "weights": {"bits": 4, "group_size": 128}})
     model = open_model(mixtral)

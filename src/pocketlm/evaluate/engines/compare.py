@@ -1,19 +1,22 @@
 """Our own answers to the questions, in float32, and how far an engine's are from them.
 
-Legend: N sequences, T tokens, D hidden width, V vocabulary.
+Legend: N sequences, T tokens, R rows of several sequences, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pocketlm.core.activations import InputQuantizer
 from pocketlm.core.errors import ArtifactError
 from pocketlm.core.views import ModelView
 from pocketlm.evaluate.engines.ask import Answer
 from pocketlm.evaluate.engines.questions import Questions
+from pocketlm.models.adapter import Model
 
 TIE = 0.1  # nats between our two best tokens: below it either may win
 
@@ -112,3 +115,58 @@ def distance(view: ModelView, questions: Questions, answer: Answer) -> Distance:
         different=different,
         wrong=wrong,
     )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far our own run is from itself with its inputs rounded, after the same tokens; at most.
+
+    Attributes:
+        kl: KL(as it is ‖ rounded) in nats, mean over positions.
+        wrong: Of the tokens an engine chose, where the rounded run's likeliest is another one and
+            the first run's leads its second by `TIE` nats or more.
+    """
+
+    kl: float
+    wrong: int
+
+
+def moved(
+    view: Model,
+    roundings: Sequence[Mapping[str, InputQuantizer]],
+    questions: Questions,
+    answer: Answer,
+) -> Moved:
+    """Runs our model several times over what an engine was asked and what it chose.
+
+    Args:
+        view: The model as we read it, in float32.
+        roundings: Of each further run: module path → how its inputs are rounded.
+        questions: What was asked.
+        answer: What the engine said; its tokens alone are used.
+    """
+    batches = [(questions.sequences_NT, 0)]
+    if answer.generated:
+        prompts = torch.tensor(questions.prompts)
+        chosen_NT = torch.tensor(answer.generated)
+        batches.append((torch.cat((prompts, chosen_NT), dim=1), prompts.shape[1] - 1))
+    plain = [_logits(view, tokens_NT, first) for tokens_NT, first in batches]
+    kls, wrongs, kept = [0.0], [0], view.quantizers
+    for rounding in roundings:
+        view.quantizers = rounding
+        try:
+            rounded = [_logits(view, tokens_NT, first) for tokens_NT, first in batches]
+        finally:
+            view.quantizers = kept
+        kls.append(float(divergence(plain[0], rounded[0]).mean()))
+        for ours_RV, other_RV in zip(plain[1:], rounded[1:], strict=True):
+            best_R2, ids_R2 = ours_RV.topk(2)
+            leads_R = best_R2[:, 0] - best_R2[:, 1] >= TIE
+            wrongs.append(int((leads_R & (ids_R2[:, 0] != other_RV.argmax(-1))).sum()))
+    return Moved(max(kls), max(wrongs))
+
+
+def _logits(view: ModelView, tokens_NT: Tensor, first: int) -> Tensor:
+    """What follows each token from the first on, all sequences' rows one after the other."""
+    hidden_NTD = our_hidden(view, tokens_NT)
+    return torch.cat([our_logits(view, hidden_TD[first:-1]) for hidden_TD in hidden_NTD])
