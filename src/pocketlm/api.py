@@ -178,6 +178,7 @@ def export(
     to: str = "dense",
     dtype: str | None = None,
     target: str | None = None,
+    engine_python: str | Path | None = None,
 ) -> Export:
     """Writes a compressed model in another form.
 
@@ -187,9 +188,12 @@ def export(
         output: Where the exported model goes.
         to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
             codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "gguf" (a file for
-            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture.
+            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture;
+            "onnx" (a directory for ONNX Runtime GenAI, made by its own builder).
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
         target: The engine that is to load it, such as "vllm"; None: the format's limits only.
+        engine_python: For "onnx", the Python that has ONNX Runtime GenAI; None: what
+            POCKETLM_ONNX_PYTHON says, or this one.
 
     Returns:
         What was made: bytes and multiplications before and after, and what was lost.
@@ -203,7 +207,9 @@ def export(
     from pocketlm.recipes import END_STEPS
 
     steps = [build_step(step.method, step.options) for step in END_STEPS]
-    return export_model(path, Path(output).absolute(), to, dtype, target, steps=steps)
+    return export_model(
+        path, Path(output).absolute(), to, dtype, target, steps=steps, engine_python=engine_python
+    )
 
 
 def report(path: str | Path) -> Path:
