@@ -45,7 +45,7 @@ INSTALL = (
 )
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # Sums in float32; by default the builder has activations rounded to 8 bits.
-OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul")
+OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 TOGETHER = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PLACE = re.compile(r"layers[./](\d+)[./].*?([a-z_]+_proj)(?:[./]MatMulNBits)?$")
 
