@@ -66,9 +66,7 @@ def run(
     """
     from pocketlm import api
 
-    made = api.export(
-        path, output, to=to, dtype=dtype, target=target, engine_python=engine_python
-    )
+    made = api.export(path, output, to=to, dtype=dtype, target=target, engine_python=engine_python)
     return Answer(made, lambda console: _draw(console, made))
 
 

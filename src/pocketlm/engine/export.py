@@ -76,7 +76,7 @@ class Export(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """What an export is asked for: form, dtype of decoded weights, engine, a Python for a builder."""
+    """What an export is asked for: form, dtype of decoded weights, engine, a builder's Python."""
 
     form: str
     dtype: str | None
@@ -141,7 +141,7 @@ def export(
         UnsupportedLayer: If the form cannot hold a linear, or the target cannot run it.
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
-        BuilderMissing: If ONNX Runtime GenAI is not installed where it was looked for.
+        EngineMissing: If ONNX Runtime GenAI is not installed where it was looked for.
         UnsupportedModel: If its builder refuses the model.
     """
     name, _, mix = form.partition(":")

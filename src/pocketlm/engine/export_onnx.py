@@ -24,7 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm.core.errors import ArtifactError, ConfigError, UnsupportedLayer, UnsupportedModel
+from pocketlm.core.errors import (
+    ArtifactError,
+    EngineMissing,
+    UnsupportedLayer,
+    UnsupportedModel,
+)
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import PackedInt
 from pocketlm.engine.conversion import Conversion, convert
@@ -48,10 +53,6 @@ QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 TOGETHER = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PLACE = re.compile(r"layers[./](\d+)[./].*?([a-z_]+_proj)(?:[./]MatMulNBits)?$")
-
-
-class BuilderMissing(ConfigError):
-    """ONNX Runtime GenAI is not installed where it was looked for."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,17 @@ def find_builder(python: str | Path | None) -> str:
     """The Python that has the builder: as asked, what the environment variable says, or this one.
 
     Raises:
-        BuilderMissing: If there is no such program.
+        EngineMissing: If there is no such program.
     """
     asked = python or os.environ.get(PYTHON) or sys.executable
     found = shutil.which(str(asked))
     if found is None:
-        raise BuilderMissing(f"'{asked}' is no program.", where="--engine-python", remedy=INSTALL)
+        raise EngineMissing(f"'{asked}' is no program.", where="--engine-python", remedy=INSTALL)
     check = "import onnxruntime_genai, onnx, onnx_ir"
     tried = subprocess.run([found, "-c", check], capture_output=True, text=True, check=False)
     if tried.returncode:
         said = (tried.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise BuilderMissing(
+        raise EngineMissing(
             f"--to onnx needs ONNX Runtime GenAI ({said}).", where=found, remedy=INSTALL
         )
     return found
@@ -144,7 +145,7 @@ def build(python: str, source: Path, output: Path, made: Conversion | None) -> B
     if ended.returncode or not answer.is_file():
         said = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1][-500:]
         if ended.returncode == NOT_INSTALLED:
-            raise BuilderMissing(said, where=python, remedy=INSTALL)
+            raise EngineMissing(said, where=python, remedy=INSTALL)
         raise UnsupportedModel(
             f"{BUILDER} refuses it: {said}",
             where="--to onnx",
