@@ -242,7 +242,7 @@ def _require_one_basis(model: StoredModel) -> None:
 
 def _dense(model: StoredModel, asked: Asked) -> Made:
     source, forms = model.source, {} if model.packed is None else model.packed.forms()
-    if not forms and model.path.is_dir():
+    if not forms and model.path.is_dir() and asked.form != ONNX:
         raise ConfigError(
             "is dense already: nothing in it is compressed.",
             where=str(model.path),

@@ -39,6 +39,7 @@ from pocketlm.models.packed import PackedSource
 from pocketlm.models.stored import StoredModel
 
 NAME = "onnx"
+OTHERS = "--to gguf, dense and compressed-tensors do not need it."
 BUILDER = "the model builder of ONNX Runtime GenAI"
 PYTHON = "POCKETLM_ONNX_PYTHON"  # environment variable
 SCRIPT = Path(__file__).with_name("scripts") / "build_onnx.py"
@@ -103,13 +104,21 @@ def convert_whole(model: StoredModel) -> Conversion:
 
     Raises:
         ConfigError: If nothing is compressed.
-        UnsupportedLayer: If a linear cannot be a product of codes there; its remedy decodes all.
+        UnsupportedLayer: If there are experts, or a linear cannot be a product of codes there: the
+            remedy decodes all then.
     """
+    experts = [] if model.packed is None else [*filter(is_expert, model.packed.forms())]
+    if experts:
+        raise UnsupportedLayer(f"{BUILDER} reads no experts.", where=experts[0], remedy=OTHERS)
     try:
         made = convert(model, NAME, None)
         for module in made.specs:
-            if is_expert(module) or _PLACE.search(module) is None:
+            if _PLACE.search(module) is None:
                 raise UnsupportedLayer(f"{BUILDER} reads no codes of such a layer.", where=module)
+            if module.rpartition(".")[2] in TOGETHER:  # seen in 0.18.0
+                raise UnsupportedLayer(
+                    f"is a joined linear, whose zero points {BUILDER} splits wrongly.", where=module
+                )
         kept = [module for module in made.ignored if _PLACE.search(module)]
         if kept:
             raise UnsupportedLayer(
@@ -147,9 +156,9 @@ def build(python: str, source: Path, output: Path, made: Conversion | None) -> B
         if ended.returncode == NOT_INSTALLED:
             raise EngineMissing(said, where=python, remedy=INSTALL)
         raise UnsupportedModel(
-            f"{BUILDER} refuses it: {said}",
+            f"{BUILDER} refuses it: {said.rstrip('.')}.",
             where="--to onnx",
-            remedy="--to gguf, dense and compressed-tensors do not need it.",
+            remedy=OTHERS,
         )
     found = json.loads(answer.read_text("utf-8"))
     _compare(found["products"], output, {} if made is None else made.specs, made and made.source)
@@ -227,12 +236,12 @@ def _decoded(product: Mapping[str, Any], directory: Path) -> PackedInt:
     bits, block, rows, columns = (product[key] for key in ("bits", "block_size", "N", "K"))
     spec = QuantSpec(bits=bits, group_size=block, symmetric=False)
     tensors = {
-        f"x.{role}": _read(directory, product["parts"][role], dtype, (rows, -1))
+        f"{product['name']}.{role}": _read(directory, product["parts"][role], dtype, (rows, -1))
         for role, dtype in (
             ("qweight", torch.uint8), ("scales", torch.float32), ("qzeros", torch.uint8)
         )
     }  # fmt: skip
-    weight = olive_packed.decode(tensors, "x", spec)
+    weight = olive_packed.decode(tensors, product["name"], spec)
     if weight.shape != (rows, columns):
         raise ArtifactError(f"is {weight.shape}, not {(rows, columns)}.", where=product["name"])
     return weight

@@ -7,6 +7,7 @@ opsets, and each product of codes with the place of its tensors.
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_INSTALLED = 3  # exit code where a package is not there
+IMPORTED = ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir", "torch", "transformers")
 PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx", "transformers")
 ROLES = ("qweight", "scales", "qzeros")  # inputs of MatMulNBits behind the activations
 QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", "QMoE")
@@ -62,11 +64,8 @@ def _parts(node: Any, tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
 if __name__ == "__main__":
     source, output, precision, answer, *options = sys.argv[1:]
     try:
-        import onnx  # noqa: F401  # pyright: ignore[reportMissingImports]
-        import onnx_ir  # noqa: F401  # pyright: ignore[reportMissingImports]
-        import onnxruntime_genai  # noqa: F401  # pyright: ignore[reportMissingImports]
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        for name in IMPORTED:
+            importlib.import_module(name)
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         sys.exit(NOT_INSTALLED)
