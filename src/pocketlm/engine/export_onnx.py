@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pocketlm.core.errors import (
     ArtifactError,
+    ConfigError,
     EngineMissing,
     UnsupportedLayer,
     UnsupportedModel,
@@ -107,7 +108,13 @@ def convert_whole(model: StoredModel) -> Conversion:
         UnsupportedLayer: If there are experts, or a linear cannot be a product of codes there: the
             remedy decodes all then.
     """
-    experts = [] if model.packed is None else [*filter(is_expert, model.packed.forms())]
+    if model.packed is None:
+        raise ConfigError(
+            "holds no codes that could be kept.",
+            where=str(model.path),
+            remedy="Compress it first, or give --dtype float32.",
+        )
+    experts = [*filter(is_expert, model.packed.forms())]
     if experts:
         raise UnsupportedLayer(f"{BUILDER} reads no experts.", where=experts[0], remedy=OTHERS)
     try:

@@ -156,6 +156,10 @@ def test_what_cannot_be_held_names_the_decoded_form(
         api.export(kept, tmp_path / "out", to="onnx")
     decoded = api.export(kept, tmp_path / "out", to="onnx", dtype="float32")
     assert decoded.decoded == len(part)
+    plain = tmp_path / "kept" / "dense"
+    with pytest.raises(ConfigError, match=r"holds no codes.*--dtype float32"):
+        api.export(plain, tmp_path / "no", to="onnx")
+    assert api.export(plain, tmp_path / "plain", to="onnx", dtype="float32").decoded == 0
     with pytest.raises(ConfigError, match=r"--dtype: decoded weights.*float32"):
         api.export(kept, tmp_path / "no", to="onnx", dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"--engine-python: it is for --to onnx"):
