@@ -68,11 +68,13 @@ test-tasks: $(VENV)/.stamp-tasks ## the tests of eval --tasks; installs lm-eval 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tasks tests/unit/evaluate
 
 # Real engines, each in an environment of its own: vLLM's CPU build wants its own transformers and
-# compressed-tensors, llama.cpp comes prebuilt with node-llama-cpp. Cells that were run are kept
-# (build/interop); make interop INTEROP_ARGS=--again forgets them. VLLM= and LLAMA_CPP= name engines
-# that are installed already.
+# compressed-tensors, llama.cpp comes prebuilt with node-llama-cpp, ONNX Runtime GenAI brings the
+# builder that export --to onnx runs. Cells that were run are kept (build/interop); make interop
+# INTEROP_ARGS=--again forgets them. VLLM=, ONNX= and LLAMA_CPP= name engines that are installed
+# already.
 ENGINES ?= .engines
 VLLM ?= $(ENGINES)/vllm/bin/python
+ONNX ?= $(ENGINES)/onnx/bin/python
 LLAMA_CPP ?= $(ENGINES)/llama.cpp
 
 $(ENGINES)/.stamp-vllm: benchmarks/peers/vllm.txt
@@ -84,6 +86,13 @@ $(ENGINES)/.stamp-vllm: benchmarks/peers/vllm.txt
 	@$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+$(ENGINES)/.stamp-onnx: benchmarks/peers/onnxruntime.txt
+	@echo "Installing ONNX Runtime GenAI into $(ENGINES)/onnx (once; 1.5 GB)"
+	@$(firstword $(wildcard $(BIN)/python) python3) -m venv $(ENGINES)/onnx
+	@$(ENGINES)/onnx/bin/python -m pip install --quiet "$$(grep -E '^torch==' benchmarks/peers/onnxruntime.txt)"
+	@$(ENGINES)/onnx/bin/python -m pip install --quiet --requirement benchmarks/peers/onnxruntime.txt
+	@touch $@
+
 $(ENGINES)/.stamp-llama-cpp:
 	@echo "Installing llama.cpp, prebuilt with node-llama-cpp, into $(LLAMA_CPP) (once)"
 	@mkdir -p $(LLAMA_CPP)
@@ -91,13 +100,14 @@ $(ENGINES)/.stamp-llama-cpp:
 	@touch $@
 
 OWN_ENGINES := $(if $(filter $(ENGINES)/%,$(VLLM)),$(ENGINES)/.stamp-vllm) \
+  $(if $(filter $(ENGINES)/%,$(ONNX)),$(ENGINES)/.stamp-onnx) \
   $(if $(filter $(ENGINES)/%,$(LLAMA_CPP)),$(ENGINES)/.stamp-llama-cpp)
 
 interop: $(VENV)/.stamp-dev $(OWN_ENGINES) ## every format in real engines; writes docs/capabilities.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/interop.py --vllm-python $(VLLM) \
-	  --llama-cpp $(LLAMA_CPP) --publish $(INTEROP_ARGS)
-	POCKETLM_VLLM_PYTHON=$(VLLM) POCKETLM_LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -m interop tests/interop
+	  --llama-cpp $(LLAMA_CPP) --onnx-python $(ONNX) --publish $(INTEROP_ARGS)
+	POCKETLM_VLLM_PYTHON=$(VLLM) POCKETLM_LLAMA_CPP=$(LLAMA_CPP) POCKETLM_ONNX_PYTHON=$(ONNX) \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop tests/interop
 
 lint: $(VENV)/.stamp-dev ## style, types and import rules only
 	$(BIN)/ruff check

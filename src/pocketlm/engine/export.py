@@ -1,6 +1,7 @@
 """Writes a compressed model again in another form, tensor by tensor, and says what that costs.
 
-``gguf`` is one file for llama.cpp (`engine/export_gguf.py`).
+``gguf`` is one file for llama.cpp (`engine/export_gguf.py`), ``onnx`` a directory that ONNX Runtime
+GenAI's own builder makes of one in its layout (`engine/export_onnx.py`).
 
 ``dense`` undoes every compression of the storage: codes are decoded, factors multiplied, zeros
 written out. What comes out is an ordinary checkpoint that any tool loads; what was lost when it was
@@ -14,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pocketlm.core.views import TensorInfo, TensorSource
 from pocketlm.engine.artifact import CARD, partial_path
 from pocketlm.engine.conversion import CACHE_NOTE, PACKED_FORMS, convert
 from pocketlm.engine.export_gguf import WrittenTensor, write
+from pocketlm.engine.export_onnx import NAME as ONNX
+from pocketlm.engine.export_onnx import Built, build, convert_whole, find_builder
 from pocketlm.formats import kv_cache
 from pocketlm.formats.capabilities import capability, target_name
 from pocketlm.formats.gguf_mix import require_mix
@@ -53,6 +56,7 @@ class Export(BaseModel):
         products_after: The same now.
         notes: What else changed, as sentences.
         tensors: What became of each tensor of a GGUF file; empty for other forms.
+        opsets: Domain → version of an ONNX file; empty for other forms.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,15 +71,17 @@ class Export(BaseModel):
     products_after: int
     notes: list[str]
     tensors: dict[str, WrittenTensor] = Field(default_factory=dict)
+    opsets: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What an export is asked for: the form, the dtype of decoded weights, the engine."""
+    """What an export is asked for: form, dtype of decoded weights, engine, a builder's Python."""
 
     form: str
     dtype: str | None
     target: str | None
+    python: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Made:
         decoded: Linears that were decoded.
         config: Gives what config.json says beside the model's own; asked once all is written.
         notes: Gives what changed, as sentences; asked once all is written.
+        build: Makes the output (second) of a directory with the entries (first); None: it is that.
     """
 
     form: str
@@ -97,6 +104,7 @@ class Made:
     decoded: int
     config: Callable[[], dict[str, Any]]
     notes: Callable[[], list[str]]
+    build: Callable[[Path, Path], Built] | None = None
 
 
 def export(
@@ -108,6 +116,7 @@ def export(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     steps: Sequence[LinearStep] = (),
+    engine_python: str | Path | None = None,
 ) -> Export:
     """Writes a compressed model in another form; the output takes its name once it is whole.
 
@@ -119,6 +128,8 @@ def export(
         target: The engine that is to load it; None: the form's own limits only.
         on_progress: Called with bytes written and bytes in all.
         steps: What rounds values to a GGUF type: linear steps that need no data.
+        engine_python: For "onnx", the Python that has ONNX Runtime GenAI; None: what the
+            environment variable says, or this one.
 
     Returns:
         What was made, with its price.
@@ -130,6 +141,8 @@ def export(
         UnsupportedLayer: If the form cannot hold a linear, or the target cannot run it.
         ArtifactError: If a weight's tensors contradict each other.
         ResourceError: If the disk is full.
+        EngineMissing: If ONNX Runtime GenAI is not installed where it was looked for.
+        UnsupportedModel: If its builder refuses the model.
     """
     name, _, mix = form.partition(":")
     if name not in (*FORMS, GGUF) or (mix and name != GGUF):
@@ -140,6 +153,8 @@ def export(
         raise ConfigError(
             f"weights are not written in '{dtype}'.", where="--dtype", remedy=nearest(dtype, DTYPES)
         )
+    if engine_python is not None and name != ONNX:
+        raise ConfigError("it is for --to onnx.", where="--engine-python", remedy="Leave it out.")
     if name == GGUF:
         if target is not None and target_name(target) != "llama.cpp":
             _require_target(GGUF, target)
@@ -153,7 +168,8 @@ def export(
     model = open_stored(source)
     try:
         _require_one_basis(model)
-        return _write(model, output, FORMS[form](model, Asked(form, dtype, target)), on_progress)
+        asked = Asked(form, dtype, target, engine_python)
+        return _write(model, output, FORMS[form](model, asked), on_progress)
     finally:
         model.close()
 
@@ -226,7 +242,7 @@ def _require_one_basis(model: StoredModel) -> None:
 
 def _dense(model: StoredModel, asked: Asked) -> Made:
     source, forms = model.source, {} if model.packed is None else model.packed.forms()
-    if not forms and model.path.is_dir():
+    if not forms and model.path.is_dir() and asked.form != ONNX:
         raise ConfigError(
             "is dense already: nothing in it is compressed.",
             where=str(model.path),
@@ -268,6 +284,30 @@ def _packed(model: StoredModel, asked: Asked) -> Made:
     )
 
 
+def _onnx(model: StoredModel, asked: Asked) -> Made:
+    """Codes as they are; with the dtype float32, every weight decoded."""
+    if asked.dtype not in (None, "float32"):
+        raise ConfigError(
+            "decoded weights of an ONNX directory for a CPU are float32.",
+            where="--dtype",
+            remedy="Give float32, or leave it out: the codes are kept then.",
+        )
+    python = find_builder(asked.python)
+    if asked.dtype is not None:
+        made = _dense(model, asked)
+        return replace(made, form=ONNX, build=lambda source, out: build(python, source, out, None))
+    conversion = convert_whole(model)
+    return Made(
+        form=ONNX,
+        dtype="float32",
+        entries=conversion.entries,
+        decoded=0,
+        config=lambda: {"quantization_config": conversion.section()},
+        notes=lambda: [*conversion.losses(), *conversion.notes],
+        build=lambda source, out: build(python, source, out, conversion),
+    )
+
+
 def _write(
     model: StoredModel, output: Path, made: Made, on_progress: Callable[[int, int], None] | None
 ) -> Export:
@@ -276,26 +316,53 @@ def _write(
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        assemble(growing, made.entries, on_progress=on_progress)
-        for file, data in sorted(model.side_files().items()):
-            if file != CARD:  # it speaks of the compressed model
-                (growing / file).parent.mkdir(parents=True, exist_ok=True)
-                write_file(growing / file, data)
-        config = {**model.config, **made.config()}
-        if "dtype" in config:
-            config.pop("torch_dtype", None)
-        write_file(growing / "config.json", _json(config))
+        whole = _files(growing / "files", model, made, on_progress)
         account = _account(model, output, made)
-        (growing / "pocketlm").mkdir()
+        if made.build is not None:
+            whole, files = growing / "built", whole
+            built = made.build(files, whole)
+            _carry(model, files, whole)
+            found = {"opsets": dict(built.opsets), "bytes_after": built.bytes_stored}
+            account = account.model_copy(update={**found, "notes": account.notes + built.notes()})
+        (whole / "pocketlm").mkdir()
         account_json = {**account.model_dump(mode="json"), "source": str(model.path)}
-        write_file(growing / "pocketlm" / "export.json", _json(account_json))
+        write_file(whole / "pocketlm" / "export.json", _json(account_json))
         if output.exists():
             output.rmdir()
-        growing.replace(output)
+        whole.replace(output)
         sync_directory(output.parent)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
     return account
+
+
+def _files(
+    directory: Path,
+    model: StoredModel,
+    made: Made,
+    on_progress: Callable[[int, int], None] | None,
+) -> Path:
+    """Writes the tensors, config.json and what goes with the model; gives the directory."""
+    directory.mkdir()
+    assemble(directory, made.entries, on_progress=on_progress)
+    for file, data in sorted(model.side_files().items()):
+        if file != CARD:  # it speaks of the compressed model
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            write_file(directory / file, data)
+    config = {**model.config, **made.config()}
+    if "dtype" in config:
+        config.pop("torch_dtype", None)
+    write_file(directory / "config.json", _json(config))
+    return directory
+
+
+def _carry(model: StoredModel, files: Path, built: Path) -> None:
+    """Takes over what a builder leaves behind: licence, generation settings, the plain config."""
+    for file in model.side_files():
+        if file != CARD and not (built / file).exists():
+            (built / file).parent.mkdir(parents=True, exist_ok=True)
+            (files / file).replace(built / file)
+    write_file(built / "config.json", _json(dict(model.config)))
 
 
 def _is_float(info: TensorInfo) -> bool:
@@ -375,5 +442,6 @@ def _json(value: dict[str, Any]) -> bytes:
 FORMS: dict[str, Callable[[StoredModel, Asked], Made]] = {
     "dense": _dense,
     **dict.fromkeys(PACKED_FORMS, _packed),
+    ONNX: _onnx,
 }
 """What `--to` takes; other formats join here."""

@@ -16,10 +16,10 @@ from typing import Literal
 
 from pydantic import computed_field
 
-from pocketlm.core.errors import ConfigError, PocketLMError
-from pocketlm.evaluate.engines.find import Engine, EngineMissing
+from pocketlm.core.errors import ConfigError, EngineMissing, PocketLMError
+from pocketlm.evaluate.engines.find import Engine
 from pocketlm.evaluate.results import Result
-from pocketlm.evaluate.verify_engine import EngineRun, ToGguf
+from pocketlm.evaluate.verify_engine import EngineRun, Export
 from pocketlm.evaluate.verify_files import LEDGER, Artifact, Named, NotChecked
 from pocketlm.evaluate.verify_files import checks as file_checks
 from pocketlm.evaluate.verify_logits import check_logits
@@ -73,7 +73,7 @@ def verify_artifact(
     engine: Engine | None = None,
     *,
     split: int = 1,
-    to_gguf: ToGguf | None = None,
+    export: Export | None = None,
 ) -> VerifyReport:
     """Checks an artifact; with an engine also what that makes of it.
 
@@ -85,7 +85,7 @@ def verify_artifact(
         engine: Loads the files and is compared with our own run of them; None: plain transformers
             is asked for the logits of a few tokens.
         split: Over how many GPUs the engine is to split it.
-        to_gguf: Writes an artifact as a GGUF file, for llama.cpp.
+        export: Writes an artifact as llama.cpp and ONNX Runtime load it.
 
     Returns:
         Every check by name; `ok` where none failed.
@@ -124,7 +124,7 @@ def verify_artifact(
         view = open_model(path, allow_compressed=True)
         run(Rules(view, engine.target, split, against_source).checks())
         with tempfile.TemporaryDirectory() as scratch:
-            run(_engine_run(engine, path, view, Path(scratch), to_gguf).checks())
+            run(_engine_run(engine, path, view, Path(scratch), export).checks())
     return VerifyReport(path=str(path), checks=tuple(done))
 
 
@@ -133,22 +133,26 @@ TO_DIRECTORY = "Give the directory of an artifact or export, or choose --engine 
 
 
 def _engine_run(
-    engine: Engine, path: Path, view: Model, scratch: Path, to_gguf: ToGguf | None
+    engine: Engine, path: Path, view: Model, scratch: Path, export: Export | None
 ) -> EngineRun:
-    """What an engine is asked about; llama.cpp gets the artifact as a GGUF file.
+    """What an engine is asked about; llama.cpp and ONNX Runtime get the artifact in their form.
 
     Raises:
-        PocketLMError: If the artifact cannot be written as such a file.
+        PocketLMError: If the artifact cannot be written so.
     """
-    if engine.name != "llama.cpp" or to_gguf is None:
+    form = OWN_FORMS.get(engine.name)
+    if form is None or export is None:
         return EngineRun(engine, path, view)
-    file = scratch / f"{path.name}.gguf"
-    lost = to_gguf(path, file)
-    if lost:  # the file is compared with itself: what writing it cost is said beside
-        view = open_model(file)
-    return EngineRun(engine, file, view, notes=["written by `export --to gguf`.", *lost])
+    place = scratch / f"{path.name}.{form}"
+    lost = export(path, place, form)
+    if form == "onnx":  # its codes were compared with ours; roundings of inputs are dropped
+        view.quantizers = {}
+    elif lost:  # the file is compared with itself: what writing it cost is said beside
+        view = open_model(place)
+    return EngineRun(engine, place, view, notes=[f"written by `export --to {form}`.", *lost])
 
 
+OWN_FORMS = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 LOGITS = ("transformers logits", ("config.json", "shards", "compressed weights"), check_logits)
 
 

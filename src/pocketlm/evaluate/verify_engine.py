@@ -3,7 +3,7 @@
 Log-probabilities on fixed text and greedy continuations are compared with our own float32 run of
 the decoded weights. Bounds: transformers, whose weights are decoded as ours, gives the same bits;
 vLLM computes in 16 bits where its kernels do; llama.cpp rounds activations to 8 bits beside
-quantized weights.
+quantized weights; ONNX Runtime sums in float32, as the export asks it to.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pocketlm.models import open_model
 from pocketlm.models.adapter import Model
 from pocketlm.models.gguf import GgufFile
 
-KL_LIMITS = {"transformers": 1e-4, "vllm": 1e-3, "llama.cpp": 5e-3}
+KL_LIMITS = {"transformers": 1e-4, "vllm": 1e-3, "llama.cpp": 5e-3, "onnxruntime": 1e-6}
 # Of the greedy tokens, where activations are rounded to 8 bits: noise that flips choices beyond a
 # tie. F16 files flip none (docs/experiments.md).
 ROUNDING_FLIPS = 0.02
@@ -269,8 +269,8 @@ def flips_at_most(
 
 def dtypes_for(engine: Engine, index: CompressedIndex | None) -> tuple[str, ...]:
     """What an engine is asked to compute in, the first that it takes."""
-    if engine.name == "llama.cpp":
-        return ("gguf",)
+    if engine.name in ("llama.cpp", "onnxruntime"):
+        return ("gguf" if engine.name == "llama.cpp" else "onnx",)
     if engine.name == "transformers":
         return ("float32",)
     packed = () if index is None else index.modules.values()
@@ -278,5 +278,5 @@ def dtypes_for(engine: Engine, index: CompressedIndex | None) -> tuple[str, ...]
     return HALF_FIRST if by_codes else DTYPES
 
 
-ToGguf = Callable[[Path, Path], list[str]]
-"""Writes an artifact as a GGUF file; gives what was lost, as sentences."""
+Export = Callable[[Path, Path, str], list[str]]
+"""Writes an artifact (first) at a place in a form; gives what was lost, as sentences."""

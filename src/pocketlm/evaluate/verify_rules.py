@@ -28,6 +28,7 @@ from pocketlm.models.tokenizer import load_tokenizer
 
 WORLDS = (2, 4, 8)  # GPUs over which engines split a layer
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "w2")
+OWN_FILES = ("llama.cpp", "onnxruntime")  # an artifact is exported for them
 WORD = {"pack-quantized": 32, "gptq": 32, "gptq_v2": 32, "awq": 32}  # bits of a packed word
 BESIDE = {
     "multi-token prediction": re.compile(r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm)(\.|_|$)"),
@@ -61,7 +62,7 @@ class Rules:
             ("tensor parallel", needs, self.check_split),
         )
         return (
-            *(() if self.target == "llama.cpp" else of_directories),  # it gets a file of its own
+            *(() if self.target in OWN_FILES else of_directories),
             ("zero points", needs, self.check_zero_points),
             ("chat template", ("shards",), self.check_template),
             ("tensors beside the decoder", ("shards",), self.check_beside),

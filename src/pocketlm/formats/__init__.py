@@ -12,7 +12,7 @@ def format_for(name: str) -> Any:
 
     Args:
         name: ``compressed-tensors``, ``pocketlm``, ``dense``, ``gptq``, ``gptq_v2``,
-            ``awq`` or ``mlx``.
+            ``awq``, ``mlx`` or ``onnx``.
 
     Returns:
         A module or object with `names`, `encode`, `decode`, `config_section` and `stored_bytes`.
@@ -24,8 +24,9 @@ def format_for(name: str) -> Any:
     from pocketlm.formats.awq import AWQ
     from pocketlm.formats.gptq import GPTQ, GPTQ_V2
     from pocketlm.formats.mlx import MLX
+    from pocketlm.formats.onnx import ONNX
 
-    formats = (compressed_tensors, pocketlm, dense, GPTQ, GPTQ_V2, AWQ, MLX)
+    formats = (compressed_tensors, pocketlm, dense, GPTQ, GPTQ_V2, AWQ, MLX, ONNX)
     known = {each.NAME: each for each in formats}
     if name not in known:
         raise ConfigError(f"unknown format '{name}'.", remedy=nearest(name, known))

@@ -20,9 +20,9 @@ same data lies in `formats/proofs.json`, which `plan` consults.
 - **✗ (1)**: *refused by the engine*; its message is below the table.
 - **– (1)**: *not run here*, for the reason below the table.
 
-Bounds: transformers equal or below 1e-4, vLLM below 1e-3, llama.cpp below 5e-3. A mixture of
-experts in llama.cpp: where rounded inputs choose other experts and move our own run further than
-these, twice what they move it by, of the KL and of greedy choices.
+Bounds: transformers equal or below 1e-4, vLLM below 1e-3, llama.cpp below 5e-3, ONNX Runtime below
+1e-6. A mixture of experts in llama.cpp: where rounded inputs choose other experts and move our own
+run further than these, twice what they move it by, of the KL and of greedy choices.
 """
 
 

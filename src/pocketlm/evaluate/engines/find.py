@@ -10,9 +10,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pocketlm.core.errors import ConfigError, nearest
+from pocketlm.core.errors import ConfigError, EngineMissing, nearest
+from pocketlm.engine.export_onnx import INSTALL as INSTALL_ONNX
+from pocketlm.engine.export_onnx import find_builder
 
-ENGINES = ("transformers", "vllm", "llama.cpp")
+ENGINES = ("transformers", "vllm", "llama.cpp", "onnxruntime")
 SCRIPTS = Path(__file__).with_name("scripts")
 VLLM_PYTHON, LLAMA_CPP = "POCKETLM_VLLM_PYTHON", "POCKETLM_LLAMA_CPP"  # environment variables
 
@@ -35,11 +37,8 @@ INSTALL = {
     f"--engine-python vllm-env/bin/python, or set {VLLM_PYTHON}.",
     "llama.cpp": "With Node.js: `mkdir llama-env; cd llama-env; npm install --ignore-scripts "
     f"node-llama-cpp`; then give --engine-path llama-env, or set {LLAMA_CPP}.",
+    "onnxruntime": INSTALL_ONNX,
 }
-
-
-class EngineMissing(ConfigError):
-    """An engine is not installed where it was looked for."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def find_engine(name: str, python: str | Path | None = None, path: Path | None =
 
     Args:
         name: One of `ENGINES`.
-        python: The Python that has transformers or vLLM; None: what the environment variable says,
-            else this one.
+        python: The Python that has transformers, vLLM or ONNX Runtime GenAI; None: what the
+            environment variable says, else this one.
         path: The directory in which node-llama-cpp is installed; None: what the environment
             variable says, else the current one.
 
@@ -103,6 +102,9 @@ def find_engine(name: str, python: str | Path | None = None, path: Path | None =
     if name == "transformers":
         script = SCRIPTS / "in_transformers.py"
         return Engine(name, name, (_python(python, sys.executable), str(script), JOBS), QUIET)
+    if name == "onnxruntime":
+        script = SCRIPTS / "in_onnxruntime.py"
+        return Engine(name, name, (find_builder(python), str(script), JOBS), QUIET)
     return _vllm(python)
 
 
