@@ -50,7 +50,7 @@ from pocketlm.core.spec import QuantSpec  # noqa: E402
 from pocketlm.core.stored import SparseSpec  # noqa: E402
 from pocketlm.evaluate.engines.ask import Answer, Job, Refusal, ask  # noqa: E402
 from pocketlm.evaluate.engines.find import Engine, EngineMissing, find_engine  # noqa: E402
-from pocketlm.evaluate.verify_engine import EngineRun, dtypes_for  # noqa: E402
+from pocketlm.evaluate.verify_engine import KL_LIMITS, EngineRun, dtypes_for  # noqa: E402
 from pocketlm.evaluate.verify_files import Artifact, check_config, check_shards  # noqa: E402
 from pocketlm.formats.proofs import Cell, Proofs, Row, grid_names, key  # noqa: E402
 from pocketlm.formats.read import CompressedIndex  # noqa: E402
@@ -239,10 +239,12 @@ def judged(run: EngineRun, artifact: Artifact, answer: Answer | Refusal) -> Cell
     run.prepare(artifact)
     found = run.distance()
     equal = run.bit_equal() if run.engine.name == "transformers" else None
-    good = equal or found.kl < run.kl_limit()
+    limit = run.kl_limit()
+    good = equal or found.kl < limit
     return Cell(
         status="proven" if good and found.wrong <= run.flips_at_most() else "disagrees",
         kl=found.kl, kl_largest=found.kl_largest, bit_equal=equal, greedy=found.greedy,
+        limit=None if limit == KL_LIMITS[run.engine.name] else limit,
         different=found.different, wrong=found.wrong, version=answer.version, dtype=answer.dtype,
         date=today, message=" ".join(run.notes).strip("() ") or None,
     )  # fmt: skip

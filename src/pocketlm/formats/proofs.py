@@ -32,6 +32,8 @@ class Cell(Strict):
         status: What came of it.
         kl: KL(ours ‖ theirs) in nats, mean over positions.
         kl_largest: At one position.
+        limit: Of `kl`, where it is not the engine's: of a mixture whose experts are chosen by
+            rounded inputs.
         bit_equal: Whether float32 logits are ours bit for bit; None: not compared.
         greedy: Tokens that the engine chose.
         different: Of them, where our likeliest is another.
@@ -45,6 +47,7 @@ class Cell(Strict):
     status: Status = NOT_RUN
     kl: float | None = None
     kl_largest: float | None = None
+    limit: float | None = None
     bit_equal: bool | None = None
     greedy: int | None = None
     different: int | None = None

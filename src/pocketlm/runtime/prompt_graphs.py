@@ -9,7 +9,7 @@ Legend: B rows, T tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class PromptGraphs:
     def __init__(self) -> None:
         self._asked: set[tuple[int, int]] = set()
         self._graphs: dict[tuple[int, int], _PromptGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle has no public type
 
     def logits(self, lean: LeanStep, ids_BT: Tensor) -> Tensor | None:
         """Logits [B, V] of each row's last id, overwritten by the next; None without a graph.
@@ -58,7 +58,7 @@ class PromptGraphs:
 
 class _PromptGraph:
     def __init__(
-        self, lean: LeanStep, rows: int, size: int, device: torch.device, pool: tuple[int, int]
+        self, lean: LeanStep, rows: int, size: int, device: torch.device, pool: Any
     ) -> None:
         self._ids_BT = torch.zeros(rows, size, dtype=torch.long, device=device)
         self._begin_B = torch.arange(0, rows * size, size, device=device)

@@ -52,8 +52,12 @@ def test_no_cell_is_blank_and_every_run_says_how_it_went() -> None:
         if cell.status == "refused":
             assert cell.message, place
             assert cell.date, place
-    proven = [cell for cell in found.cells.values() if cell.status == "proven"]
-    assert all(cell.bit_equal or (cell.kl or 0) < 5e-3 for cell in proven)
+    for place, cell in found.cells.items():
+        if cell.status == "proven" and not cell.bit_equal:
+            assert (cell.kl or 0) < (cell.limit or 5e-3), place
+        # what rounded inputs move a router by, and nothing else, is a bound of its own
+        mixture = place.endswith(("| mixtral", "_moe")) and "| llama.cpp |" in place
+        assert cell.limit is None or (mixture and "our own run" in (cell.message or "")), place
 
 
 def test_the_page_is_the_table() -> None:
