@@ -17,11 +17,16 @@ WAIT = 60
 
 
 class Ear:
-    """Hears what a request is told."""
+    """Hears what a request is told; the scheduler's thread waits in it until `goes_on` is set."""
 
-    def __init__(self, scheduler, ask):
-        self.heard = queue.SimpleQueue()
-        self.ticket = scheduler.submit(ask, self.heard.put)
+    def __init__(self, scheduler, ask, goes_on=None):
+        self.heard, self.goes_on = queue.SimpleQueue(), goes_on
+        self.ticket = scheduler.submit(ask, self.hear)
+
+    def hear(self, event):
+        self.heard.put(event)
+        if self.goes_on is not None:
+            assert self.goes_on.wait(WAIT)
 
     def all(self):
         """Text, and the last event."""
@@ -127,10 +132,15 @@ def test_logits_that_are_not_finite_are_an_error(make, tokenizer, monkeypatch):
 def test_closing_lets_answers_end_and_refuses_the_rest(make, tokenizer):
     scheduler = make(concurrency=1)
     ids = prompts(tokenizer, 1)[0]
-    running, waiting = (Ear(scheduler, Ask(ids, max_tokens=30)) for _ in range(2))
+    goes_on = threading.Event()
+    running = Ear(scheduler, Ask(ids, max_tokens=30), goes_on)
+    waiting = Ear(scheduler, Ask(ids, max_tokens=30))
     running.heard.get(timeout=WAIT)
     closer = threading.Thread(target=scheduler.close, args=(WAIT,))
     closer.start()
+    while scheduler._closing is None:
+        time.sleep(0.001)
+    goes_on.set()
     assert isinstance(waiting.all()[1], Busy)
     assert running.all()[1].tokens == 30
     closer.join(WAIT)
