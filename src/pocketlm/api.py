@@ -5,6 +5,7 @@ Heavy imports happen inside the calls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,11 @@ def verify(
 
     def to_form(artifact: Path, output: Path, form: str) -> list[str]:
         """Writes an artifact in an engine's own form; what was lost, as sentences."""
-        if form == "onnx":
-            return export(artifact, output, to=form, engine_python=engine_python).notes
+        if form == "onnx":  # of a dense model there are no codes to be kept
+            config = json.loads((artifact / "config.json").read_text("utf-8"))
+            dtype = None if "quantization_config" in config else "float32"
+            made = export(artifact, output, to=form, dtype=dtype, engine_python=engine_python)
+            return made.notes
         made = export(artifact, output, to=form)
         return made.notes if any(tensor.error for tensor in made.tensors.values()) else []
 

@@ -74,7 +74,8 @@ def _draw(console: Console, made: Export) -> None:
     from pocketlm.report.words import bytes_text
 
     times = made.bytes_after / max(made.bytes_before, 1)
-    kind = f"{made.form}, {made.dtype}" if made.decoded else made.form
+    said = made.decoded and made.dtype not in ("as stored", "by type")
+    kind = f"{made.form}, {made.dtype}" if said else made.form
     console.print(f"Wrote [bold]{escape(str(made.output))}[/bold]: {kind}.")
     console.print(
         f"{bytes_text(made.bytes_before)} became {bytes_text(made.bytes_after)}: "

@@ -144,6 +144,10 @@ def export(
         EngineMissing: If ONNX Runtime GenAI is not installed where it was looked for.
         UnsupportedModel: If its builder refuses the model.
     """
+    if output.resolve().is_relative_to(Path(source).resolve()) and Path(source).is_dir():
+        raise ConfigError(
+            "lies in the model itself.", where=str(output), remedy="Give an -o beside it."
+        )
     name, _, mix = form.partition(":")
     if name not in (*FORMS, GGUF) or (mix and name != GGUF):
         raise ConfigError(
@@ -160,9 +164,8 @@ def export(
             _require_target(GGUF, target)
         return _gguf(source, output, mix, dtype, on_progress, steps)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputBusy(
-            "is not empty.", where=str(output), remedy="Give another -o; nothing is replaced."
-        )
+        what = "is not empty." if output.is_dir() else "is a file."
+        raise OutputBusy(what, where=str(output), remedy="Give another -o; nothing is replaced.")
     if target is not None:
         _require_target(form, target)
     model = open_stored(source)
@@ -199,7 +202,7 @@ def _gguf(
     return Export(
         output=output,
         form=f"gguf:{asked}" if asked else "gguf",
-        dtype=dtype or "as stored",
+        dtype=dtype or ("by type" if asked else "as stored"),
         decoded=len(made.tensors) - kept,
         bytes_before=made.bytes_before,
         bytes_after=made.bytes_after,

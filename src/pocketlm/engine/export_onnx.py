@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -31,6 +30,7 @@ from pocketlm.core.errors import (
     UnsupportedLayer,
     UnsupportedModel,
 )
+from pocketlm.core.programs import find_program
 from pocketlm.core.spec import QuantSpec
 from pocketlm.core.tensors import PackedInt
 from pocketlm.engine.conversion import Conversion, convert
@@ -87,10 +87,11 @@ def find_builder(python: str | Path | None) -> str:
         EngineMissing: If there is no such program.
     """
     asked = python or os.environ.get(PYTHON) or sys.executable
-    found = shutil.which(str(asked))
+    found = find_program(asked)
     if found is None:
-        raise EngineMissing(f"'{asked}' is no program.", where="--engine-python", remedy=INSTALL)
-    check = "import onnxruntime_genai, onnx, onnx_ir"
+        where = PYTHON if python is None else "--engine-python"
+        raise EngineMissing(f"'{asked}' is no program.", where=where, remedy=INSTALL)
+    check = "import onnxruntime_genai, onnx, onnx_ir, torch, transformers"
     tried = subprocess.run([found, "-c", check], capture_output=True, text=True, check=False)
     if tried.returncode:
         said = (tried.stderr.strip().splitlines() or ["it gave no reason"])[-1]

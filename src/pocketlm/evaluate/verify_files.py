@@ -20,6 +20,7 @@ from pocketlm.core.spec import Recipe
 from pocketlm.core.stored import DenseSpec
 from pocketlm.engine.ledger import Entry, Ledger
 from pocketlm.formats.layouts import pack_quantized
+from pocketlm.formats.onnx import GENAI_CONFIG
 from pocketlm.formats.packing import padding_is_zero
 from pocketlm.formats.pocketlm import shortcuts_of
 from pocketlm.formats.read import CompressedIndex, CompressedModule
@@ -74,6 +75,12 @@ class Artifact:
                 "is no directory.",
                 where=str(path),
                 remedy="Give the directory that compress wrote.",
+            )
+        if (path / GENAI_CONFIG).is_file():
+            raise ArtifactError(
+                "is a directory of ONNX Runtime GenAI, which is written here and not read again.",
+                where=str(path),
+                remedy="Verify what it was made of: --engine onnxruntime exports that anew.",
             )
         traces = [path / "config.json", path / LEDGER, *path.glob("*.safetensors")]
         if not any(trace.exists() for trace in traces):

@@ -101,7 +101,8 @@ class Rules:
 
     def check_ignored(self, artifact: Artifact) -> str:
         """By config.json an engine expects packed weights where they are, and nowhere else."""
-        section, packed = artifact.config["quantization_config"], set(grids(artifact))
+        packed = set(grids(artifact))
+        section = artifact.config["quantization_config"]
         assert artifact.index is not None
         packed |= set(artifact.index.modules)
         linears = {*self.view.linear_shapes()}
@@ -121,7 +122,8 @@ class Rules:
     def check_zero_points(self, artifact: Artifact) -> str:
         """Weights average to about nothing: read by another convention they would be a step off."""
         index = artifact.index
-        assert index is not None
+        if index is None:
+            raise NotChecked("no weight is packed.")
         steps: dict[str, float] = {}
         for name, module in index.modules.items():
             if not isinstance(module.spec, QuantSpec) or module.spec.type != "int":

@@ -17,6 +17,7 @@ from pocketlm.core.spec import QuantSpec
 from pocketlm.formats.integer_format import IntegerFormat, Shape
 from pocketlm.formats.layouts import olive_packed
 
+GENAI_CONFIG = "genai_config.json"  # of a directory that the builder made
 BITS = (2, 4, 8)
 SMALLEST_BLOCK = 16
 

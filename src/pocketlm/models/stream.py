@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pocketlm.core.errors import ArtifactError, SecurityError, SourceError
 from pocketlm.core.views import TensorInfo
+from pocketlm.formats.onnx import GENAI_CONFIG
 from pocketlm.formats.safetensors_header import read_header
 from pocketlm.models.bytes import BufferPool, PositionalFile, byte_view, require_finite
 
@@ -165,6 +166,12 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
             f"the weights are in a pickle file ({pickles[0]}), which can run any code when opened.",
             where=str(directory),
             remedy=f'Convert it where you trust it: python -c "{convert}"',
+        )
+    if (directory / GENAI_CONFIG).is_file():
+        raise SourceError(
+            "is a directory of ONNX Runtime GenAI, which is written here and not read again.",
+            where=str(directory),
+            remedy="Give what it was made of; pocketlm/export.json names it.",
         )
     raise SourceError(
         f"holds neither {SINGLE} nor {INDEX}.",

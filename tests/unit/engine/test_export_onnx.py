@@ -20,6 +20,8 @@ from pocketlm.core.errors import (
     ArtifactError,
     ConfigError,
     EngineMissing,
+    OutputBusy,
+    PocketLMError,
     UnsupportedLayer,
     UnsupportedModel,
 )
@@ -112,6 +114,29 @@ def test_codes_reach_the_file(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert json.loads((out / "pocketlm/export.json").read_text())["opsets"] == made.opsets
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".onnx")]
+
+
+def test_a_finished_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a program beside the user is found, though a Path drops its ``./``."""
+    played(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    api.export(artifact(tmp_path), tmp_path / "onnx", to="onnx", engine_python=Path("./python"))
+    for refuses in (api.verify, api.inspect):
+        with pytest.raises(
+            PocketLMError, match="directory of ONNX Runtime GenAI, which is written"
+        ):
+            refuses(tmp_path / "onnx")
+
+
+def test_an_output_that_is_no_place(tmp_path: Path) -> None:
+    source = artifact(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputBusy, match="is a file"):
+        api.export(source, tmp_path / "file", to="dense")
+    for inside in (source / "below", source):
+        with pytest.raises(ConfigError, match="lies in the model itself"):
+            api.export(source, inside, to="dense")
+    assert not (source / "below").exists()
 
 
 @pytest.mark.parametrize("others", [{"k_proj": W8}, {"o_proj": W4A, "up_proj": W8}], ids=str)

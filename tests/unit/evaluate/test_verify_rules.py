@@ -99,6 +99,18 @@ def test_fused_linears_and_formats(tmp_path: Path) -> None:
         rules(own).check_formats(opened(own))
 
 
+def test_of_a_dense_model_there_is_nothing_to_check(artifact: Path, tmp_path: Path) -> None:
+    api.export(artifact, tmp_path / "dense", to="dense")
+    files = Artifact.open(tmp_path / "dense")
+    for name, _, check in checks(None):
+        if name in ("config.json", "shards"):
+            check(files)
+    for name, _, check in rules(tmp_path / "dense").checks():
+        if name in ("number formats", "fused linears", "ignore list", "zero points"):
+            with pytest.raises(NotChecked, match="no weight is packed"):
+                check(files)
+
+
 def test_zero_points_of_another_convention(tmp_path: Path) -> None:
     """Of a symmetric grid the reader says so itself; of others the weights tell."""
     grid = QuantSpec(bits=4, group_size=32, symmetric=False)

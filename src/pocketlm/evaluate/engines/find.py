@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pocketlm.core.errors import ConfigError, EngineMissing, nearest
+from pocketlm.core.programs import find_program
 from pocketlm.engine.export_onnx import INSTALL as INSTALL_ONNX
 from pocketlm.engine.export_onnx import find_builder
 
@@ -129,7 +130,7 @@ def _has(program: str, package: str) -> bool:
 
 
 def _python(asked: str | Path | None, default: str) -> str:
-    found = shutil.which(str(asked or default))
+    found = find_program(asked or default)
     if found is None:
         raise ConfigError(
             f"'{asked}' is no program.",
