@@ -148,13 +148,16 @@ class Conversion:
         self._permuted[module] = None
 
 
-def convert(model: StoredModel, form: str, target: str | None) -> Conversion:
+def convert(
+    model: StoredModel, form: str, target: str | None, vectors: torch.dtype | None = None
+) -> Conversion:
     """Plans the writing of a compressed model in another format.
 
     Args:
         model: The model.
         form: One of `PACKED_FORMS`.
         target: The engine that is to load it; None: the format's own limits only.
+        vectors: What tensors of one axis are written in; None: as they are.
 
     Returns:
         Entries to be written; section and losses once they are.
@@ -186,8 +189,8 @@ def convert(model: StoredModel, form: str, target: str | None) -> Conversion:
         dtype = info.dtype
         if held is not None and isinstance(held.spec, DenseSpec):
             dtype = getattr(torch, held.spec.dtype)
-        elif form == "onnx" and len(info.shape) == 1 and dtype.is_floating_point:
-            dtype = torch.float32  # the builder adds 1 to Gemma's norms in the dtype it finds
+        elif vectors is not None and len(info.shape) == 1 and dtype.is_floating_point:
+            dtype = vectors
         made.entries.append(Entry(name, dtype, info.shape, _copied(source, name, dtype)))
         if name.endswith(".weight") and len(info.shape) == 2:
             made.ignored.append(name.removesuffix(".weight"))

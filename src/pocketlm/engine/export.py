@@ -48,7 +48,7 @@ class Export(BaseModel):
     Attributes:
         output: The directory.
         form: What was asked for.
-        dtype: Of the decoded weights.
+        dtype: Of the decoded weights; of a GGUF file "by type" or "as stored".
         decoded: Linears that were decoded.
         bytes_before: Of the artifact's tensors.
         bytes_after: Of the exported tensors.
@@ -144,10 +144,6 @@ def export(
         EngineMissing: If ONNX Runtime GenAI is not installed where it was looked for.
         UnsupportedModel: If its builder refuses the model.
     """
-    if output.resolve().is_relative_to(Path(source).resolve()) and Path(source).is_dir():
-        raise ConfigError(
-            "lies in the model itself.", where=str(output), remedy="Give an -o beside it."
-        )
     name, _, mix = form.partition(":")
     if name not in (*FORMS, GGUF) or (mix and name != GGUF):
         raise ConfigError(
@@ -163,6 +159,10 @@ def export(
         if target is not None and target_name(target) != "llama.cpp":
             _require_target(GGUF, target)
         return _gguf(source, output, mix, dtype, on_progress, steps)
+    if output.resolve().is_relative_to(Path(source).resolve()) and Path(source).is_dir():
+        raise ConfigError(
+            "lies in the model itself.", where=str(output), remedy="Give an -o beside it."
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "is not empty." if output.is_dir() else "is a file."
         raise OutputBusy(what, where=str(output), remedy="Give another -o; nothing is replaced.")
@@ -244,13 +244,18 @@ def _require_one_basis(model: StoredModel) -> None:
 
 
 def _dense(model: StoredModel, asked: Asked) -> Made:
-    source, forms = model.source, {} if model.packed is None else model.packed.forms()
-    if not forms and model.path.is_dir() and asked.form != ONNX:
+    if model.path.is_dir() and not (model.packed and model.packed.forms()):
         raise ConfigError(
             "is dense already: nothing in it is compressed.",
             where=str(model.path),
             remedy="Copy it, or give an artifact of `pocketlm compress`.",
         )
+    return _decoded(model, asked)
+
+
+def _decoded(model: StoredModel, asked: Asked) -> Made:
+    """Every weight whole, whether or not it was compressed."""
+    source, forms = model.source, {} if model.packed is None else model.packed.forms()
     name = asked.dtype or str(
         model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16"
     )
@@ -297,7 +302,7 @@ def _onnx(model: StoredModel, asked: Asked) -> Made:
         )
     python = find_builder(asked.python)
     if asked.dtype is not None:
-        made = _dense(model, asked)
+        made = _decoded(model, asked)
         return replace(made, form=ONNX, build=lambda source, out: build(python, source, out, None))
     conversion = convert_whole(model)
     return Made(

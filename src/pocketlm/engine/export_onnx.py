@@ -119,7 +119,8 @@ def convert_whole(model: StoredModel) -> Conversion:
     if experts:
         raise UnsupportedLayer(f"{BUILDER} reads no experts.", where=experts[0], remedy=OTHERS)
     try:
-        made = convert(model, NAME, None)
+        # The builder adds 1 to the norms of Gemma in the dtype that it finds.
+        made = convert(model, NAME, None, vectors=torch.float32)
         for module in made.specs:
             if _PLACE.search(module) is None:
                 raise UnsupportedLayer(f"{BUILDER} reads no codes of such a layer.", where=module)

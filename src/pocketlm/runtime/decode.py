@@ -1,4 +1,5 @@
-"""One token after another for some rows: prefill, then steps; on CUDA a step is one graph replay.
+"""One token after another for some rows: prefill, then steps; on CUDA a step is one graph replay,
+and so are prompts of a size that comes again (prompt_graphs.py).
 
 Keys and values lie in a static cache that keeps every position. On CUDA a step (forward, choice of
 the tokens, moving on) is captured once for each number of positions that attention reads (256,
@@ -281,9 +282,15 @@ class Decoder:
         if not isinstance(lean, LeanStep):
             return
         begun_B = self._pad_B < held + ids_BT.shape[1]  # of padding alone no logits are right
-        reason = self._differs(
-            truth_BV[begun_B], lambda: lean.prompt(ids_BT, held, self._pads())[begun_B]
-        )
+        half = ids_BT.shape[1] // 2
+
+        def in_two() -> Tensor:
+            """From what the cache holds, and then behind it: attention has a path for each."""
+            if half:
+                lean.prompt(ids_BT[:, :half], held, self._pads())
+            return lean.prompt(ids_BT[:, half:], held + half, self._pads())[begun_B]
+
+        reason = self._differs(truth_BV[begun_B], in_two)
         if reason is not None:
             self._prompts_on = False
             self._note(f"prompts run through transformers' forward: in the lean one {reason}.")

@@ -6,10 +6,9 @@ weights are decoded and the model is run by the libraries alone.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from jobs import NOT_INSTALLED, Job, answer_all
+from jobs import Job, run
 
 
 def answer(job: Job, dtype: str) -> tuple[dict[str, Any], bytes]:
@@ -38,11 +37,4 @@ def answer(job: Job, dtype: str) -> tuple[dict[str, Any], bytes]:
 
 
 if __name__ == "__main__":
-    try:
-        import transformers  # noqa: F401
-
-        import pocketlm.hf  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
-        sys.exit(NOT_INSTALLED)
-    answer_all(sys.argv[1], answer)
+    run(answer, "transformers", "pocketlm.hf")

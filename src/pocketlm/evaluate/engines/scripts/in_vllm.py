@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from typing import Any
 
-from jobs import NOT_INSTALLED, Job, answer_all
+from jobs import Job, run
 
 
 def answer(job: Job, dtype: str) -> tuple[dict[str, Any], bytes]:
@@ -50,9 +49,4 @@ def _version() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
-        sys.exit(NOT_INSTALLED)
-    answer_all(sys.argv[1], answer)
+    run(answer, "vllm")

@@ -9,6 +9,7 @@ process has the engine's imports already, and an engine that crashes takes no ot
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -19,6 +20,22 @@ from typing import Any
 
 Job = dict[str, Any]
 NOT_INSTALLED = 3  # the exit code where the engine is not there
+
+
+def run(answer: Callable[[Job, str], tuple[dict[str, Any], bytes]], *needed: str) -> None:
+    """What a script does: ``python SCRIPT JOBS``; ends with `NOT_INSTALLED` where a module lacks.
+
+    Args:
+        answer: As `answer_all` takes it.
+        needed: Modules, imported before any process is forked.
+    """
+    try:
+        for name in needed:
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        sys.exit(NOT_INSTALLED)
+    answer_all(sys.argv[1], answer)
 
 
 def answer_all(jobs_file: str, answer: Callable[[Job, str], tuple[dict[str, Any], bytes]]) -> None:

@@ -108,7 +108,8 @@ def _copy_activations(xs, x_ptr, step, rows, columns, stride, W: gl.constexpr, K
     w = gl.arange(0, W)[:, None, None]
     n = gl.arange(0, N)[None, :, None]
     k = gl.arange(0, K)[None, None, :]
-    # Beyond the rows and columns the last ones are read: what they make is not stored, or times 0.
+    # Beyond the rows the first are read again, beyond the columns the last: what they make is not
+    # stored, or times 0. One row for all would be fetched in turn.
     column = gl.minimum((step * W + w) * K, columns - K) + k
     at = gl.set_auto_layout((n % rows) * stride + column, LAYOUT)
     copy_ahead(xs, x_ptr + at)
